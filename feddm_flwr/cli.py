@@ -1,0 +1,167 @@
+"""`feddm`: run, sample, report. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from feddm_flwr import __version__
+from feddm_flwr.config import ConfigError, parse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"feddm: {line}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="feddm", description="Train diffusion models across sites that keep their images."
+    )
+    parser.add_argument("--version", action="version", version=f"feddm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train: a simulation on this machine, or on the nodes of a SuperLink")
+    run.add_argument(
+        "superlink",
+        nargs="?",
+        help="SuperLink connection of Flower's config.toml; without it, or with a local one: a simulation",
+    )
+    run.add_argument(
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE …'",
+        help="run-config keys, as in flwr run (docs/configuration.md has them all); may be repeated",
+    )
+    run.add_argument(
+        "--num-supernodes", type=_positive(int), default=4, metavar="N", help="nodes of the simulation (default 4)"
+    )
+    run.add_argument(
+        "--client-cpus",
+        type=_positive(float),
+        default=1,
+        metavar="N",
+        help="cores reserved for each node that trains at a time (default 1)",
+    )
+    run.add_argument(
+        "--client-gpus",
+        type=float,
+        metavar="X",
+        help="GPUs for each node that trains at a time; 0.25 puts four on one (default: 1 where there is one)",
+    )
+    run.add_argument(
+        "--app", type=Path, help="folder of the app (default: this one, or where feddm_flwr was installed from)"
+    )
+    run.add_argument("--telemetry", action="store_true", help="let Flower and Ray report usage to their makers")
+    run.add_argument("-v", "--verbose", action="store_true", help="print Flower's whole log")
+    run.set_defaults(command=_run)
+
+    sample = commands.add_parser("sample", help="draw images from a trained model")
+    sample.add_argument(
+        "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
+    )
+    sample.add_argument("-n", "--count", type=_positive(int), default=64, metavar="N", help="images (default 64)")
+    sample.add_argument("--steps", type=_positive(int), default=50, metavar="N", help="DDIM steps (default 50)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
+    sample.add_argument(
+        "-o",
+        "--output",
+        default="samples.png",
+        help="a grid (x.png), an array (x.npz, key images: uint8 N,H,W,C) or a folder of PNGs (x/)",
+    )
+    sample.set_defaults(command=_sample)
+
+    report = commands.add_parser("report", help="write a run's report.html again")
+    report.add_argument("run", type=Path, help="a run's folder")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _positive(kind: type[int] | type[float]) -> type[int]:
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if value <= 0:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"positive {kind.__name__}"  # argparse names it in its error
+    return convert  # type: ignore[return-value]
+
+
+def _run(options: argparse.Namespace) -> int:
+    from flwr.common.config import parse_config_args
+
+    from feddm_flwr import launch
+
+    app = launch.find_app(options.app)
+    try:
+        overrides = dict(parse_config_args(options.run_config or None))
+    except Exception as error:  # Flower raises many kinds here
+        raise ConfigError(f"--run-config {' '.join(options.run_config)!r} cannot be read: {error}") from error
+    config = parse(overrides)
+    place = launch.Simulation if launch.is_local(options.superlink) else launch.Remote
+    overrides.setdefault("run-name", config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if place is launch.Simulation:
+        overrides["out-dir"] = str(Path(config.out_dir).expanduser().resolve())
+        folder = Path(overrides["out-dir"]) / str(overrides["run-name"])
+        if folder.exists():
+            raise ConfigError(f"run-name = {overrides['run-name']!r}: {folder} exists; choose another name")
+    environment = launch.environment(telemetry=options.telemetry)
+    with place(options, environment) as federation:
+        return launch.follow(app, federation, overrides, config, verbose=options.verbose)
+
+
+def _sample(options: argparse.Namespace) -> int:
+    import numpy as np
+    import torch
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+
+    from feddm_flwr import evaluation
+
+    folder = options.model / "model" if (options.model / "model").is_dir() else options.model
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"MODEL_OR_RUN = {str(options.model)!r}: no run with a model/ and no pipeline folder (model_index.json)"
+        )
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    limit = pipeline.scheduler.config.num_train_timesteps
+    if options.steps > limit:
+        raise ConfigError(f"--steps = {options.steps}: must be at most {limit}, the model's noise levels")
+    network = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = evaluation.sample(network, pipeline.scheduler.config, options.count, options.steps, options.seed)
+    output = Path(options.output)
+    if options.output.endswith(("/", os.sep)) or output.is_dir():
+        output.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            evaluation.to_image(image).save(output / f"{i:05d}.png")
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".npz":
+            np.savez_compressed(output, images=images.transpose(0, 2, 3, 1))
+        elif output.suffix == ".png":
+            evaluation.grid(images).save(output)
+        else:
+            raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
+    print(f"{len(images)} images: {output}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from feddm_flwr import report
+
+    if not (options.run / "config.toml").is_file():
+        raise ConfigError(f"RUN = {str(options.run)!r}: not a run's folder (no config.toml)")
+    print(report.write(options.run))
+    return 0

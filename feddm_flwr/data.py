@@ -1,0 +1,264 @@
+"""A node's images: read, shared out among simulated nodes, decoded to one uint8 array.
+
+Resize rule, the same everywhere: EXIF orientation applied, converted to grey or RGB, the shorter
+side resized to `data.image-size` with Pillow's antialiased bicubic filter, centre-cropped to square.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from feddm_flwr.config import ConfigError, RunConfig, derive_seed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import Partitioner
+
+Images = NDArray[np.uint8]  # (N, C, H, W)
+
+_DIGITS_TEST_SHARE = 5  # one digit in five is kept apart from training, as split "test"
+
+
+@dataclass(frozen=True)
+class NodeData:
+    """The images of one node, uint8 (N, C, H, W), and how many it has of each class."""
+
+    train: Images
+    held_out: Images
+    class_counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A data set before decoding: where it is (for messages), one row per image, a decoder of rows."""
+
+    origin: str
+    table: Dataset
+    decode: Callable[[Sequence[int]], Images]
+
+    def classes(self, column: str) -> list[str]:
+        """The class of every row, or nothing where there is no such column."""
+        if column not in self.table.column_names:
+            return []
+        feature = self.table.features[column]
+        values = self.table[column][:]
+        return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
+
+
+@lru_cache(maxsize=8)
+def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None) -> NodeData:
+    """The data of one node: all of `data_path`, or partition i of n of `data.name`.
+
+    Cached, since a simulated node comes back to the same process every round.
+
+    Raises:
+        ConfigError: a key does not fit the data, or images cannot be read.
+    """
+    if data_path:
+        source = _open(config, data_path, f"data-path = {data_path!r}")
+        rows = list(range(len(source.table)))
+    elif partition:
+        source = _open(config, config.data.name, f"data.name = {config.data.name!r}")
+        rows = _partition(config, source, *partition)
+    else:
+        raise ConfigError("the node has neither data-path nor partition-id and num-partitions in its --node-config")
+    order = np.random.default_rng(derive_seed(config.seed, "held out", partition)).permutation(len(rows))
+    rows = [rows[i] for i in order]
+    share = config.data.eval_fraction
+    held_out = min(math.ceil(share * len(rows)), len(rows) - 1)
+    if len(rows) < (2 if share else 1):
+        raise ConfigError(
+            f"{source.origin}: {len(rows)} images are too few; at least one is needed to train on, "
+            "and one to hold out where data.eval-fraction is above 0"
+        )
+    classes = source.classes(config.data.label_column)
+    images = source.decode(rows)
+    return NodeData(
+        train=images[held_out:],
+        held_out=images[:held_out],
+        class_counts=dict(sorted(Counter(classes[i] for i in rows).items())) if classes else {},
+    )
+
+
+def load_all(config: RunConfig) -> tuple[Images, list[str]]:
+    """Every image of `data.name` and its class (empty where unknown): for evaluation and benchmarks.
+
+    Raises:
+        ConfigError: as `load_node`.
+    """
+    source = _open(config, config.data.name, f"data.name = {config.data.name!r}")
+    return source.decode(range(len(source.table))), source.classes(config.data.label_column)
+
+
+def _partition(config: RunConfig, source: _Source, index: int, count: int) -> list[int]:
+    """The rows of partition `index` of `count`, through flwr-datasets' partitioners."""
+    from datasets import Dataset
+    from flwr_datasets import partitioner as flower
+
+    d = config.data
+    seed = derive_seed(config.seed, "partition") % 2**32
+    makers: dict[str, tuple[str, Callable[[], Partitioner]]] = {
+        "iid": ("", lambda: flower.IidPartitioner(count)),
+        "dirichlet": (
+            d.label_column,
+            lambda: flower.DirichletPartitioner(count, "by", d.alpha, min_partition_size=2, seed=seed),
+        ),
+        "pathological": (
+            d.label_column,
+            lambda: flower.PathologicalPartitioner(count, "by", d.classes_per_node, seed=seed),
+        ),
+        "shard": (
+            d.label_column,
+            lambda: flower.ShardPartitioner(count, "by", num_shards_per_partition=d.shards_per_node, seed=seed),
+        ),
+        "natural": (d.natural_column, lambda: flower.NaturalIdPartitioner("by")),
+    }
+    column, make = makers[d.partition]
+    rows = len(source.table)
+    problem = f"data.partition = {d.partition!r} for {count} nodes and {rows} images ({source.origin})"
+    if count > rows:
+        raise ConfigError(f"{problem}: more partitions than images; use at most {rows} nodes")
+    if column and column not in source.table.column_names:
+        key = "data.natural-column" if d.partition == "natural" else "data.label-column"
+        raise ConfigError(f"{key} = {column!r}: no such column; {source.origin} has {source.table.column_names}")
+    # The partitioners see the label alone, in shuffled order: nothing is decoded for other nodes.
+    order = np.random.default_rng(seed).permutation(rows)
+    columns: dict[str, Any] = {"row": order}
+    if column:
+        values = source.table[column][:]
+        columns["by"] = [values[i] for i in order]
+    partitions = make()
+    partitions.dataset = Dataset.from_dict(columns)
+    try:
+        if partitions.num_partitions < count:
+            raise ValueError(f"the column has only {partitions.num_partitions} different values")
+        chosen: list[int] = partitions.load_partition(index)["row"][:]
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{problem}: {error}") from error
+    return chosen
+
+
+@lru_cache(maxsize=2)
+def _open(config: RunConfig, name: str, origin: str) -> _Source:
+    """A data set by name or path, nothing decoded yet."""
+    import datasets
+
+    if name == "digits":
+        return _digits(config, origin)
+    path = Path(name).expanduser()
+    if path.is_dir() and not sorted(path.glob("*.parquet")):
+        return _folder(config, path, origin)
+    try:
+        if path.exists():
+            files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
+        elif path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet":
+            raise ConfigError(f"{origin}: no such file or folder")
+        else:
+            table = datasets.load_dataset(name, split=config.data.split)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises many kinds for many causes
+        raise ConfigError(
+            f"{origin}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); it must be "
+            "digits, a Hugging Face data set id in reach, a folder of images or a parquet file"
+        ) from error
+    column = config.data.image_column
+    if column not in table.column_names:
+        raise ConfigError(f"data.image-column = {column!r}: no such column; {origin} has {table.column_names}")
+    table = table.cast_column(column, datasets.Image(decode=False))
+
+    def decode(rows: Sequence[int]) -> Images:
+        cells = table.select(rows)[column]
+        files = [cell["bytes"] or Path(cell["path"]) for cell in cells]
+        return _decode(config, files, [f"row {row}" for row in rows], origin)
+
+    return _Source(origin, table, decode)
+
+
+def _digits(config: RunConfig, origin: str) -> _Source:
+    """scikit-learn's 1,797 handwritten digits (UCI ML repository), 8x8 with values 0..16."""
+    from datasets import Dataset
+    from sklearn.datasets import load_digits
+
+    if config.data.split not in ("train", "test"):
+        raise ConfigError(f"data.split = {config.data.split!r}: must be train or test for digits")
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    test = len(order) // _DIGITS_TEST_SHARE
+    rows = order[test:] if config.data.split == "train" else order[:test]
+    images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    table = Dataset.from_dict({"label": digits.target[rows]})
+
+    def decode(chosen: Sequence[int]) -> Images:
+        return np.stack([_fit(config, Image.fromarray(images[i])) for i in chosen])
+
+    return _Source(origin, table, decode)
+
+
+def _folder(config: RunConfig, path: Path, origin: str) -> _Source:
+    """Images below a folder; the class is the name of the first subfolder, where there is one."""
+    from datasets import Dataset
+
+    known = Image.registered_extensions()
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+    if not files:
+        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(sorted(known))}")
+    parts = [p.relative_to(path).parts for p in files]
+    columns: dict[str, list[str]] = {"file": [str(Path(*part)) for part in parts]}
+    if all(len(part) > 1 for part in parts):
+        columns[config.data.label_column] = [part[0] for part in parts]
+
+    def decode(rows: Sequence[int]) -> Images:
+        chosen = [files[i] for i in rows]
+        return _decode(config, chosen, [columns["file"][i] for i in rows], origin)
+
+    return _Source(origin, Dataset.from_dict(columns), decode)
+
+
+def _decode(config: RunConfig, files: Sequence[bytes | Path], names: Sequence[str], origin: str) -> Images:
+    """Decode image files, all or none.
+
+    Raises:
+        ConfigError: some cannot be read; the message counts them and names the first.
+    """
+    images: list[Images] = []
+    broken: list[str] = []
+    for file, name in zip(files, names, strict=True):
+        try:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                images.append(_fit(config, image))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            broken.append(f"{name} ({error})")
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ConfigError(
+            f"{origin}: {len(broken)} of {len(names)} images cannot be read: {', '.join(broken[:3])}{more}; "
+            "repair or remove them"
+        )
+    return np.stack(images)
+
+
+def _fit(config: RunConfig, image: Image.Image) -> Images:
+    """One image as uint8 (C, H, W), by the rule at the head of this file."""
+    size = config.data.image_size
+    image = ImageOps.exif_transpose(image).convert("L" if config.data.channels == 1 else "RGB")
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+    pixels: Images = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -1,0 +1,62 @@
+"""Looking at a model: samples and grids of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from PIL import Image
+
+from feddm_flwr.data import Images
+
+
+@torch.inference_mode()
+def sample(
+    network: UNet2DModel, scheduler_config: Any, count: int, steps: int, seed: int, batch_size: int = 64
+) -> Images:
+    """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), uint8 (count, C, H, W).
+
+    `scheduler_config` is the configuration of the diffusers scheduler that the model was trained
+    for. The starting noise is drawn on the CPU, image by image: image i depends on the seed and i
+    only, not on device or batch size.
+    """
+    scheduler = DDIMScheduler.from_config(scheduler_config)
+    scheduler.set_timesteps(steps)
+    device = next(network.parameters()).device
+    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.stack([torch.randn(shape, generator=random) for _ in range(count)])
+    network.eval()
+    done = []
+    for x in noise.split(batch_size):
+        x = x.to(device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+        done.append(((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    images: Images = torch.cat(done).numpy()
+    return images
+
+
+def to_image(pixels: Images) -> Image.Image:
+    """One uint8 image (C, H, W) as a picture."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def grid(images: Images, cell: int = 48) -> Image.Image:
+    """The images in a near-square grid; small ones are enlarged, without smoothing, to about `cell`
+    pixels, so that an 8x8 digit can be seen."""
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    scale = max(1, round(cell / height))
+    gap = 2
+    canvas = np.full((channels, rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap), 255)
+    for i, image in enumerate(images.repeat(scale, axis=2).repeat(scale, axis=3)):
+        top = gap + i // columns * (height * scale + gap)
+        left = gap + i % columns * (width * scale + gap)
+        canvas[:, top : top + height * scale, left : left + width * scale] = image
+    return to_image(canvas.astype(np.uint8))

@@ -1,0 +1,244 @@
+"""Starting and following a run: what `feddm run` does around `flwr run`.
+
+A simulation gets a SuperLink of its own, with a private FLWR_HOME and port, that ends with it.
+Flower's shared local SuperLink would keep the folder, environment and Python of whoever started it
+first, outlive the run, and run this code with another project's packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.request
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.display import Display
+
+_START_TIMEOUT = 60.0
+
+
+def find_app(folder: Path | None) -> Path:
+    """The folder whose `pyproject.toml` describes this Flower app.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for candidate in [folder] if folder else [Path.cwd(), Path(__file__).parent.parent]:
+        file = candidate / "pyproject.toml"
+        if file.is_file() and "feddm_flwr.server_app:app" in file.read_text(encoding="utf-8"):
+            return candidate.resolve()
+    raise ConfigError(
+        f"--app = {str(folder or Path.cwd())!r}: no pyproject.toml of this app there; name the folder you cloned"
+    )
+
+
+def is_local(superlink: str | None) -> bool:
+    """Whether the connection is (or falls back to) Flower's local simulation."""
+    file = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "config.toml"
+    connections = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.is_file() else {}
+    name = superlink or connections.get("default", "local")
+    if name == "local" and name not in connections:
+        return True
+    if name not in connections:
+        known = ", ".join(k for k in connections if k != "default") or "none"
+        raise ConfigError(f"SUPERLINK = {name!r}: no such connection in {file}; it has {known}")
+    return str(connections[name].get("address", ":local:")).startswith(":local")
+
+
+def environment(*, telemetry: bool) -> dict[str, str]:
+    """The environment for Flower's processes: this Python's commands first, nothing fetched, and
+    no usage reports unless asked for."""
+    env = dict(os.environ)
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    env |= {
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "NO_COLOR": "1",  # the log is parsed
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
+    }
+    if not telemetry:
+        env |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    return env
+
+
+class Remote:
+    """The nodes of a SuperLink that runs elsewhere, by the name of its connection."""
+
+    def __init__(self, options: argparse.Namespace, env: Mapping[str, str]) -> None:
+        self.env, self.arguments, self.local = env, [options.superlink] if options.superlink else [], False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class Simulation:
+    """A SuperLink for one simulation, in a folder of its own, ended with it."""
+
+    def __init__(self, options: argparse.Namespace, env: Mapping[str, str]) -> None:
+        cores = os.cpu_count() or 1
+        gpus = options.client_gpus if options.client_gpus is not None else float(_count_gpus() > 0)
+        federation = {
+            "num-supernodes": options.num_supernodes,
+            "client-resources-num-cpus": min(options.client_cpus, cores),
+            "client-resources-num-gpus": gpus,
+            # One actor per core at most, and no more actors than nodes.
+            "init-args-num-cpus": max(1, min(cores, round(options.num_supernodes * options.client_cpus))),
+        }
+        text = " ".join(f"{key}={value}" for key, value in federation.items())
+        self.env, self.arguments, self.local = dict(env), ["own", "--federation-config", text], True
+
+    def __enter__(self) -> Self:
+        self._home = Path(tempfile.mkdtemp(prefix="feddm-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.env["FLWR_HOME"] = str(self._home)
+        connection = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        (self._home / "config.toml").write_text(connection, encoding="utf-8")
+        self._log = (self._home / "superlink.log").open("wb")
+        self._process = subprocess.Popen(
+            ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C stops the run first, then this
+        )
+        try:
+            self._wait(port)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _wait(self, port: int) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        tail = (self._home / "superlink.log").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"the simulation's SuperLink did not start:\n{tail}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The simulation and Ray's processes are in the SuperLink's session: none may stay behind.
+        for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+            try:
+                os.killpg(self._process.pid, sign)
+                self._process.wait(patience)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        self._log.close()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+
+def _count_gpus() -> int:
+    if not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+
+
+def follow(
+    app: Path, federation: Remote | Simulation, overrides: Mapping[str, object], config: RunConfig, *, verbose: bool
+) -> int:
+    """Submit the run, show its progress, and return 0 only if it completed."""
+    arguments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    command = ["flwr", "run", str(app), *federation.arguments, "--stream"]
+    command += [part for argument in arguments for part in ("-c", argument)]
+    process = subprocess.Popen(
+        command,
+        env=federation.env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    run_id, tail = "", deque[str](maxlen=200)
+    with Display(config) as display:
+        try:
+            for line in process.stdout:
+                tail.append(line)
+                if found := re.search(r"Successfully started run (\d+)", line):
+                    run_id = found[1]
+                if verbose:
+                    display.print(line.rstrip())
+                display.take(line)
+            process.wait()
+        except KeyboardInterrupt:
+            process.kill()
+            if run_id:
+                display.print("stopping the run …")
+                subprocess.run(
+                    ["flwr", "stop", run_id, *federation.arguments[:1]],
+                    env=federation.env,
+                    capture_output=True,
+                    check=False,
+                )
+            display.print("stopped")
+            return 130
+    if not run_id:
+        print("".join(tail), file=sys.stderr)
+        print("feddm: the run could not be submitted", file=sys.stderr)
+        return 1
+    status, details = _status(run_id, federation)
+    if status == "finished:completed" and display.done:
+        display.summary(overrides, local=federation.local)
+        return 0
+    if not verbose and not details:
+        print("".join(tail), file=sys.stderr)
+    print(f"feddm: the run failed ({status}): {details or 'see the log above'}", file=sys.stderr)
+    return 1
+
+
+def _status(run_id: str, federation: Remote | Simulation) -> tuple[str, str]:
+    """The run's status and its details, as `flwr ls` tells them."""
+    listed: subprocess.CompletedProcess[str] | None = None
+    for _ in range(20):  # the log's end comes a moment before the status
+        listed = subprocess.run(
+            ["flwr", "ls", *federation.arguments[:1], "--run-id", run_id, "--format", "json"],
+            env=federation.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        try:
+            run = json.loads(listed.stdout)["runs"][0]
+        except (ValueError, LookupError):
+            break
+        if str(run["status"]).startswith("finished"):
+            return str(run["status"]), str(run.get("status-details", "")).removeprefix(
+                "Simulation failed with exception: "
+            )
+        time.sleep(0.5)
+    return "unknown", (listed.stdout + listed.stderr).strip() if listed else ""

@@ -1,0 +1,222 @@
+"""`report.html` and the model card, made from the files of a run directory and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from feddm_flwr.report_page import PAGE
+from feddm_flwr.tracking import Row, read_metrics
+
+Points = Sequence[tuple[float, float]]
+
+
+def write(run: Path) -> Path:
+    """Write the self-contained `report.html` of a run; it can be rewritten at any time."""
+    rows = read_metrics(run)
+    status = _read_json(run / "status.json", {"status": "running", "reason": ""})
+    with (run / "config.toml").open("rb") as file:
+        config = _flat(tomllib.load(file))
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
+    html = page.render(
+        name=run.name,
+        status=status,
+        config=config,
+        rows=rows,
+        tiles=_tiles(rows, config),
+        charts=_charts(rows),
+        grids=_grids(run),
+        nodes=_nodes(_read_json(run / "nodes.json", [])),
+        command=f"feddm run --num-supernodes {len(_read_json(run / 'nodes.json', [])) or 4} "
+        + " ".join(f"-c '{key}={_toml(config[key])}'" for key in sorted(config) if key not in ("run-name", "out-dir")),
+    )
+    path = run / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def model_card(config: Mapping[str, object], rounds: int, nodes: int) -> str:
+    """The README.md of a pipeline folder."""
+    size = config["data.image-size"]
+    keys = (
+        "strategy",
+        "data.name",
+        "data.partition",
+        "train.local-steps",
+        "train.local-epochs",
+        "train.learning-rate",
+        "codec.uplink",
+        "codec.downlink",
+        "server.optimizer",
+        "server.ema-decay",
+        "seed",
+    )
+    table = "\n".join(f"| `{key}` | `{config[key]}` |" for key in keys)
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [diffusers, federated-learning, feddm]
+---
+# A diffusion model trained by {nodes} nodes that kept their images
+
+A `UNet2DModel` for {size}x{size} images, trained with FedDM (Vora et al., arXiv 2407.14730; settings ours)
+over {rounds} rounds. The weights are the exponential moving average of the global model.
+
+```python
+from diffusers import DDPMPipeline
+
+images = DDPMPipeline.from_pretrained("path/to/this/folder")(batch_size=16).images
+```
+
+| setting | value |
+|---|---|
+{table}
+
+No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
+images, and averaged updates can be inverted. Treat the model as you would treat the images.
+"""
+
+
+def megabytes(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 100 * size else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _tiles(rows: list[Row], config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(value, label, note) of the figures at the head."""
+    if not rows:
+        return []
+    last, total = rows[-1], {key: sum(row[key] for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+    up, down = total["bytes_up"], total["bytes_down"]
+    evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
+    failed = sum(row["clients_failed"] for row in rows)
+    return [
+        (
+            f"{last['round']} / {config['num-server-rounds']}",
+            "rounds",
+            f"{sum(r['seconds'] for r in rows):.0f} s in rounds",
+        ),
+        (f"{last['train_loss']:.4f}", "training loss", "mean of the last round"),
+        (
+            f"{evaluated[-1]:.4f}" if evaluated else "–",
+            "held-out loss",
+            "weights that the last evaluated round began with",
+        ),
+        (megabytes(up), "sent by nodes", f"{total['bytes_up_fp32'] / up:.2f}x less than float32" if up else ""),
+        (
+            megabytes(down),
+            "sent by the server",
+            f"{total['bytes_down_fp32'] / down:.2f}x less than float32" if down else "",
+        ),
+        (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
+    ]
+
+
+def _charts(rows: list[Row]) -> list[tuple[str, Markup]]:
+    if not rows:
+        return []
+    loss = {
+        "training": [(r["round"], r["train_loss"]) for r in rows],
+        # A round evaluates the weights it starts from: those of the round before.
+        "held-out": [(r["round"] - 1, r["eval_loss"]) for r in rows if r["eval_loss"] is not None],
+    }
+    # The untrained model's loss would flatten everything after it.
+    loss["held-out"] = [p for p in loss["held-out"] if p[0] > 0] or loss["held-out"]
+    traffic = {
+        "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
+        "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
+    }
+    return [("Loss by round", _line_chart(loss)), ("Megabytes by round", _line_chart(traffic, zero=True))]
+
+
+def _line_chart(series: Mapping[str, Points], *, zero: bool = False) -> Markup:
+    """An inline SVG with one line per series, which takes its colours from the page."""
+    width, height, left, bottom, top, right = 560, 260, 56, 28, 24, 12
+    points = [p for line in series.values() for p in line]
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y0, y1 = 0.0 if zero else min(y for _, y in points), max(y for _, y in points)
+    x1, pad = (x1 if x1 > x0 else x0 + 1), (y1 - y0) * 0.08 or abs(y1) * 0.1 or 1
+    y0, y1 = (0.0 if zero else y0 - pad), y1 + pad
+
+    def at(x: float, y: float) -> str:
+        px = left + (x - x0) / (x1 - x0) * (width - left - right)
+        py = top + (1 - (y - y0) / (y1 - y0)) * (height - top - bottom)
+        return f"{px:.1f},{py:.1f}"
+
+    parts = []
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        (ax, ay), (bx, _) = at(x0, y).split(","), at(x1, y).split(",")
+        parts.append(f'<line class="axis" x1="{ax}" y1="{ay}" x2="{bx}" y2="{ay}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{float(ay) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    ticks = sorted({round(x0 + (x1 - x0) * i / 4) for i in range(5)})
+    parts += [
+        f'<text class="tick" x="{at(x, y0).split(",")[0]}" y="{height - 8}" text-anchor="middle">{x}</text>'
+        for x in ticks
+    ]
+    for i, (label, line) in enumerate(series.items()):
+        parts.append(f'<polyline class="line s{i}" points="{" ".join(at(x, y) for x, y in line)}"/>')
+        parts += [
+            f'<circle class="dot s{i}" r="2.5" cx="{p.split(",")[0]}" cy="{p.split(",")[1]}"/>'
+            for p in (at(x, y) for x, y in line)
+        ]
+        parts.append(
+            f'<text class="label s{i}" x="{width - right - 90 * (len(series) - 1 - i)}" y="14" '
+            f'text-anchor="end">● {label}</text>'
+        )
+    names = " and ".join(series)
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{names} by round">{"".join(parts)}</svg>'
+    )
+
+
+def _grids(run: Path) -> list[dict[str, object]]:
+    """The grids in order of round, as data URIs: the averaged weights' and the raw weights'."""
+
+    def uri(path: Path) -> str:
+        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+
+    averaged = sorted(p for p in (run / "samples").glob("round-*.png") if not p.stem.endswith("-raw"))
+    return [{"round": int(p.stem[6:]), "ema": uri(p), "raw": uri(p.with_name(f"{p.stem}-raw.png"))} for p in averaged]
+
+
+def _nodes(nodes: list[Row]) -> list[Row]:
+    """The nodes with the share of each class, for the bars."""
+    classes = sorted({c for node in nodes for c in node["class_counts"]})
+    for node in nodes:
+        total = max(1, sum(node["class_counts"].values()))
+        node["bars"] = [
+            {
+                "name": c,
+                "count": node["class_counts"].get(c, 0),
+                "share": node["class_counts"].get(c, 0) / total,
+                "hue": round(360 * i / len(classes)),
+            }
+            for i, c in enumerate(classes)
+        ]
+    return nodes
+
+
+def _read_json(path: Path, otherwise: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value)  # the same for numbers, booleans and text without control characters

@@ -1,0 +1,106 @@
+"""The Jinja template of `report.html`. A Python file, since Flower ships no HTML with an app."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }} – FedDM run</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #1b1f27; --soft: #667085; --line: #e3e6ec;
+  --s0: #2563eb; --s1: #d9480f; --good: #15803d; --bad: #b91c1c; }
+@media (prefers-color-scheme: dark) { :root { --bg: #101318; --card: #181d25; --ink: #e7eaf0; --soft: #98a2b3;
+  --line: #2a313d; --s0: #7aa7ff; --s1: #ff9b66; --good: #4ade80; --bad: #f87171; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2rem 0 .75rem; }
+p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
+.badge { color: #fff; border-radius: 1rem; padding: .1rem .7rem; font-size: .85rem; background: var(--soft); }
+.badge.completed { background: #15803d; } .badge.failed { background: #b91c1c; }
+.reason { border-left: 4px solid var(--bad); padding: .5rem .9rem; background: var(--card); white-space: pre-wrap; }
+.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
+.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-top: 1.2rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1rem; }
+.card h3 { margin: 0 0 .5rem; font-size: .95rem; font-weight: 600; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+svg { width: 100%; height: auto; display: block; } .axis { stroke: var(--line); }
+.tick { fill: var(--soft); font-size: 12px; } .label { font-size: 13px; }
+.line { fill: none; stroke-width: 2; } .line.s0 { stroke: var(--s0); } .line.s1 { stroke: var(--s1); }
+.dot.s0, .label.s0 { fill: var(--s0); } .dot.s1, .label.s1 { fill: var(--s1); }
+figure { margin: 0; } figure img { width: 100%; max-width: 520px; image-rendering: pixelated; border-radius: .4rem; display: block; }
+input[type=range] { width: 100%; max-width: 520px; accent-color: var(--s0); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+td, th { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
+.bar { display: flex; height: 1rem; min-width: 200px; border-radius: .25rem; overflow: hidden; }
+code, pre { font: .85rem/1.5 ui-monospace, monospace; } pre { overflow-x: auto; margin: 0; white-space: pre-wrap; }
+summary { cursor: pointer; font-weight: 600; }
+</style>
+</head>
+<body>
+<main>
+<h1>{{ name }} <span class="badge {{ status.status }}">{{ status.status }}</span></h1>
+<p class="soft">{{ config.strategy }} · {{ config["data.name"] }} at {{ config["data.image-size"] }}×{{ config["data.image-size"] }}
+ · {{ config["data.partition"] }} · uplink {{ config["codec.uplink"] }}, downlink {{ config["codec.downlink"] }} · seed {{ config.seed }}</p>
+{% if status.reason %}<p class="reason">{{ status.reason }}</p>{% endif %}
+<section class="tiles">
+{% for value, label, note in tiles %}
+<div class="card tile"><b>{{ value }}</b>{{ label }}<div class="soft">{{ note }}</div></div>
+{% endfor %}
+</section>
+{% if grids %}
+<h2>Samples</h2>
+<p><label>Round <output id="round">{{ grids[-1].round }}</output><br>
+<input id="slider" type="range" min="0" max="{{ grids|length - 1 }}" value="{{ grids|length - 1 }}" aria-label="round of the samples"></label></p>
+<div class="row">
+<figure class="card"><h3>Moving average of the weights (shipped)</h3><img id="ema" alt="samples of the averaged weights" src="{{ grids[-1].ema }}"></figure>
+<figure class="card"><h3>Raw weights</h3><img id="raw" alt="samples of the raw weights" src="{{ grids[-1].raw }}"></figure>
+</div>
+{% endif %}
+{% if charts %}
+<h2>Curves</h2>
+<div class="row">{% for title, chart in charts %}<div class="card"><h3>{{ title }}</h3>{{ chart }}</div>{% endfor %}</div>
+<p class="soft">Held-out loss: denoising error on images kept from training, fixed noise, of the global weights after the round;
+ bytes are the coded payloads, measured.</p>
+{% endif %}
+{% if nodes %}
+<h2>Nodes</h2>
+<div class="card scroll"><table><tr><th>node</th><th>images</th><th>held out</th><th>classes</th></tr>
+{% for node in nodes %}
+<tr><td>{{ node.name }}</td><td class="n">{{ node.images }}</td><td class="n">{{ node.held_out }}</td>
+<td><div class="bar">{% for bar in node.bars %}{% if bar.count %}<span title="{{ bar.name }}: {{ bar.count }}" style="width:{{ 100 * bar.share }}%;background:hsl({{ bar.hue }} 60% 55%)"></span>{% endif %}{% endfor %}</div></td></tr>
+{% endfor %}
+</table>
+{% if nodes[0].bars %}<p class="soft">{% for bar in nodes[0].bars %}<span style="color:hsl({{ bar.hue }} 60% 55%)">■</span> {{ bar.name }} {% endfor %}</p>{% endif %}
+</div>
+{% endif %}
+{% if rows %}
+<h2>Rounds</h2>
+<div class="card scroll"><table><tr><th>round</th><th>training loss</th><th>held-out loss at start</th><th>replies</th><th>failed</th><th>bytes up</th><th>bytes down</th><th>seconds</th></tr>
+{% for row in rows %}
+<tr><td class="n">{{ row.round }}</td><td class="n">{{ "%.4f"|format(row.train_loss) }}</td><td class="n">{{ "%.4f"|format(row.eval_loss) if row.eval_loss is not none else "–" }}</td>
+<td class="n">{{ row.clients_ok }}</td><td class="n">{{ row.clients_failed }}{% for reason, n in row.failures.items() %} {{ reason }}{% endfor %}</td>
+<td class="n">{{ "{:,}".format(row.bytes_up) }}</td><td class="n">{{ "{:,}".format(row.bytes_down) }}</td><td class="n">{{ "%.1f"|format(row.seconds) }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+<h2>Configuration</h2>
+<div class="card"><details><summary>Every key, resolved</summary><div class="scroll"><table>
+{% for key, value in config.items() %}<tr><td><code>{{ key }}</code></td><td><code>{{ value }}</code></td></tr>
+{% endfor %}</table></div></details>
+<details><summary>Command that repeats this run</summary><pre>{{ command }}</pre></details></div>
+</main>
+<script>
+const grids = {{ grids|tojson }}, slider = document.getElementById("slider");
+if (slider) slider.addEventListener("input", () => {
+  const g = grids[slider.value];
+  document.getElementById("round").value = g.round;
+  document.getElementById("ema").src = g.ema;
+  document.getElementById("raw").src = g.raw;
+});
+</script>
+</body>
+</html>
+"""

@@ -1,0 +1,84 @@
+"""The server's side: configuration in, rounds, then a model, grids and a report out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from feddm_flwr import evaluation, model, report
+from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.strategy import FedDM, Round
+from feddm_flwr.tracking import RunDirectory
+
+app = ServerApp()
+log = logging.getLogger("feddm")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run, from the run config to the report."""
+    _log_to_stdout()
+    config = parse(context.run_config)
+    network = model.build(config)
+    layout = model.layout(network)
+    name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = RunDirectory(Path(config.out_dir).expanduser().resolve() / name, flatten(config))
+    log.info(
+        "run=%s strategy=%s parameters=%d rounds=%d", run.path, config.strategy, layout.size, config.num_server_rounds
+    )
+    try:
+        feddm = FedDM(config, model.to_vector(network), layout.fingerprint)
+        for done in feddm.run(grid):
+            if done.round == 1:
+                run.log_nodes([asdict(node) for _, node in sorted(feddm.nodes.items())])
+            run.log_round({k: v for k, v in asdict(done).items() if k not in ("weights", "ema")})
+            last = done.round == config.num_server_rounds
+            if last or (config.sample.every and done.round % config.sample.every == 0):
+                _sample(run, network, config, done)
+        _ship(run, network, config, done, len(feddm.nodes))
+        run.finish("completed")
+    except BaseException as error:
+        run.finish("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        page = report.write(run.path)
+    log.info(
+        "model=%s grid=%s report=%s", run.path / "model", run.path / "samples" / f"round-{done.round:04d}.png", page
+    )
+
+
+def _sample(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round) -> None:
+    """A grid of the averaged weights, and one of the raw weights beside it."""
+    scheduler, s = model.noise_scheduler(config).config, config.sample
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    for kind, weights in (("raw", done.weights), ("", done.ema)):
+        model.load_vector(network, weights)
+        images = evaluation.sample(network, scheduler, s.count, s.steps, config.seed)
+        path = run.save_grid(evaluation.grid(images), done.round, kind)
+    log.info("round=%d grid=%s", done.round, path)
+
+
+def _ship(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round, nodes: int) -> None:
+    """Write `model/`: a diffusers pipeline with the averaged weights, and its card."""
+    model.load_vector(network, done.ema)
+    with tempfile.TemporaryDirectory(dir=run.path) as folder:
+        written = Path(folder) / "model"
+        model.save_pipeline(network, config, written, report.model_card(flatten(config), done.round, nodes))
+        run.replace_folder("model", written)
+
+
+def _log_to_stdout() -> None:
+    """Our lines, marked, on standard output: `flwr log` and `feddm run` read them there."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("feddm: %(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
