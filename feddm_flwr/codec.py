@@ -7,9 +7,8 @@ out; a codec without state passes `None`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias, get_type_hints
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,10 +156,10 @@ def _squared_error(blocks: Values, codes: NDArray[np.int8], scales: Values) -> V
     return result
 
 
-REGISTRY: dict[str, Callable[..., Codec]] = {codec.name: codec for codec in (Identity, Int8)}
+REGISTRY: dict[str, type[Identity] | type[Int8]] = {codec.name: codec for codec in (Identity, Int8)}
 
 
 def make(name: str, **options: int) -> Codec:
     """The codec of that name, with those of the options that it has."""
     kind = REGISTRY[name]
-    return kind(**{key: value for key, value in options.items() if key in get_type_hints(kind)})
+    return kind(**{field.name: options[field.name] for field in fields(kind)})

@@ -29,7 +29,7 @@ SERVER_LEARNING_RATES = {"averaging": 1.0, "nesterov": 0.7, "adam": 0.01}
 #: Architectures that train on a CPU.
 MODELS: dict[str, dict[str, Scalar]] = {
     "tiny": {"model.block-channels": "16,32", "model.attention": "0,0"},
-    "small": {"model.block-channels": "64,128", "model.attention": "0,1"},
+    "small": {"model.block-channels": "48,96", "model.attention": "0,1"},
     "medium": {"model.block-channels": "64,128,128", "model.attention": "0,1,0"},
 }
 

@@ -7,7 +7,7 @@ neither end keeps state. A node trains from the weights it decoded; the server t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Channel:
         return vector
 
     def _options(self) -> dict[str, int]:
-        return {name: getattr(self.codec, name) for name in getattr(self.codec, "__dataclass_fields__", {})}
+        return {field.name: getattr(self.codec, field.name) for field in fields(self.codec)}  # type: ignore[arg-type]
 
 
 def channel(codec: str, block_size: int, clip_search: bool, layout: str, size: int) -> Channel:
