@@ -29,7 +29,7 @@ SERVER_LEARNING_RATES = {"averaging": 1.0, "nesterov": 0.7, "adam": 0.01}
 #: Architectures that train on a CPU.
 MODELS: dict[str, dict[str, Scalar]] = {
     "tiny": {"model.block-channels": "16,32", "model.attention": "0,0"},
-    "small": {"model.block-channels": "48,96", "model.attention": "0,1"},
+    "small": {"model.block-channels": "32,64", "model.attention": "0,1"},
     "medium": {"model.block-channels": "64,128,128", "model.attention": "0,1,0"},
 }
 
@@ -117,8 +117,8 @@ class Train:
     """What a node does in a round."""
 
     local_epochs: int = key(0, "passes over a node's images per round; 0: use local-steps", low=0)
-    local_steps: int = key(40, "optimizer steps per round; 0: use local-epochs", low=0)
-    batch_size: int = key(64, "images per step", low=1)
+    local_steps: int = key(100, "optimizer steps per round; 0: use local-epochs", low=0)
+    batch_size: int = key(32, "images per step", low=1)
     learning_rate: float = key(2e-3, "AdamW's step size", above=0)
     lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
     warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)
@@ -170,7 +170,7 @@ class Eval:
 class Sample:
     """The image grids."""
 
-    every: int = key(5, "rounds between grids; the last round always has one, 0: only that", low=0)
+    every: int = key(4, "rounds between grids; the last round always has one, 0: only that", low=0)
     count: int = key(64, "images in a grid", low=1, high=4096)
     steps: int = key(50, "DDIM steps", low=1)
 
@@ -184,7 +184,7 @@ class RunConfig:
         "`feddm-vanilla` averages, `feddm-prox` adds a proximal term, `feddm-quant` exchanges 8-bit weights",
         choices=(*STRATEGIES,),
     )
-    num_server_rounds: int = key(10, "rounds of federated training", low=1)
+    num_server_rounds: int = key(16, "rounds of federated training", low=1)
     seed: int = key(0, "everything random derives from it", low=0)
     run_name: str = key("", "folder of the run; empty: strategy and time")
     out_dir: str = key("runs", "folder of all runs, on the server")

@@ -116,7 +116,7 @@ def _partition(config: RunConfig, source: _Source, index: int, count: int) -> li
         ),
         "pathological": (
             d.label_column,
-            lambda: flower.PathologicalPartitioner(count, "by", d.classes_per_node, seed=seed),
+            lambda: flower.PathologicalPartitioner(count, "by", d.classes_per_node, "first-deterministic", seed=seed),
         ),
         "shard": (
             d.label_column,

@@ -63,7 +63,7 @@ class KeySpec:
         elif self.kind in (int, float):
             text = "an integer" if self.kind is int else "a number"
             bounds = [("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below)]
-            text = " ".join([text, *(f"{word} {bound:g}" for word, bound in bounds if bound is not None)])
+            text += " and".join(f" {word} {bound:g}" for word, bound in bounds if bound is not None)
         else:
             text = {bool: "true or false", str: "text"}.get(self.kind, 'integers such as "32,64,128"')
         return f"{text}, or {PRESET}" if self.default == PRESET else text

@@ -80,7 +80,7 @@ def read_header(frame: bytes) -> tuple[Header, int]:
         raise FrameError("the header's checksum is wrong")
     try:
         header = Header(**json.loads(frame[_PREFIX.size : end]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FrameError(f"the header cannot be read: {error}") from error
     texts = isinstance(header.codec, str) and isinstance(header.layout, str)
     counts = type(header.round) is int and type(header.size) is int and header.size >= 0

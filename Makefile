@@ -1,0 +1,30 @@
+# Each target works on a fresh clone: it makes the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check docs clean
+
+demo: $(VENV)/installed  ## train on handwritten digits with four simulated nodes, a few minutes on two cores
+	$(BIN)/feddm run
+
+test: $(VENV)/installed  ## the whole suite, real runs included
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed  ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+docs: $(VENV)/installed  ## write docs/configuration.md from the typed configuration
+	$(BIN)/python docs/write_configuration.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,69 @@
+"""Write docs/configuration.md from the typed configuration: `make docs`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from feddm_flwr import config
+from feddm_flwr.schema import PRESET, KeySpec, sections
+
+TARGET = Path(__file__).parent / "configuration.md"
+
+HEAD = """<!-- written by `make docs` from feddm_flwr/config.py -->
+# Configuration
+
+Every run-config key, its default and what is allowed. Set keys with `-c`:
+
+```
+feddm run -c 'strategy="feddm-quant" num-server-rounds=20 data.partition="dirichlet"'
+flwr run . --stream -c 'train.learning-rate=1e-3'
+```
+
+or put them into a TOML file and pass its path: `feddm run -c my-run.toml`. A run writes the configuration it
+used to `config.toml` in its folder. An unknown key, a wrong type or a value that is not allowed ends the run
+before any training. Text needs quotes; lists are text: `"32,64,128"`.
+
+The default `preset` means: decided by another key, see the tables at the end. Any other value is yours and wins,
+or is refused where it contradicts (`feddm-vanilla` with `train.mu` above 0).
+"""
+
+
+def text() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for prefix, section, keys in sections(config.RunConfig):
+        parts.append(f"## {f'`{prefix}*`' if prefix else 'The run'}\n")
+        if prefix:
+            parts.append(f"{inspect.getdoc(section)}\n")
+        parts.append("| key | default | allowed | meaning |\n|---|---|---|---|")
+        parts += [_row(key) for key in keys]
+        parts.append("")
+    parts.append("## What `preset` stands for\n")
+    for key, table in (
+        ("strategy", config.STRATEGIES),
+        ("model.preset", config.MODELS),
+        ("data.name", {**config.DATASETS, "anything else": config.OTHER_DATA}),
+        ("server.optimizer", {k: {"server.learning-rate": v} for k, v in config.SERVER_LEARNING_RATES.items()}),
+    ):
+        names = sorted({name for row in table.values() for name in row})
+        parts.append(f"| `{key}` | " + " | ".join(f"`{name}`" for name in names) + " |")
+        parts.append("|---" * (len(names) + 1) + "|")
+        for choice, row in table.items():
+            cells = [f"`{_toml(row[name])}`" if name in row else "must be set" for name in names]
+            parts.append(f"| {choice} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _row(key: KeySpec) -> str:
+    allowed = key.allowed().replace(f", or {PRESET}", "").replace("|", "\\|")
+    return f"| `{key.name}` | `{_toml(key.default)}` | {allowed} | {key.doc} |"
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(text(), encoding="utf-8")

@@ -1,0 +1,99 @@
+"""The mean is exact and does not depend on order; the server steps are what their papers say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feddm_flwr.aggregation import StreamingMean, Vector, ema_factor, ema_update, server_optimizer
+
+RANDOM = np.random.default_rng(0)
+
+
+def updates(count: int, size: int = 1000) -> list[tuple[Vector, int]]:
+    return [
+        ((RANDOM.standard_normal(size) * 10.0 ** RANDOM.integers(-6, 1)).astype(np.float32), int(w))
+        for w in RANDOM.integers(1, 60_000, count)
+    ]
+
+
+def mean_of(pairs: list[tuple[Vector, int]]) -> Vector:
+    mean = StreamingMean(len(pairs[0][0]))
+    for vector, weight in pairs:
+        mean.add(vector, weight)
+    return mean.mean()
+
+
+@given(st.permutations(list(range(6))))
+def test_the_order_of_arrival_does_not_matter(order: list[int]) -> None:
+    assert mean_of([PAIRS[i] for i in order]).tobytes() == mean_of(PAIRS).tobytes()
+
+
+PAIRS = updates(6)
+
+
+def test_the_mean_is_that_of_float64_rounded_once() -> None:
+    exact = np.average([v.astype(np.float64) for v, _ in PAIRS], axis=0, weights=[w for _, w in PAIRS])
+    np.testing.assert_allclose(mean_of(PAIRS), exact, rtol=1e-6, atol=1e-12)
+
+
+def test_the_mean_of_one_is_itself() -> None:
+    vector, weight = updates(1)[0]
+    np.testing.assert_allclose(mean_of([(vector, weight)]), vector, rtol=0, atol=2**-32)
+
+
+def test_what_could_overflow_is_refused_and_nothing_is_added() -> None:
+    mean = StreamingMean(2)
+    mean.add(np.array([1, 2], np.float32), 10)
+    for vector, weight in (([1e9, 0], 10), ([1, 1], 2**40), ([np.nan, 0], 1), ([np.inf, 0], 1), ([1, 1], 0)):
+        with pytest.raises(ValueError, match=r"too large|at least 1"):
+            mean.add(np.array(vector, np.float32), weight)
+    assert (mean.count, mean.weight, mean.mean().tolist()) == (1, 10, [1.0, 2.0])
+
+
+def steps(name: str, eta: float, beta: float, deltas: list[Vector]) -> Vector:
+    w = np.zeros_like(deltas[0])
+    optimizer = server_optimizer(name, eta, beta)
+    state = optimizer.init(w)
+    for delta in deltas:
+        w, state = optimizer.update(w, delta, state)
+        assert w.dtype == np.float32
+    return w
+
+
+DELTAS = [v for v, _ in updates(5)]
+
+
+def test_averaging_at_1_replaces_the_weights_by_the_mean() -> None:
+    w, delta = updates(1)[0][0], updates(1)[0][0]
+    assert server_optimizer("averaging", 1.0, 0.0).update(w, delta, {})[0].tobytes() == (w + delta).tobytes()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6, 0.9])
+def test_nesterov_is_torch_sgd_on_the_negative_update(beta: float) -> None:
+    w = torch.zeros(len(DELTAS[0]), requires_grad=True)
+    sgd = torch.optim.SGD([w], lr=0.7, momentum=beta, nesterov=beta > 0)
+    for delta in DELTAS:
+        w.grad = -torch.from_numpy(delta)
+        sgd.step()
+    np.testing.assert_allclose(steps("nesterov", 0.7, beta, DELTAS), w.detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_adam_takes_steps_of_at_most_its_learning_rate_in_the_direction_of_the_update() -> None:
+    delta = np.array([1.0, -1e-2, 0.0], np.float32)
+    w = steps("adam", 0.1, 0.9, [delta])
+    np.testing.assert_allclose(w, 0.1 * 0.1 * delta / (np.sqrt(0.99e-6 + 0.01 * delta**2) + 1e-3), rtol=1e-5)
+
+
+def test_the_average_forgets_the_start_of_a_short_run_and_keeps_the_decay_of_a_long_one() -> None:
+    assert ema_factor(0.999, 0, 40) < 1e-30
+    assert ema_factor(0.999, 10**6, 40) == pytest.approx(0.999**40)
+    assert ema_factor(0.0, 10, 1) == 0.0
+    # One round of H steps equals H rounds of one step each, once the decay is constant.
+    assert ema_factor(0.9, 10**4, 7) == pytest.approx(ema_factor(0.9, 10**4, 1) ** 7)
+    a, b = np.float32([1, 2]), np.float32([3, 6])
+    assert ema_update(a, b, 0.5).tolist() == [2, 4]
+    assert ema_update(a, b, 0.0).tolist() == b.tolist()

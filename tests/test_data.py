@@ -1,0 +1,185 @@
+"""Data: partitions, folders, parquet, and clear words about what cannot be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.data import NodeData, load_all, load_node
+
+
+def node(index: int, count: int, **keys: Any) -> NodeData:
+    return load_node(parse({k.replace("__", "."): v for k, v in keys.items()}), (index, count), None)
+
+
+def both(data: NodeData) -> list[bytes]:
+    return [image.tobytes() for image in np.concatenate([data.train, data.held_out])]
+
+
+@pytest.mark.parametrize(("partition", "lost"), [("iid", 0), ("dirichlet", 0), ("shard", 7)])
+def test_partitions_share_out_every_image_once(partition: str, lost: int) -> None:
+    """Shards are of equal size: fewer images than there are shards remain."""
+    nodes = [node(i, 4, data__partition=partition) for i in range(4)]
+    everything = Counter(image.tobytes() for image in load_all(parse({}))[0])
+    shared = Counter(b for n in nodes for b in both(n))
+    assert shared <= everything
+    assert (everything - shared).total() <= lost
+    for n in nodes:
+        assert sum(n.class_counts.values()) == len(n.train) + len(n.held_out)
+        assert n.train.dtype == np.uint8
+        assert n.train.shape[1:] == (1, 8, 8)
+
+
+def test_pathological_nodes_hold_few_classes() -> None:
+    for i in range(4):
+        assert len(node(i, 4, data__partition="pathological", **{"data__classes-per-node": 3}).class_counts) == 3
+
+
+def test_dirichlet_is_more_skewed_for_smaller_alpha() -> None:
+    def skew(alpha: float) -> float:
+        counts = [node(i, 4, data__partition="dirichlet", data__alpha=alpha).class_counts for i in range(4)]
+        return float(np.mean([max(c.values()) / sum(c.values()) for c in counts]))
+
+    assert skew(0.1) > skew(100.0) + 0.1
+
+
+def test_partitions_depend_on_the_seed_and_on_nothing_else() -> None:
+    load_node.cache_clear()
+    first = both(node(1, 4, data__partition="dirichlet"))
+    load_node.cache_clear()
+    assert both(node(1, 4, data__partition="dirichlet")) == first
+    assert both(node(1, 4, data__partition="dirichlet", seed=1)) != first
+
+
+def test_digits_keep_a_test_split() -> None:
+    train, labels = load_all(parse({}))
+    test, _ = load_all(parse({"data.split": "test"}))
+    assert (len(train), len(test)) == (1438, 359)
+    assert len(labels) == len(train)
+    assert train.max() == 255
+
+
+def test_one_image_is_always_trained_on() -> None:
+    assert len(node(0, 400, **{"data__eval-fraction": 0.99}).train) >= 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "count", "said"),
+    [
+        ({}, 2000, "for 2000 nodes and 1438 images (data.name = 'digits'): more partitions than images"),
+        ({}, 1438, "1 images are too few"),
+        ({"data__partition": "pathological", "data__classes-per-node": 11}, 4, "data.partition = 'pathological'"),
+        ({"data__partition": "natural", "data__natural-column": "writer"}, 4, "data.natural-column = 'writer'"),
+        ({"data__partition": "natural", "data__natural-column": "label"}, 11, "only 10 different values"),
+        ({"data__partition": "dirichlet", "data__label-column": "digit"}, 4, "data.label-column = 'digit'"),
+        ({"data__split": "validation"}, 4, "must be train or test for digits"),
+    ],
+)
+def test_impossible_partitions_say_why(keys: dict[str, Any], count: int, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        node(0, count, **keys)
+    assert said in str(caught.value)
+
+
+SHAPE = {"data.image-size": 16, "data.channels": 3}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of mixed size, mode and kind in two class folders."""
+    random = np.random.default_rng(0)
+    for i, (mode, size) in enumerate([("RGB", (20, 30)), ("L", (16, 16)), ("RGBA", (64, 40)), ("P", (9, 9))] * 3):
+        place = tmp_path / "images" / ("cat" if i % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(place / f"{i}.png")
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+def test_a_folder_of_mixed_images_is_one_array(folder: Path) -> None:
+    data = load_node(parse(SHAPE), None, str(folder))
+    assert data.train.shape[1:] == (3, 16, 16)
+    assert len(data.train) + len(data.held_out) == 12
+    assert data.class_counts == {"cat": 6, "dog": 6}
+    assert load_node(parse({**SHAPE, "data.channels": 1}), None, str(folder)).train.shape[1:] == (1, 16, 16)
+
+
+def test_a_folder_can_be_partitioned(folder: Path) -> None:
+    config = parse({**SHAPE, "data.name": str(folder), "data.partition": "pathological", "data.classes-per-node": 1})
+    assert [sorted(load_node(config, (i, 2), None).class_counts) for i in range(2)] == [["cat"], ["dog"]]
+
+
+def test_resizing_keeps_the_centre(tmp_path: Path) -> None:
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:, 12:52] = 255  # the centre square and a little more
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(image).save(tmp_path / "b.png")
+    assert load_node(parse(SHAPE), None, str(tmp_path)).train.min() >= 240
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 255, 255), (0, 0, 16, 8))  # white on top
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for name in ("a.png", "b.png"):
+        image.save(tmp_path / name, exif=exif)
+    pixels = load_node(parse(SHAPE), None, str(tmp_path)).train[0]
+    assert pixels[:, :8].max() == 0
+    assert pixels[:, 8:].min() == 255
+
+
+def test_broken_images_are_counted_and_named(folder: Path) -> None:
+    (folder / "cat" / "torn.png").write_bytes((folder / "cat" / "1.png").read_bytes()[:60])
+    (folder / "dog" / "empty.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError) as caught:
+        load_node(parse(SHAPE), None, str(folder))
+    said = str(caught.value)
+    assert "2 of 14 images cannot be read" in said
+    assert "cat/torn.png" in said
+    assert "dog/empty.jpg" in said
+
+
+def test_parquet_is_read_by_column(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    features = Features({"picture": ImageFeature(), "kind": ClassLabel(names=["round", "square"])})
+    images = [Image.new("RGB", (16, 16), (i, i, i)) for i in range(10)]
+    rows = {"picture": images, "kind": [i % 2 for i in range(10)]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    keys = {
+        **SHAPE,
+        "data.name": str(tmp_path / "x.parquet"),
+        "data.image-column": "picture",
+        "data.label-column": "kind",
+    }
+    data = load_node(parse(keys), (0, 2), None)
+    assert set(data.class_counts) == {"round", "square"}
+    assert len(data.train) + len(data.held_out) == 5
+    with pytest.raises(ConfigError, match=r"data.image-column = 'image': no such column; .* has \['picture', 'kind'\]"):
+        load_node(parse({**keys, "data.image-column": "image"}), (0, 2), None)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "missing.parquet"])
+def test_missing_paths_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"data-path = '{name}': no such file or folder"):
+        load_node(parse(SHAPE), None, name)
+
+
+def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no images below this folder"):
+        load_node(parse(SHAPE), None, str(tmp_path))
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_node(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}), (0, 2), None)

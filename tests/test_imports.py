@@ -1,0 +1,96 @@
+"""The house rules that a machine can check: who imports whom, what stays light, how long a file is."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "feddm_flwr"
+FILES = sorted(PACKAGE.glob("*.py"))
+
+#: What each module may import of its siblings: only what stands below it.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "schema": set(),
+    "diffusion": set(),
+    "wire": set(),
+    "aggregation": set(),
+    "tracking": set(),
+    "report_page": set(),
+    "config": {"schema"},
+    "report": {"report_page", "tracking"},
+    "codec": {"wire"},
+    "data": {"config"},
+    "model": {"config"},
+    "exchange": {"codec", "wire"},
+    "training": {"config", "data", "diffusion", "model"},
+    "evaluation": {"config", "data", "diffusion", "model"},
+    "strategy": {"aggregation", "config", "exchange"},
+    "display": {"config"},
+    "launch": {"config", "display"},
+}
+TOP = {"server_app", "client_app", "cli"}
+FLWR = {"strategy", "server_app", "client_app", "cli"}
+#: No torch at all, not even inside a function.
+NO_TORCH = {"schema", "config", "wire", "tracking", "report", "strategy", "exchange", "codec", "aggregation"}
+#: Costly to import: only inside the functions that need them, outside the modules that are about them.
+HEAVY = {"torch", "diffusers", "datasets", "flwr_datasets", "sklearn", "ray"}
+MAY_BE_HEAVY = {"diffusion", "model", "training", "evaluation", "server_app"}
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Names of the modules that a file imports; siblings as `feddm_flwr.x`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        node
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    found: set[str] = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            assert node.module
+            found |= {f"feddm_flwr.{a.name}" for a in node.names} if node.module == "feddm_flwr" else {node.module}
+    return found
+
+
+def siblings(path: Path) -> set[str]:
+    names = {name.split(".")[1] for name in imports(path) if name.startswith("feddm_flwr.")}
+    return names - {"__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_imports_point_down_only(path: Path) -> None:
+    if path.stem in TOP:
+        assert not siblings(path) & TOP
+    else:
+        assert siblings(path) <= ALLOWED[path.stem]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_flwr_and_torch_stay_where_they_belong(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    if path.stem not in FLWR:
+        assert "flwr" not in roots
+    if path.stem in NO_TORCH:
+        assert not roots & {"torch", "diffusers"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_heavy_libraries_are_imported_late(path: Path) -> None:
+    if path.stem not in MAY_BE_HEAVY:
+        assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_file_is_one_idea(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400

@@ -1,0 +1,74 @@
+"""The U-Net and its flat vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+from feddm_flwr import evaluation, model
+from feddm_flwr.config import parse
+
+TINY = parse({"model.preset": "tiny"})
+
+
+def test_vector_and_model_are_one() -> None:
+    network = model.build(TINY)
+    vector = model.to_vector(network)
+    layout = model.layout(network)
+    assert vector.shape == (layout.size,) == (sum(p.numel() for p in network.parameters()),)
+    random = np.random.default_rng(0).standard_normal(layout.size).astype(np.float32)
+    model.load_vector(network, random)
+    assert model.to_vector(network).tobytes() == random.tobytes()
+    with pytest.raises(ValueError, match="the vector has shape"):
+        model.load_vector(network, random[:-1])
+
+
+def test_initial_weights_depend_on_the_seed_only() -> None:
+    torch.manual_seed(1)
+    first = model.to_vector(model.build(TINY))
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    assert model.to_vector(model.build(TINY)).tobytes() == first.tobytes()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.to_vector(model.build(parse({"model.preset": "tiny", "seed": 1}))).tobytes() != first.tobytes()
+
+
+def test_the_fingerprint_tells_architectures_apart() -> None:
+    prints = {
+        model.layout(model.build(parse({"model.preset": "tiny", **keys}))).fingerprint
+        for keys in ({}, {"model.block-channels": "16,40"}, {"model.layers-per-block": 2}, {"data.channels": 3})
+    }
+    assert len(prints) == 4
+
+
+def test_the_shipped_folder_generates_with_diffusers_alone(tmp_path: Path) -> None:
+    config = parse({"model.preset": "tiny", "diffusion.timesteps": 10, "sample.steps": 5})
+    network = model.build(config)
+    model.save_pipeline(network, config, tmp_path / "model", "card")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=2, num_inference_steps=10).images[0].size == (8, 8)
+    assert model.to_vector(pipeline.unet).tobytes() == model.to_vector(network).tobytes()
+
+
+def test_an_image_depends_on_its_number_and_seed_not_on_the_batch() -> None:
+    network = model.build(TINY)
+    config = model.noise_scheduler(TINY).config
+    few = evaluation.sample(network, config, 3, 5, seed=1)
+    many = evaluation.sample(network, config, 10, 5, seed=1, batch_size=4)
+    # Convolutions of another batch size may add in another order.
+    assert np.abs(many[:3].astype(int) - few).max() <= 1
+    assert (evaluation.sample(network, config, 3, 5, seed=2) != few).any()
+
+
+@pytest.mark.parametrize(("count", "channels", "size"), [(1, 1, 8), (7, 3, 16), (64, 1, 28)])
+def test_grids_hold_every_image(count: int, channels: int, size: int) -> None:
+    images = np.full((count, channels, size, size), 7, np.uint8)
+    grid = np.asarray(evaluation.grid(images))
+    assert (grid == 7).any(axis=-1).sum() if channels == 3 else (grid == 7).sum()
+    scale = max(1, round(48 / size))
+    assert (grid == 7).sum() == count * channels * (size * scale) ** 2

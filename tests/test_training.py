@@ -1,0 +1,125 @@
+"""The local loop: the right gradient, the right schedule, the same bits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from feddm_flwr import model, training
+from feddm_flwr.config import RunConfig, parse
+from feddm_flwr.data import load_node
+from feddm_flwr.training import Progress
+
+CPU = torch.device("cpu")
+SMALL = {"model.preset": "tiny", "train.local-steps": 12, "train.batch-size": 16, "train.warmup-steps": 0}
+
+
+def config(**keys: object) -> RunConfig:
+    return parse({**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}})
+
+
+def trained(c: RunConfig, name: str = "node-0", number: int = 1) -> tuple[model.Vector, training.Trained]:
+    network = model.build(c)
+    data = load_node(parse({}), (0, 4), None)
+    result = training.train(network, data.train, c, name, Progress(number, 0), CPU)
+    return model.to_vector(network), result
+
+
+def test_the_proximal_gradient_is_that_of_the_objective() -> None:
+    """autograd of F(w) + mu/2 ||w - w_t||^2 equals F's gradient plus what we add."""
+    mu = 0.37
+    w = [torch.randn(5, 3, requires_grad=True), torch.randn(7, requires_grad=True)]
+    received = [torch.randn_like(p) for p in w]
+    distance = sum((p - q).square().sum() for p, q in zip(w, received, strict=True))
+    objective = sum((p**3).sum() for p in w) + mu / 2 * distance
+    expected = torch.autograd.grad(objective, w)
+    sum((p**3).sum() for p in w).backward()
+    training.add_proximal_gradient(w, received, mu)
+    for p, gradient in zip(w, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_a_strong_proximal_term_holds_the_weights_back() -> None:
+    initial = model.to_vector(model.build(config()))
+    free, held = (
+        np.linalg.norm(trained(c)[0] - initial) for c in (config(), config(strategy="feddm-prox", train__mu=100.0))
+    )
+    assert held < 0.7 * free
+
+
+def test_the_loss_falls() -> None:
+    losses = [trained(config(**{"train__local-steps": n}))[1].loss for n in (5, 60)]
+    assert losses[1] < 0.85 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_bits_and_others_do_not() -> None:
+    vector = trained(config())[0].tobytes()
+    assert trained(config())[0].tobytes() == vector
+    assert trained(config(), name="node-1")[0].tobytes() != vector
+    assert trained(config(), number=2)[0].tobytes() != vector
+    assert trained(config(seed=1))[0].tobytes() != vector
+
+
+def test_dropout_is_seeded_and_leaves_the_global_generator_alone() -> None:
+    c = config(model__dropout=0.3)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    vector = trained(c)[0].tobytes()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert trained(c)[0].tobytes() == vector
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_objective_trains(prediction: str, precision: str) -> None:
+    c = config(
+        diffusion__prediction=prediction,
+        train__precision=precision,
+        data__flip=True,
+        **{"diffusion__min-snr-gamma": 5.0},
+    )
+    vector, result = trained(c)
+    assert np.isfinite(vector).all()
+    assert result.steps == 12
+
+
+def test_epochs_are_passes_over_the_images() -> None:
+    images = len(load_node(parse({}), (0, 4), None).train)
+    c = config(**{"train__local-steps": 0, "train__local-epochs": 2, "train__batch-size": 50})
+    assert trained(c)[1].steps == 2 * math.ceil(images / 50)
+    order = training._batches(10, 4, torch.Generator().manual_seed(0))
+    epochs = [torch.cat([next(order) for _ in range(3)]) for _ in range(2)]
+    assert all(sorted(e.tolist()) == list(range(10)) for e in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_a_loss_that_is_not_finite_stops_the_node() -> None:
+    with pytest.raises(FloatingPointError, match="the training loss of node-0 became"):
+        trained(config(**{"train__learning-rate": 1e25, "train__precision": "fp32"}))
+
+
+def test_the_learning_rate_goes_on_across_rounds() -> None:
+    c = config(**{"train__warmup-steps": 30, "num-server-rounds": 5, "train__learning-rate": 1.0})
+    rates = [training.learning_rate(c, Progress(r, 12 * (r - 1)), s, 12) for r in range(1, 6) for s in range(12)]
+    top = int(np.argmax(rates))
+    assert 20 <= top <= 32
+    assert np.all(np.diff(rates[: top + 1]) > 0)
+    assert np.all(np.diff(rates[top:]) < 0)
+    assert rates[-1] < 0.01
+    flat = config(**{"train__warmup-steps": 0, "train__lr-schedule": "constant", "train__learning-rate": 0.5})
+    assert {training.learning_rate(flat, Progress(r, 0), s, 12) for r in (1, 5) for s in (0, 11)} == {0.5}
+
+
+def test_held_out_loss_is_the_same_every_time_and_knows_a_better_model() -> None:
+    c = config(**{"train__local-steps": 60})
+    images = load_node(parse({}), (0, 4), None).held_out
+    network = model.build(c)
+    first = training.held_out_loss(network, images, c, "node-0", CPU)
+    assert training.held_out_loss(network, images, c, "node-0", CPU) == first
+    training.train(network, load_node(parse({}), (0, 4), None).train, c, "node-0", Progress(1, 0), CPU)
+    assert training.held_out_loss(network, images, c, "node-0", CPU) < 0.8 * first
+    assert math.isnan(training.held_out_loss(network, images[:0], c, "node-0", CPU))
