@@ -310,12 +310,15 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
                 f"each must be a multiple of model.norm-groups = {c.model.norm_groups}"
             )
             break
-    for width, attends in zip(c.model.block_channels, c.model.attention, strict=False):
-        if attends and width % c.model.attention_head_dim:
+    # The middle of a diffusers U-Net has attention at the width of the last level.
+    attending = [w for w, on in zip(c.model.block_channels, c.model.attention, strict=False) if on]
+    for width in (*attending, c.model.block_channels[-1]):
+        if width % c.model.attention_head_dim:
             yield (
                 f"model.attention-head-dim = {c.model.attention_head_dim} is not allowed: "
-                f"must divide the {width} channels of a level with attention"
+                f"must divide the {width} channels of a level with attention (the last level always has it)"
             )
+            break
     if c.sample.steps > c.diffusion.timesteps:
         yield (
             f"sample.steps = {c.sample.steps} is not allowed: "

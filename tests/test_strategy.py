@@ -1,0 +1,333 @@
+"""The round loop against nodes that answer late, wrongly, or not at all.
+
+The nodes run the real client app; only Flower's transport is replaced by one that delivers what a
+test wants, when it wants. Runs through Flower itself are in `test_app.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from feddm_flwr import model
+from feddm_flwr.client_app import app
+from feddm_flwr.config import ConfigError, RunConfig, flatten, parse
+from feddm_flwr.strategy import FedDM, Round, RunFailedError
+
+TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else Flower makes no messages
+
+Handler = Callable[[Message], Message | None]
+
+TINY: dict[str, Any] = {
+    "model.preset": "tiny",
+    "num-server-rounds": 2,
+    "train.local-steps": 3,
+    "train.batch-size": 8,
+    "train.threads": 1,
+    "round-timeout": 60.0,
+    "max-round-retries": 0,
+}
+
+
+def config(**keys: Any) -> RunConfig:
+    return parse({**TINY, **{k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}})
+
+
+class LocalGrid(Grid):
+    """Delivers messages to handlers in this process and replies in an order of the test's choosing."""
+
+    def __init__(self, handlers: dict[int, Handler], *, backwards: bool = False) -> None:
+        self.handlers, self.backwards = handlers, backwards
+        self.messages: dict[str, Message] = {}
+        self.replies: dict[str, Message | None] = {}
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.handlers)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            name = f"{len(self.messages)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.messages[name] = message
+            yield name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        waiting = sorted((m for m in self.messages if m not in self.replies), key=int, reverse=self.backwards)
+        for name in waiting[:1]:  # one more answer becomes ready each time somebody asks
+            message = self.messages[name]
+            self.replies[name] = self.handlers[message.metadata.dst_node_id](message)
+        for name in message_ids:
+            if reply := self.replies.get(name):
+                self.replies[name] = None
+                yield reply
+
+
+def node(c: RunConfig, index: int, count: int = 4, **node_config: Any) -> Handler:
+    """A node that runs the real client app."""
+    own = {"partition-id": index, "num-partitions": count, **node_config}
+
+    def handle(message: Message) -> Message:
+        context = Context(run_id=1, node_id=index, node_config=own, state=RecordDict(), run_config=flatten(c))
+        return app(message, context)
+
+    return handle
+
+
+def nodes(c: RunConfig, count: int = 4) -> dict[int, Handler]:
+    return {1000 - i: node(c, i, count) for i in range(count)}
+
+
+def feddm(c: RunConfig) -> FedDM:
+    network = model.build(c)
+    return FedDM(c, model.to_vector(network), model.layout(network).fingerprint)
+
+
+def run(c: RunConfig, handlers: dict[int, Handler] | None = None, *, backwards: bool = False) -> list[Round]:
+    return list(feddm(c).run(LocalGrid(handlers or nodes(c), backwards=backwards)))
+
+
+def on_train(handle: Handler, change: Callable[[Message, Message], Message | None]) -> Handler:
+    """The node, with its replies to training replaced by `change(message, reply)`."""
+
+    def changed(message: Message) -> Message | None:
+        reply = handle(message)
+        assert reply
+        return change(message, reply) if message.metadata.message_type == "train" else reply
+
+    return changed
+
+
+@pytest.mark.parametrize("strategy", ["feddm-vanilla", "feddm-prox", "feddm-quant"])
+def test_the_order_of_replies_does_not_change_a_bit(strategy: str) -> None:
+    c = config(strategy=strategy, server__optimizer="nesterov")
+    assert run(c)[-1].weights.tobytes() == run(c, backwards=True)[-1].weights.tobytes()
+
+
+def frames(c: RunConfig) -> tuple[list[Round], list[tuple[str, bytes]]]:
+    """A run, and the frames that its nodes sent."""
+    sent: list[tuple[str, bytes]] = []
+
+    def record(message: Message, reply: Message) -> Message:
+        report = reply.content.config_records["report"]
+        sent.append((str(report["name"]), reply.content.array_records["weights"]["frame"].data))
+        return reply
+
+    return run(c, {i: on_train(h, record) for i, h in nodes(c).items()}), sent
+
+
+@pytest.mark.parametrize("strategy", ["feddm-vanilla", "feddm-quant"])
+def test_under_averaging_the_model_is_the_mean_of_what_the_nodes_sent(strategy: str) -> None:
+    c = config(strategy=strategy, num_server_rounds=1)
+    (done,), sent = frames(c)
+    server = feddm(c)
+    images = {node.name: node.images for node in run_nodes(c).values()}
+    mean = np.average(
+        [server._up.decode(frame, 1).astype(np.float64) for _, frame in sorted(sent)],
+        axis=0,
+        weights=[images[name] for name, _ in sorted(sent)],
+    )
+    np.testing.assert_allclose(done.weights, mean, rtol=1e-5, atol=1e-7)
+    assert done.clients_ok == 4
+    assert done.bytes_up == sum(len(frame) for _, frame in sent)
+
+
+def run_nodes(c: RunConfig) -> dict[str, Any]:
+    server = feddm(c)
+    server._wait_for_nodes(LocalGrid(nodes(c)), 1)
+    return server.nodes
+
+
+def test_quant_needs_a_quarter_of_the_bytes_each_way_and_trains_as_well() -> None:
+    quant, vanilla = (run(config(strategy=s)) for s in ("feddm-quant", "feddm-vanilla"))
+    for done in quant:
+        assert done.bytes_up_fp32 / done.bytes_up >= 3.9
+        assert done.bytes_down_fp32 / done.bytes_down >= 3.9
+    assert quant[-1].train_loss == pytest.approx(vanilla[-1].train_loss, rel=0.02)
+
+
+def test_prox_and_vanilla_differ_only_by_the_proximal_term() -> None:
+    assert (
+        run(config(strategy="feddm-prox", train__mu=1e-30))[-1].weights.tobytes() == run(config())[-1].weights.tobytes()
+    )
+
+
+def with_frame(reply: Message, frame: bytes, message: Message) -> Message:
+    arrays = ArrayRecord({"frame": Array("uint8", (len(frame),), "feddm.frame", frame)})
+    return Message(RecordDict({"weights": arrays, "report": reply.content["report"]}), reply_to=message)
+
+
+def with_report(reply: Message, message: Message, **changes: Any) -> Message:
+    report = {k: v for k, v in {**reply.content["report"], **changes}.items() if v is not None}
+    return Message(RecordDict({"weights": reply.content["weights"], "report": ConfigRecord(report)}), reply_to=message)
+
+
+def a_frame(c: RunConfig, value: float, *, number: int = 1) -> bytes:
+    up = feddm(c)._up
+    vector = np.full(up.size, 1.0, np.float32)
+    frame = bytearray(up.encode(vector, number))
+    if value != 1.0:  # past the sender's own check
+        from feddm_flwr import wire
+
+        raw = np.full(up.size, value, "<f4").view(np.uint8).reshape(-1, 4).T.tobytes()
+        frame = bytearray(wire.write(wire.read_header(bytes(frame))[0], [raw]))
+    return bytes(frame)
+
+
+C = config(num_server_rounds=1)
+FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message | None]]] = {
+    "nan weights": ("bad-frame", lambda m, r: with_frame(r, a_frame(C, np.nan), m)),
+    "huge weights": ("bad-update", lambda m, r: with_frame(r, a_frame(C, 1e30), m)),
+    "noise": ("bad-frame", lambda m, r: with_frame(r, b"noise" * 100, m)),
+    "empty frame": ("bad-frame", lambda m, r: with_frame(r, b"", m)),
+    "frame of another round": ("bad-frame", lambda m, r: with_frame(r, a_frame(C, 1.0, number=2), m)),
+    "frame of another model": (
+        "bad-frame",
+        lambda m, r: with_frame(r, a_frame(config(model__block_channels="16,64"), 1.0), m),
+    ),
+    "report of another round": ("stale", lambda m, r: with_report(r, m, round=5)),
+    "another node's name": ("stale", lambda m, r: with_report(r, m, name="node-0")),
+    "no losses": ("malformed", lambda m, r: with_report(r, m, **{"train-loss": None})),
+    "text for a count": ("malformed", lambda m, r: with_report(r, m, steps="many")),
+    "nothing in it": ("malformed", lambda m, r: Message(RecordDict(), reply_to=m)),
+    "exception": ("exception", lambda m, r: Message(Error(2, "it\nbroke"), reply_to=m)),
+    "gone": ("node-offline", lambda m, r: Message(Error(5, "gone"), reply_to=m)),
+    "process died": ("process-died", lambda m, r: Message(Error(8, "killed"), reply_to=m)),
+    "silence": ("timeout", lambda m, r: None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_node_costs_its_reply_and_nothing_else(fault: str) -> None:
+    reason, change = FAULTS[fault]
+    c = config(num_server_rounds=1, round_timeout=3.0) if fault == "silence" else C
+    handlers = nodes(c)
+    handlers[997] = on_train(handlers[997], change)  # node-3
+    (done,) = run(c, handlers)
+    assert (done.clients_ok, done.clients_failed, done.failures) == (3, 1, {reason: 1})
+    assert done.weights.tobytes() == weights_without_node_3()
+
+
+def weights_without_node_3() -> bytes:
+    handlers = nodes(C)
+    del handlers[997]
+    (done,) = run(C, handlers)
+    assert done.clients_ok == 3
+    return done.weights.tobytes()
+
+
+def test_a_node_whose_process_died_is_asked_again_and_nothing_is_lost() -> None:
+    died: list[int] = []
+
+    def once(message: Message, reply: Message) -> Message:
+        died.append(1)
+        return Message(Error(0, "actor died"), reply_to=message) if len(died) == 1 else reply
+
+    handlers = nodes(C)
+    handlers[998] = on_train(handlers[998], once)
+    (done,) = run(C, handlers)
+    (undisturbed,) = run(C)
+    assert done.clients_failed == 0
+    assert done.weights.tobytes() == undisturbed.weights.tobytes()
+    assert done.bytes_down == undisturbed.bytes_down * 5 // 4
+
+
+def failing(count: int, times: int) -> dict[int, Handler]:
+    """Nodes of which the first `count` fail the first `times` times."""
+    handlers = nodes(C)
+    left = dict.fromkeys(sorted(handlers)[:count], times)
+
+    def fail(i: int) -> Callable[[Message, Message], Message]:
+        def change(message: Message, reply: Message) -> Message:
+            left[i] -= 1
+            return Message(Error(2, "broken"), reply_to=message) if left[i] >= 0 else reply
+
+        return change
+
+    return {i: on_train(h, fail(i)) if i in left else h for i, h in handlers.items()}
+
+
+def test_a_round_with_too_few_replies_is_repeated_and_its_bytes_are_counted() -> None:
+    c = config(num_server_rounds=1, max_round_retries=1)
+    (done,) = run(c, failing(3, 1))
+    (undisturbed,) = run(c)
+    assert done.weights.tobytes() == undisturbed.weights.tobytes()
+    assert done.bytes_down == 2 * undisturbed.bytes_down
+    assert done.bytes_up > undisturbed.bytes_up
+
+
+@pytest.mark.parametrize("broken", [2, 4])
+def test_a_run_with_too_few_replies_fails_loudly(broken: int) -> None:
+    with pytest.raises(
+        RunFailedError, match=f"{4 - broken} of 4 nodes gave a good reply, 3 are needed .{broken} exception"
+    ):
+        run(config(max_round_retries=1), failing(broken, 99))
+
+
+def test_more_replies_than_nodes_cannot_be_asked_for() -> None:
+    with pytest.raises(ConfigError, match="min-replies = 5 is not allowed: only 4 nodes are asked"):
+        run(config(min_replies=5))
+
+
+def test_too_few_nodes_end_the_run_after_the_waiting_time() -> None:
+    with pytest.raises(RunFailedError, match="1 of min-nodes = 2 nodes were there after wait-timeout = 1 s"):
+        run(config(wait_timeout=1.0), {1: node(C, 0)})
+
+
+def test_what_a_node_finds_wrong_ends_the_run_before_it_starts() -> None:
+    c = config(data__partition="pathological", data__classes_per_node=11)
+    with pytest.raises(ConfigError, match=r"node-0: data.partition = 'pathological'[^\n]*\nnode-1: data.partition"):
+        run(c)
+    with pytest.raises(ConfigError, match="node-name is missing"):
+        run(C, {1: node(C, 0), 2: lambda m: app(m, Context(1, 2, {}, RecordDict(), flatten(C)))})
+
+
+def test_two_nodes_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="site: two nodes have this name; give each its own node-name"):
+        run(C, {i: node(C, i, **{"node-name": "site"}) for i in range(3)})
+
+
+def test_a_node_that_comes_back_under_another_id_keeps_its_name() -> None:
+    c = config(num_server_rounds=3)
+    grid = LocalGrid(nodes(c))
+    rounds: Iterator[Round] = feddm(c).run(grid)
+    first = next(rounds)
+    grid.handlers[5] = grid.handlers.pop(1000)  # node-0 restarts
+    assert [first.clients_ok, next(rounds).clients_ok] == [4, 4]
+    grid.handlers[6] = node(c, 3, **{"node-name": "new"})
+    assert next(rounds).clients_ok == 5
+
+
+def test_sampling_takes_a_share_by_name_and_seed() -> None:
+    c = config(fraction_train=0.5)
+    names = [f"node-{i}" for i in range(10)]
+    chosen = [feddm(c)._sample(names, r) for r in range(20)]
+    assert all(len(set(s)) == 5 for s in chosen)
+    assert chosen == [feddm(c)._sample(names, r) for r in range(20)]
+    assert len({tuple(s) for s in chosen}) > 10
+
+
+def test_ema_and_evaluation_are_reported() -> None:
+    rounds = run(config(num_server_rounds=3, eval__every=2))
+    assert [np.isfinite(r.eval_loss) for r in rounds] == [True, False, True]
+    assert rounds[-1].eval_loss < rounds[0].eval_loss
+    assert rounds[-1].ema.tobytes() != rounds[-1].weights.tobytes()
+    assert [r.local_steps for r in rounds] == [12, 12, 12]
