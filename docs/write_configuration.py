@@ -22,7 +22,8 @@ flwr run . --stream -c 'train.learning-rate=1e-3'
 
 or put them into a TOML file and pass its path: `feddm run -c my-run.toml`. A run writes the configuration it
 used to `config.toml` in its folder. An unknown key, a wrong type or a value that is not allowed ends the run
-before any training. Text needs quotes; lists are text: `"32,64,128"`.
+before any training. Give `flwr run` one `-c` only: of two that set keys of one table it loses the first (`feddm run`
+merges them). Text needs quotes; lists are text: `"32,64,128"`.
 
 The default `preset` means: decided by another key, see the tables at the end. Any other value is yours and wins,
 or is refused where it contradicts (`feddm-vanilla` with `train.mu` above 0).

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from feddm_flwr import __version__
 from feddm_flwr.config import ConfigError, parse
@@ -46,11 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         help="run-config keys, as in flwr run (docs/configuration.md has them all); may be repeated",
     )
     run.add_argument(
-        "--num-supernodes", type=_positive(int), default=4, metavar="N", help="nodes of the simulation (default 4)"
+        "--num-supernodes", type=_positive, default=4, metavar="N", help="nodes of the simulation (default 4)"
     )
     run.add_argument(
         "--client-cpus",
-        type=_positive(float),
+        type=_positive,
         default=1,
         metavar="N",
         help="cores reserved for each node that trains at a time (default 1)",
@@ -72,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
     )
-    sample.add_argument("-n", "--count", type=_positive(int), default=64, metavar="N", help="images (default 64)")
-    sample.add_argument("--steps", type=_positive(int), default=50, metavar="N", help="DDIM steps (default 50)")
+    sample.add_argument("-n", "--count", type=_positive, default=64, metavar="N", help="images (default 64)")
+    sample.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default 50)")
     sample.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
     sample.add_argument(
         "-o",
@@ -89,27 +90,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(kind: type[int] | type[float]) -> type[int]:
-    def convert(text: str) -> int | float:
-        value = kind(text)
-        if value <= 0:
-            raise ValueError
-        return value
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
-    convert.__name__ = f"positive {kind.__name__}"  # argparse names it in its error
-    return convert  # type: ignore[return-value]
+
+_positive.__name__ = "positive integer"  # argparse names it in its error
 
 
 def _run(options: argparse.Namespace) -> int:
-    from flwr.common.config import parse_config_args
-
     from feddm_flwr import launch
 
     app = launch.find_app(options.app)
-    try:
-        overrides = dict(parse_config_args(options.run_config or None))
-    except Exception as error:  # Flower raises many kinds here
-        raise ConfigError(f"--run-config {' '.join(options.run_config)!r} cannot be read: {error}") from error
+    overrides = _overrides(options.run_config)
     config = parse(overrides)
     place = launch.Simulation if launch.is_local(options.superlink) else launch.Remote
     overrides.setdefault("run-name", config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -121,6 +115,25 @@ def _run(options: argparse.Namespace) -> int:
     environment = launch.environment(telemetry=options.telemetry)
     with place(options, environment) as federation:
         return launch.follow(app, federation, overrides, config, verbose=options.verbose)
+
+
+def _overrides(arguments: list[str]) -> dict[str, Any]:
+    """The run-config keys of every `-c`, later ones winning.
+
+    Flower itself merges several `-c` by table: of two that set keys of one table it loses the first.
+    """
+    from flwr.common.config import parse_config_args
+
+    merged: dict[str, Any] = {}
+    for argument in arguments:
+        try:
+            read = parse_config_args([argument])
+        except Exception as error:  # Flower raises many kinds here
+            raise ConfigError(f"--run-config {argument!r} cannot be read: {error}") from error
+        if not read:
+            raise ConfigError(f"--run-config {argument!r}: must be 'key=value key=value' or a .toml file")
+        merged |= read
+    return merged
 
 
 def _sample(options: argparse.Namespace) -> int:

@@ -170,7 +170,7 @@ class Eval:
 class Sample:
     """The image grids."""
 
-    every: int = key(4, "rounds between grids; the last round always has one, 0: only that", low=0)
+    every: int = key(5, "rounds between grids; the last round always has one, 0: only that", low=0)
     count: int = key(64, "images in a grid", low=1, high=4096)
     steps: int = key(50, "DDIM steps", low=1)
 
@@ -184,7 +184,7 @@ class RunConfig:
         "`feddm-vanilla` averages, `feddm-prox` adds a proximal term, `feddm-quant` exchanges 8-bit weights",
         choices=(*STRATEGIES,),
     )
-    num_server_rounds: int = key(16, "rounds of federated training", low=1)
+    num_server_rounds: int = key(20, "rounds of federated training", low=1)
     seed: int = key(0, "everything random derives from it", low=0)
     run_name: str = key("", "folder of the run; empty: strategy and time")
     out_dir: str = key("runs", "folder of all runs, on the server")

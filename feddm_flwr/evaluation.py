@@ -46,17 +46,17 @@ def to_image(pixels: Images) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def grid(images: Images, cell: int = 48) -> Image.Image:
-    """The images in a near-square grid; small ones are enlarged, without smoothing, to about `cell`
-    pixels, so that an 8x8 digit can be seen."""
+def grid(images: Images, cell: int = 56) -> Image.Image:
+    """The images in a near-square grid; small ones are enlarged smoothly to about `cell` pixels, since
+    nobody reads an 8x8 digit as it is."""
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     scale = max(1, round(cell / height))
-    gap = 2
-    canvas = np.full((channels, rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap), 255)
-    for i, image in enumerate(images.repeat(scale, axis=2).repeat(scale, axis=3)):
-        top = gap + i // columns * (height * scale + gap)
-        left = gap + i % columns * (width * scale + gap)
-        canvas[:, top : top + height * scale, left : left + width * scale] = image
-    return to_image(canvas.astype(np.uint8))
+    height, width, gap = height * scale, width * scale, 2
+    size = (columns * (width + gap) + gap, rows * (height + gap) + gap)
+    canvas = Image.new("L" if channels == 1 else "RGB", size, "white")
+    for i, image in enumerate(images):
+        place = (gap + i % columns * (width + gap), gap + i // columns * (height + gap))
+        canvas.paste(to_image(image).resize((width, height), Image.Resampling.BICUBIC), place)
+    return canvas

@@ -26,8 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import tomli_w
+
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.display import Display
+from feddm_flwr.tracking import nest
 
 _START_TIMEOUT = 60.0
 
@@ -103,7 +106,7 @@ class Simulation:
             "client-resources-num-cpus": min(options.client_cpus, cores),
             "client-resources-num-gpus": gpus,
             # One actor per core at most, and no more actors than nodes.
-            "init-args-num-cpus": max(1, min(cores, round(options.num_supernodes * options.client_cpus))),
+            "init-args-num-cpus": min(cores, options.num_supernodes * options.client_cpus),
         }
         text = " ".join(f"{key}={value}" for key, value in federation.items())
         self.env, self.arguments, self.local = dict(env), ["own", "--federation-config", text], True
@@ -170,22 +173,22 @@ def follow(
     app: Path, federation: Remote | Simulation, overrides: Mapping[str, object], config: RunConfig, *, verbose: bool
 ) -> int:
     """Submit the run, show its progress, and return 0 only if it completed."""
-    arguments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    command = ["flwr", "run", str(app), *federation.arguments, "--stream"]
-    command += [part for argument in arguments for part in ("-c", argument)]
-    process = subprocess.Popen(
-        command,
-        env=federation.env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    assert process.stdout is not None
     run_id, tail = "", deque[str](maxlen=200)
-    with Display(config) as display:
+    with tempfile.TemporaryDirectory(prefix="feddm-") as folder, Display(config) as display:
+        # As a file: Flower's `-c` has no quoting, and loses keys when it is given twice.
+        file = Path(folder) / "run.toml"
+        file.write_text(tomli_w.dumps(nest(overrides)), encoding="utf-8")
+        process = subprocess.Popen(
+            ["flwr", "run", str(app), *federation.arguments, "--stream", "-c", str(file)],
+            env=federation.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is ours to handle
+        )
+        assert process.stdout is not None
         try:
             for line in process.stdout:
                 tail.append(line)
@@ -199,17 +202,11 @@ def follow(
             process.kill()
             if run_id:
                 display.print("stopping the run …")
-                subprocess.run(
-                    ["flwr", "stop", run_id, *federation.arguments[:1]],
-                    env=federation.env,
-                    capture_output=True,
-                    check=False,
-                )
+                _flwr(federation, "stop", run_id)
             display.print("stopped")
             return 130
     if not run_id:
-        print("".join(tail), file=sys.stderr)
-        print("feddm: the run could not be submitted", file=sys.stderr)
+        print("".join(tail), "feddm: the run could not be submitted", sep="\n", file=sys.stderr)
         return 1
     status, details = _status(run_id, federation)
     if status == "finished:completed" and display.done:
@@ -221,24 +218,23 @@ def follow(
     return 1
 
 
+def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> str:
+    """What a command of Flower's prints; the connection is its last argument."""
+    line = ["flwr", command, *arguments, *federation.arguments[:1]]
+    return subprocess.run(line, env=federation.env, capture_output=True, text=True, check=False).stdout
+
+
 def _status(run_id: str, federation: Remote | Simulation) -> tuple[str, str]:
     """The run's status and its details, as `flwr ls` tells them."""
-    listed: subprocess.CompletedProcess[str] | None = None
+    listed, status, details = "", "unknown", ""
     for _ in range(20):  # the log's end comes a moment before the status
-        listed = subprocess.run(
-            ["flwr", "ls", *federation.arguments[:1], "--run-id", run_id, "--format", "json"],
-            env=federation.env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        listed = _flwr(federation, "ls", f"--run-id={run_id}", "--format=json")
         try:
-            run = json.loads(listed.stdout)["runs"][0]
+            run = json.loads(listed)["runs"][0]
         except (ValueError, LookupError):
+            return "unknown", listed.strip()
+        status, details = str(run["status"]), str(run["status-details"])
+        if status.startswith("finished"):
             break
-        if str(run["status"]).startswith("finished"):
-            return str(run["status"]), str(run.get("status-details", "")).removeprefix(
-                "Simulation failed with exception: "
-            )
         time.sleep(0.5)
-    return "unknown", (listed.stdout + listed.stderr).strip() if listed else ""
+    return status, details.removeprefix("Simulation failed with exception: ")

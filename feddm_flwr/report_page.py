@@ -29,11 +29,11 @@ svg { width: 100%; height: auto; display: block; } .axis { stroke: var(--line); 
 .tick { fill: var(--soft); font-size: 12px; } .label { font-size: 13px; }
 .line { fill: none; stroke-width: 2; } .line.s0 { stroke: var(--s0); } .line.s1 { stroke: var(--s1); }
 .dot.s0, .label.s0 { fill: var(--s0); } .dot.s1, .label.s1 { fill: var(--s1); }
-figure { margin: 0; } figure img { width: 100%; max-width: 520px; image-rendering: pixelated; border-radius: .4rem; display: block; }
+figure { margin: 0; } figure img { width: 100%; max-width: 520px; border-radius: .4rem; display: block; }
 input[type=range] { width: 100%; max-width: 520px; accent-color: var(--s0); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { display: flex; height: 1rem; min-width: 200px; border-radius: .25rem; overflow: hidden; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; } pre { overflow-x: auto; margin: 0; white-space: pre-wrap; }
 summary { cursor: pointer; font-weight: 600; }
@@ -67,7 +67,7 @@ summary { cursor: pointer; font-weight: 600; }
 {% endif %}
 {% if nodes %}
 <h2>Nodes</h2>
-<div class="card scroll"><table><tr><th>node</th><th>images</th><th>held out</th><th>classes</th></tr>
+<div class="card scroll"><table><tr><th>node</th><th class="n">images</th><th class="n">held out</th><th>classes</th></tr>
 {% for node in nodes %}
 <tr><td>{{ node.name }}</td><td class="n">{{ node.images }}</td><td class="n">{{ node.held_out }}</td>
 <td><div class="bar">{% for bar in node.bars %}{% if bar.count %}<span title="{{ bar.name }}: {{ bar.count }}" style="width:{{ 100 * bar.share }}%;background:hsl({{ bar.hue }} 60% 55%)"></span>{% endif %}{% endfor %}</div></td></tr>
@@ -78,7 +78,7 @@ summary { cursor: pointer; font-weight: 600; }
 {% endif %}
 {% if rows %}
 <h2>Rounds</h2>
-<div class="card scroll"><table><tr><th>round</th><th>training loss</th><th>held-out loss at start</th><th>replies</th><th>failed</th><th>bytes up</th><th>bytes down</th><th>seconds</th></tr>
+<div class="card scroll"><table><tr>{% for head in ["round", "training loss", "held-out loss at start", "replies", "failed", "bytes up", "bytes down", "seconds"] %}<th class="n">{{ head }}</th>{% endfor %}</tr>
 {% for row in rows %}
 <tr><td class="n">{{ row.round }}</td><td class="n">{{ "%.4f"|format(row.train_loss) }}</td><td class="n">{{ "%.4f"|format(row.eval_loss) if row.eval_loss is not none else "–" }}</td>
 <td class="n">{{ row.clients_ok }}</td><td class="n">{{ row.clients_failed }}{% for reason, n in row.failures.items() %} {{ reason }}{% endfor %}</td>

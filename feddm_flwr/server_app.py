@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     network = model.build(config)
     layout = model.layout(network)
     name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunDirectory(Path(config.out_dir).expanduser().resolve() / name, flatten(config))
+    run = RunDirectory(Path(config.out_dir).expanduser().resolve() / name, flatten(replace(config, run_name="")))
     log.info(
         "run=%s strategy=%s parameters=%d rounds=%d", run.path, config.strategy, layout.size, config.num_server_rounds
     )

@@ -19,7 +19,7 @@ class RunDirectory:
     """`<out-dir>/<run-name>/`; everything that a run leaves behind is in here."""
 
     def __init__(self, path: Path, config: Mapping[str, object]) -> None:
-        """Create the folder and write `config.toml`, which `flwr run -c` takes.
+        """Create the folder and write `config.toml`, which `feddm run -c` and `flwr run -c` take.
 
         Raises:
             FileExistsError: the folder exists; a run never writes over another.

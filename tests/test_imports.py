@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"config", "data", "diffusion", "model"},
     "strategy": {"aggregation", "config", "exchange"},
     "display": {"config"},
-    "launch": {"config", "display"},
+    "launch": {"config", "display", "tracking"},
 }
 TOP = {"server_app", "client_app", "cli"}
 FLWR = {"strategy", "server_app", "client_app", "cli"}

@@ -1,0 +1,336 @@
+"""The product as its users start it: real runs through Flower, as processes of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+QUICK = (
+    'model.preset="tiny" num-server-rounds=2 train.local-steps=10 train.warmup-steps=5 sample.steps=10 sample.count=9 '
+    "train.learning-rate=5e-3"
+)
+
+
+def feddm(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "feddm", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def train(folder: Path, name: str, config: str = "", *arguments: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """`feddm run` with a quick configuration; the outcome and the run's folder."""
+    done = feddm("run", *arguments, "-c", QUICK, "-c", f'run-name="{name}" {config}', cwd=folder)
+    return done, folder / "runs" / name
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checksum(run: Path) -> str:
+    return hashlib.sha256((run / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def vanilla(folder: Path) -> Path:
+    done, run = train(folder, "vanilla", 'strategy="feddm-vanilla"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    for place in (run / "model", run / "samples" / "round-0002.png", run / "report.html"):
+        assert str(place) in done.stdout
+        assert place.exists()
+    return run
+
+
+def test_a_run_leaves_what_it_promises(vanilla: Path) -> None:
+    lines = rows(vanilla)
+    config = tomllib.loads((vanilla / "config.toml").read_text())
+    assert (config["train"]["local-steps"], config["train"]["warmup-steps"], config["sample"]["count"]) == (10, 5, 9)
+    assert [line["round"] for line in lines] == [1, 2]
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    assert lines[1]["eval_loss"] < lines[0]["eval_loss"]
+    assert all(line["clients_ok"] == 4 and line["clients_failed"] == 0 for line in lines)
+    assert json.loads((vanilla / "status.json").read_text())["status"] == "completed"
+    assert list((vanilla / "tensorboard").glob("events.*"))
+    with Image.open(vanilla / "samples" / "round-0002-raw.png") as grid:
+        assert grid.size == (176, 176)
+    report = (vanilla / "report.html").read_text()
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "https://" not in report
+    assert "node-3" in report
+
+
+def test_the_model_loads_with_diffusers_alone(vanilla: Path) -> None:
+    code = (
+        f"from diffusers import DDPMPipeline; p = DDPMPipeline.from_pretrained({str(vanilla / 'model')!r});"
+        "import sys; print(p(batch_size=1, num_inference_steps=5).images[0].size, 'feddm_flwr' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "(8, 8) False"
+
+
+@pytest.mark.parametrize("strategy", ["feddm-prox", "feddm-quant"])
+def test_strategies_are_swapped_by_run_config(strategy: str, vanilla: Path, folder: Path) -> None:
+    done, run = train(folder, strategy, f'strategy="{strategy}"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line, of_vanilla in zip(rows(run), rows(vanilla), strict=True):
+        assert line["train_loss"] == pytest.approx(of_vanilla["train_loss"], rel=0.05)
+        if strategy == "feddm-quant":
+            assert line["bytes_up_fp32"] >= 3.9 * line["bytes_up"]
+            assert line["bytes_down_fp32"] >= 3.9 * line["bytes_down"]
+    assert checksum(run) != checksum(vanilla)
+
+
+def test_one_actor_gives_the_same_bits_as_two(vanilla: Path, folder: Path) -> None:
+    done, run = train(folder, "one-actor", "", "--client-cpus", str(os.cpu_count()))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert checksum(run) == checksum(vanilla)
+
+
+def test_flwr_run_works_alone_and_gives_the_same_bits(vanilla: Path, folder: Path) -> None:
+    """Plain Flower, its own local SuperLink and its run-time installation included."""
+    env = private_flower(folder / "flower-home")
+    out = folder / "plain"
+    four_nodes = "num-supernodes=4 client-resources-num-cpus=1"
+    command = ["flwr", "run", str(ROOT), "--stream", "--federation-config", four_nodes]
+    try:
+        done = subprocess.run(
+            [*command, "-c", QUICK, "-c", f'run-name="plain" out-dir="{out}"'],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=folder,
+        )
+        assert "report=" in done.stdout, done.stdout + done.stderr
+    finally:
+        end_superlink(int(env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]))
+    assert checksum(out / "plain") == checksum(vanilla)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def private_flower(home: Path) -> dict[str, str]:
+    home.mkdir()
+    return {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def end_superlink(port: int) -> None:
+    """End the SuperLink of that port, by its pid, and what it started."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if any("flower-superlink" in part for part in line) and str(port) in line:
+            end(process)
+
+
+def end(process: psutil.Process) -> None:
+    family = [*process.children(recursive=True), process]
+    for one in family:
+        one.terminate()
+    for one in psutil.wait_procs(family, timeout=10)[1]:
+        one.kill()
+
+
+def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Path) -> None:
+    for output in ("grid.png", "folder/", "images.npz"):
+        done = feddm("sample", str(vanilla), "-n", "5", "--steps", "4", "--seed", "3", "-o", output, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    images = np.load(tmp_path / "images.npz")["images"]
+    assert images.shape == (5, 8, 8, 1)
+    for i, image in enumerate(images):
+        with Image.open(tmp_path / "folder" / f"{i:05d}.png") as written:
+            assert (np.asarray(written) == image[..., 0]).all()
+    assert (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "-c", 'num-server-rounds="two"'], "num-server-rounds = 'two' is not allowed: must be an integer"),
+        (["run", "-c", "train.learnig-rate=1.0"], "train.learnig-rate = 1.0: no such key; did you mean"),
+        (["run", "-c", "data.alpha=oops"], "--run-config 'data.alpha=oops' cannot be read"),
+        (["run", "-c", "oops"], "--run-config 'oops': must be 'key=value key=value' or a .toml file"),
+        (["run", "nowhere"], "SUPERLINK = 'nowhere': no such connection"),
+        (["run", "--app", "."], "--app = '.': no pyproject.toml of this app there"),
+        (["run", "--num-supernodes", "0"], "argument --num-supernodes: invalid positive integer value: '0'"),
+        (["sample", "nothing"], "MODEL_OR_RUN = 'nothing': no run with a model/"),
+        (["report", "nothing"], "RUN = 'nothing': not a run's folder"),
+    ],
+)
+def test_wrong_input_is_refused_at_once(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = feddm(*arguments, cwd=tmp_path, env={**os.environ, "FLWR_HOME": str(tmp_path)})
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_never_writes_over_another(vanilla: Path, folder: Path) -> None:
+    done, _ = train(folder, "vanilla")
+    assert done.returncode == 2
+    assert "run-name = 'vanilla'" in done.stderr
+    assert "exists; choose another name" in done.stderr
+
+
+def test_what_the_nodes_find_wrong_fails_the_run(folder: Path) -> None:
+    done, run = train(folder, "bad-partition", 'data.partition="pathological" data.classes-per-node=11')
+    assert done.returncode == 1
+    assert "node-2: data.partition = 'pathological' for 4 nodes and 1438 images" in done.stderr
+    assert json.loads((run / "status.json").read_text())["status"] == "failed"
+    assert not (run / "model").exists()
+
+
+def test_a_run_whose_nodes_all_fail_is_a_failed_run(folder: Path) -> None:
+    done, run = train(folder, "diverged", 'train.learning-rate=1e25 train.precision="fp32" max-round-retries=1')
+    assert done.returncode == 1
+    assert "0 of 4 nodes gave a good reply, 3 are needed (4 exception); gave up after 2 attempts" in done.stderr
+    assert "the training loss of node-0 became nan in round 1" in done.stdout
+    assert not (run / "model").exists()
+
+
+def start(folder: Path, name: str, config: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [BIN / "feddm", "run", *arguments, "-c", QUICK, "-c", f'run-name="{name}" {config}']
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def actor_at_work(process: subprocess.Popen[str]) -> psutil.Process:
+    """A simulated client's process that is training, below the `feddm run` process."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                # Ray renames a process while it runs a method; an introduction uses next to no time.
+                if child.cmdline()[:1] == ["ray::ClientAppActor.run"] and child.memory_info().rss > 400e6:
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.05)
+    raise AssertionError("no simulated client was seen at work")
+
+
+def test_a_client_process_that_is_killed_costs_nothing_where_others_are_left(folder: Path, vanilla: Path) -> None:
+    process = start(folder, "killed", "train.local-steps=60")
+    actor_at_work(process).kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "process-died" in output
+    assert "asked again" in output
+    assert [line["clients_ok"] for line in rows(folder / "runs" / "killed")] == [4, 4]
+
+
+def test_killing_the_only_client_process_fails_the_run(folder: Path) -> None:
+    process = start(folder, "killed-all", "train.local-steps=60", "--client-cpus", str(os.cpu_count()))
+    actor_at_work(process).kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert re.search(r"[01] of 4 nodes gave a good reply, 3 are needed \([34] process-died\)", output)
+    assert not (folder / "runs" / "killed-all" / "model").exists()
+
+
+def test_ctrl_c_stops_the_run_and_leaves_no_process(folder: Path) -> None:
+    process = start(folder, "stopped", "num-server-rounds=500")
+    actor_at_work(process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 3
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped" in output
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink and two SuperNodes on loopback, each with an image folder of its own."""
+    env = private_flower(tmp_path / "home")
+    env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    (tmp_path / "home" / "config.toml").write_text(f'[superlink.own]\naddress = "{address}"\ninsecure = true\n')
+    commands = [["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]]
+    random = np.random.default_rng(0)
+    for site in ("north", "south"):
+        images = tmp_path / site / "images"
+        images.mkdir(parents=True)
+        for i in range(20):
+            pixels = np.kron(random.integers(0, 256, (4, 4)), np.ones((4, 4))).astype(np.uint8)
+            Image.fromarray(pixels).save(images / f"{i}.png")
+        own = f'node-name="{site}" data-path="{images}"'
+        commands.append(
+            ["flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()), "--node-config", own]
+        )
+    processes = []
+    try:
+        for i, command in enumerate(commands):
+            log = (tmp_path / f"{i}.log").open("wb")
+            processes.append(psutil.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
+            if i == 0:
+                wait_for(f"http://{address}/health")
+        yield env
+    finally:
+        for process in processes:
+            end(process)
+
+
+def wait_for(url: str) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} does not answer")
+
+
+def test_the_same_app_runs_on_real_nodes_with_their_own_images(federation: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = feddm(
+        "run", "own", "-c", QUICK, "-c", f'num-server-rounds=1 data.image-size=16 out-dir="{out}" run-name="real"',
+        "-c", 'data.name="own" data.channels=1 strategy="feddm-quant"',
+        cwd=tmp_path, env=federation,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {node["name"]: node["images"] for node in json.loads((out / "real" / "nodes.json").read_text())} == {
+        "north": 18,
+        "south": 18,
+    }
+    (line,) = rows(out / "real")
+    assert line["clients_ok"] == 2
+    assert (out / "real" / "model" / "unet").is_dir()
