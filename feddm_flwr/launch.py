@@ -8,11 +8,11 @@ first, outlive the run, and run this code with another project's packages.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 import tomli_w
 
 from feddm_flwr.config import ConfigError, RunConfig
@@ -151,13 +152,21 @@ class Simulation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The simulation and Ray's processes are in the SuperLink's session: none may stay behind.
-        for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-            try:
-                os.killpg(self._process.pid, sign)
-                self._process.wait(patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        # A simulation that was stopped leaves Ray's processes behind, in sessions of their own. They
+        # have our environment; those that Ray renames can no longer show it, but are their children.
+        family: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == self.env["FLWR_HOME"]:
+                    family += [process, *process.children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         self._log.close()
         shutil.rmtree(self._home, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.aggregation import StreamingMean, ema_factor, ema_update, server_optimizer
@@ -282,11 +282,11 @@ class FedDM:
                             through += 1
                             yield node_id, reply.content
                         elif _ERRORS.get(reply.error.code) == "process-died":
-                            last[node_id] = f"process-died: {_first_line(reply.error.reason)}"
+                            last[node_id] = f"process-died: {_gist(reply.error)}"
                             again.append(node_id)
                         else:
                             code = _ERRORS.get(reply.error.code, f"error-{reply.error.code}")
-                            yield node_id, f"{code}: {_first_line(reply.error.reason)}"
+                            yield node_id, f"{code}: {_gist(reply.error)}"
             for node_id in pending.values():
                 yield node_id, f"timeout: no reply within round-timeout = {self.config.round_timeout:g} s"
             if not through or time.monotonic() >= deadline:
@@ -366,6 +366,8 @@ def _weighted(values: Iterable[tuple[str, float, int]]) -> float:
     return sum(v * w for _, v, w in ordered) / sum(w for _, _, w in ordered)
 
 
-def _first_line(text: object) -> str:
-    lines = str(text).strip().splitlines()
-    return lines[0][:300] if lines else "no reason given"
+def _gist(error: Error) -> str:
+    """The line that tells: the last of a traceback, else the first."""
+    lines = str(error.reason).strip().strip("<'>").splitlines() or ["no reason given"]
+    last = _ERRORS.get(error.code) == "exception"
+    return lines[-1 if last else 0].strip().rpartition("ClientAppException: ")[2][:300]
