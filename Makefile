@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check docs clean
 
 demo: $(VENV)/installed  ## train on handwritten digits with four simulated nodes, a few minutes on two cores
-	$(BIN)/feddm run
+	$(BIN)/feddm run local
 
 test: $(VENV)/installed  ## the whole suite, real runs included
 	$(BIN)/python -m pytest

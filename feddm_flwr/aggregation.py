@@ -25,7 +25,9 @@ class StreamingMean:
     the mean has the same bits whatever the order. Memory: 8 bytes per value, however many vectors.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, total_weight: int) -> None:
+        """`total_weight` is what all vectors that may come weigh together."""
+        self._total = total_weight
         self._sum: NDArray[np.int64] = np.zeros(size, np.int64)
         self.weight = 0
         self.count = 0
@@ -34,13 +36,12 @@ class StreamingMean:
         """Add a finite vector, weighted by a number of images.
 
         Raises:
-            ValueError: weight < 1, or the values are so large that the sum could overflow; nothing
-                was added then.
+            ValueError: the values are so large that a sum of such vectors could overflow; nothing
+                was added then. This too does not depend on the order.
         """
-        if weight < 1:
-            raise ValueError(f"the weight is {weight}: must be at least 1")
+        assert 1 <= weight <= self._total - self.weight, (weight, self.weight, self._total)
         largest = float(np.abs(vector).max(initial=0))
-        if not largest * (self.weight + weight) * 2.0**FRACTION_BITS < _LIMIT:
+        if not largest * self._total * 2.0**FRACTION_BITS < _LIMIT:
             raise ValueError(f"the update has values up to {largest:.3g}: too large to add up exactly")
         scale = weight * 2.0**FRACTION_BITS
         for start in range(0, len(vector), _CHUNK):  # bounds the temporaries

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from feddm_flwr import __version__
-from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config import ConfigError, RunConfig, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "superlink",
         nargs="?",
-        help="SuperLink connection of Flower's config.toml; without it, or with a local one: a simulation",
+        help="SuperLink connection of Flower's config.toml; local is a simulation (default: its default, else local)",
     )
     run.add_argument(
         "-c",
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--client-gpus",
-        type=float,
+        type=_share,
         metavar="X",
         help="GPUs for each node that trains at a time; 0.25 puts four on one (default: 1 where there is one)",
     )
@@ -96,25 +97,49 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-_positive.__name__ = "positive integer"  # argparse names it in its error
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 64:
+        raise ValueError
+    return float(text)
+
+
+_share.__name__ = "number of GPUs"  # argparse names these in its errors
+_positive.__name__ = "positive integer"
 
 
 def _run(options: argparse.Namespace) -> int:
-    from feddm_flwr import launch
+    from feddm_flwr import launch, report, tracking
 
     app = launch.find_app(options.app)
     overrides = _overrides(options.run_config)
     config = parse(overrides)
     place = launch.Simulation if launch.is_local(options.superlink) else launch.Remote
-    overrides.setdefault("run-name", config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}")
+    overrides["run-name"] = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.out_dir).expanduser().resolve() / overrides["run-name"]
     if place is launch.Simulation:
-        overrides["out-dir"] = str(Path(config.out_dir).expanduser().resolve())
-        folder = Path(overrides["out-dir"]) / str(overrides["run-name"])
-        if folder.exists():
-            raise ConfigError(f"run-name = {overrides['run-name']!r}: {folder} exists; choose another name")
+        overrides["out-dir"] = str(folder.parent)
+        _check_simulation(config, options.num_supernodes, folder)
     environment = launch.environment(telemetry=options.telemetry)
+    launch.end_by_signal()
     with place(options, environment) as federation:
-        return launch.follow(app, federation, overrides, config, verbose=options.verbose)
+        code = launch.follow(app, federation, overrides, config, verbose=options.verbose)
+    if code == launch.STOPPED and place is launch.Simulation and folder.is_dir():
+        tracking.write_status(folder, "stopped")
+        print(f"  report  {report.write(folder)}")
+    return code
+
+
+def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
+    """What would end a simulation is known before it starts.
+
+    Raises:
+        ConfigError: the run's folder exists, or there are too few nodes.
+    """
+    if folder.exists():
+        raise ConfigError(f"run-name = {config.run_name!r}: {folder} exists; choose another name")
+    for key, value in (("min-nodes", config.min_nodes), ("min-replies", config.min_replies)):
+        if value > nodes:
+            raise ConfigError(f"{key} = {value} is not allowed: must be at most --num-supernodes = {nodes}")
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:
@@ -130,7 +155,9 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
             read = parse_config_args([argument])
         except Exception as error:  # Flower raises many kinds here
             raise ConfigError(f"--run-config {argument!r} cannot be read: {error}") from error
-        if not read:
+        # Flower passes over what it does not understand.
+        left = "" if argument.endswith(".toml") else re.sub(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)", "", argument).strip()
+        if left or not read:
             raise ConfigError(f"--run-config {argument!r}: must be 'key=value key=value' or a .toml file")
         merged |= read
     return merged
@@ -148,25 +175,23 @@ def _sample(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"MODEL_OR_RUN = {str(options.model)!r}: no run with a model/ and no pipeline folder (model_index.json)"
         )
+    output, as_folder = Path(options.output), options.output.endswith(("/", os.sep)) or Path(options.output).is_dir()
+    if not as_folder and output.suffix not in (".png", ".npz"):
+        raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
     pipeline = DDPMPipeline.from_pretrained(folder)
     limit = pipeline.scheduler.config.num_train_timesteps
     if options.steps > limit:
         raise ConfigError(f"--steps = {options.steps}: must be at most {limit}, the model's noise levels")
     network = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
     images = evaluation.sample(network, pipeline.scheduler.config, options.count, options.steps, options.seed)
-    output = Path(options.output)
-    if options.output.endswith(("/", os.sep)) or output.is_dir():
-        output.mkdir(parents=True, exist_ok=True)
+    (output if as_folder else output.parent).mkdir(parents=True, exist_ok=True)
+    if as_folder:
         for i, image in enumerate(images):
             evaluation.to_image(image).save(output / f"{i:05d}.png")
+    elif output.suffix == ".npz":
+        np.savez_compressed(output, images=images.transpose(0, 2, 3, 1))
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".npz":
-            np.savez_compressed(output, images=images.transpose(0, 2, 3, 1))
-        elif output.suffix == ".png":
-            evaluation.grid(images).save(output)
-        else:
-            raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
+        evaluation.grid(images).save(output)
     print(f"{len(images)} images: {output}")
     return 0
 

@@ -7,28 +7,33 @@ message, and an introduction needs neither.
 from __future__ import annotations
 
 import json
+import logging
+import re
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from feddm_flwr.config import ConfigError, RunConfig, parse
+from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig, parse
 from feddm_flwr.data import NodeData, load_node
 
 app = ClientApp()
+log = logging.getLogger("feddm")
 
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
     """Who this node is, how many images it has of which class, and what it finds wrong."""
-    report = ConfigRecord({"problem": "", "images": 0, "held-out": 0, "class-counts": "{}"})
+    report = ConfigRecord({"name": "unnamed", "problem": "", "images": 0, "held-out": 0, "class-counts": "{}"})
     try:
         report["name"] = node_name(context)
         data = _data(parse(context.run_config), context)
         report["images"], report["held-out"] = len(data.train), len(data.held_out)
         report["class-counts"] = json.dumps(data.class_counts)
     except ConfigError as error:
-        report.setdefault("name", f"node id {context.node_id}")
         report["problem"] = str(error)
+    except Exception as error:  # whatever it is, the run must hear of it before it starts
+        log.exception("this node cannot take part")
+        report["problem"] = f"{type(error).__name__}: {error}"
     return Message(RecordDict({"report": report}), reply_to=message)
 
 
@@ -46,7 +51,7 @@ def train(message: Message, context: Context) -> Message:
     assert isinstance(steps_before, int)
 
     device = training.prepare_process(config)
-    network = model.build(config)
+    network = model.build(config).to(device)
     layout, c = model.layout(network), config.codec
     down = channel(c.downlink, c.block_size, c.clip_search, layout.fingerprint, layout.size)
     up = channel(c.uplink, c.block_size, c.clip_search, layout.fingerprint, layout.size)
@@ -63,7 +68,6 @@ def train(message: Message, context: Context) -> Message:
             "steps": trained.steps,
             "train-loss": trained.loss,
             "eval-loss": eval_loss,
-            "held-out": len(held_out),
         }
     )
     content = RecordDict(
@@ -79,13 +83,14 @@ def node_name(context: Context) -> str:
     """`node-name` of the node config, else `node-<partition-id>`: Flower's own ids are random.
 
     Raises:
-        ConfigError: the node config has neither.
+        ConfigError: the node config has neither, or the name has characters that a name may not have.
     """
     own = context.node_config
-    if "node-name" in own:
-        return str(own["node-name"])
-    if "partition-id" in own:
-        return f"node-{own['partition-id']}"
+    name = str(own.get("node-name", f"node-{own['partition-id']}" if "partition-id" in own else ""))
+    if re.fullmatch(NODE_NAME, name):
+        return name
+    if name:
+        raise ConfigError(f"node-name = {name!r} is not allowed: must be 1 to 64 letters, digits, '.', '_' or '-'")
     raise ConfigError("node-name is missing: start the SuperNode with --node-config 'node-name=\"site-a\" …'")
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 from feddm_flwr.schema import PRESET, ConfigError, KeySpec, Scalar, key, sections
 
-__all__ = ["ConfigError", "RunConfig", "defaults", "derive_seed", "flatten", "parse"]
+__all__ = ["ConfigError", "RunConfig", "defaults", "derive_seed", "flatten", "local_steps", "parse"]
 
+#: A node's name: it goes into logs, seeds and file names.
+NODE_NAME = r"[\w.-]{1,64}"
 #: What each strategy decides unless the user does (paper: FedDM, arXiv 2407.14730; settings ours).
 STRATEGIES: dict[str, dict[str, Scalar]] = {
     "feddm-vanilla": {"train.mu": 0.0, "codec.uplink": "none", "codec.downlink": "none"},
@@ -140,6 +142,7 @@ class Codec:
 
     uplink: str = key(PRESET, "coding of what nodes send", choices=("none", "int8"))
     downlink: str = key(PRESET, "coding of what the server sends", choices=("none", "int8"))
+    target: str = key("weights", "what is coded: the weights themselves (the paper's scheme)", choices=("weights",))
     block_size: int = key(256, "values that share a scale", low=8, high=65536)
     clip_search: bool = key(
         True, "per block, choose the clipping range with the least squared error (slower to encode)"
@@ -287,6 +290,8 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
             f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r} with "
             "strategy = 'feddm-vanilla': both must be none, or use feddm-quant"
         )
+    if c.strategy == "feddm-quant" and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
+        yield "codec.uplink = 'none', codec.downlink = 'none' with strategy = 'feddm-quant': use feddm-vanilla"
     if c.data.channels == 2:
         yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
     if c.data.partition == "natural" and not c.data.natural_column:
@@ -341,6 +346,11 @@ def flatten(config: RunConfig) -> dict[str, Scalar]:
         for spec in specs:
             flat[spec.name] = _text(getattr(part, spec.name.removeprefix(prefix).replace("-", "_")))
     return flat
+
+
+def local_steps(config: RunConfig, images: int) -> int:
+    """How many optimizer steps a node with that many training images takes in a round."""
+    return config.train.local_steps or config.train.local_epochs * -(-images // config.train.batch_size)
 
 
 def derive_seed(*parts: object) -> int:

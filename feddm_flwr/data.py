@@ -7,6 +7,7 @@ side resized to `data.image-size` with Pillow's antialiased bicubic filter, cent
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.uint8]  # (N, C, H, W)
 
+log = logging.getLogger("feddm")
+
+_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _DIGITS_TEST_SHARE = 5  # one digit in five is kept apart from training, as split "test"
 
 
@@ -66,7 +70,7 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
         ConfigError: a key does not fit the data, or images cannot be read.
     """
     if data_path:
-        source = _open(config, data_path, f"data-path = {data_path!r}")
+        source = _open(config, data_path, f"data-path = {data_path!r}", own=True)
         rows = list(range(len(source.table)))
     elif partition:
         source = _open(config, config.data.name, f"data.name = {config.data.name!r}")
@@ -141,8 +145,8 @@ def _partition(config: RunConfig, source: _Source, index: int, count: int) -> li
     partitions = make()
     partitions.dataset = Dataset.from_dict(columns)
     try:
-        if partitions.num_partitions < count:
-            raise ValueError(f"the column has only {partitions.num_partitions} different values")
+        if d.partition == "natural" and partitions.num_partitions != count:
+            raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
         chosen: list[int] = partitions.load_partition(index)["row"][:]
     except (ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"{problem}: {error}") from error
@@ -150,38 +154,38 @@ def _partition(config: RunConfig, source: _Source, index: int, count: int) -> li
 
 
 @lru_cache(maxsize=2)
-def _open(config: RunConfig, name: str, origin: str) -> _Source:
-    """A data set by name or path, nothing decoded yet."""
+def _open(config: RunConfig, name: str, origin: str, own: bool = False) -> _Source:
+    """A data set by name or path, nothing decoded yet. A node's `own` must be here: no name is looked
+    up elsewhere, and no file's name goes into a message."""
     import datasets
 
-    if name == "digits":
+    if name == "digits" and not own:
         return _digits(config, origin)
     path = Path(name).expanduser()
     if path.is_dir() and not sorted(path.glob("*.parquet")):
-        return _folder(config, path, origin)
+        return _folder(config, path, origin, own)
+    if not path.exists() and (own or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
+        raise ConfigError(f"{origin}: no such file or folder")
+    column = config.data.image_column
     try:
         if path.exists():
             files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
             table = datasets.load_dataset("parquet", data_files=files, split="train")
-        elif path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet":
-            raise ConfigError(f"{origin}: no such file or folder")
         else:
             table = datasets.load_dataset(name, split=config.data.split)
-    except ConfigError:
-        raise
+        if column in table.column_names:
+            table = table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # the library raises many kinds for many causes
         raise ConfigError(
-            f"{origin}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); it must be "
-            "digits, a Hugging Face data set id in reach, a folder of images or a parquet file"
+            f"{origin}: cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}); must be digits, "
+            f"a Hugging Face data set id in reach, a folder of images, or parquet with images in column {column!r}"
         ) from error
-    column = config.data.image_column
     if column not in table.column_names:
         raise ConfigError(f"data.image-column = {column!r}: no such column; {origin} has {table.column_names}")
-    table = table.cast_column(column, datasets.Image(decode=False))
 
     def decode(rows: Sequence[int]) -> Images:
         cells = table.select(rows)[column]
-        files = [cell["bytes"] or Path(cell["path"]) for cell in cells]
+        files = [cell and (cell["bytes"] or Path(cell["path"])) for cell in cells]
         return _decode(config, files, [f"row {row}" for row in rows], origin)
 
     return _Source(origin, table, decode)
@@ -207,27 +211,26 @@ def _digits(config: RunConfig, origin: str) -> _Source:
     return _Source(origin, table, decode)
 
 
-def _folder(config: RunConfig, path: Path, origin: str) -> _Source:
+def _folder(config: RunConfig, path: Path, origin: str, own: bool) -> _Source:
     """Images below a folder; the class is the name of the first subfolder, where there is one."""
     from datasets import Dataset
 
-    known = Image.registered_extensions()
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in _ENDINGS and p.is_file())
     if not files:
-        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(sorted(known))}")
+        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(_ENDINGS)}")
     parts = [p.relative_to(path).parts for p in files]
     columns: dict[str, list[str]] = {"file": [str(Path(*part)) for part in parts]}
     if all(len(part) > 1 for part in parts):
         columns[config.data.label_column] = [part[0] for part in parts]
 
     def decode(rows: Sequence[int]) -> Images:
-        chosen = [files[i] for i in rows]
-        return _decode(config, chosen, [columns["file"][i] for i in rows], origin)
+        names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
+        return _decode(config, [files[i] for i in rows], names, origin)
 
     return _Source(origin, Dataset.from_dict(columns), decode)
 
 
-def _decode(config: RunConfig, files: Sequence[bytes | Path], names: Sequence[str], origin: str) -> Images:
+def _decode(config: RunConfig, files: Sequence[bytes | Path | None], names: Sequence[str], origin: str) -> Images:
     """Decode image files, all or none.
 
     Raises:
@@ -237,15 +240,18 @@ def _decode(config: RunConfig, files: Sequence[bytes | Path], names: Sequence[st
     broken: list[str] = []
     for file, name in zip(files, names, strict=True):
         try:
+            if file is None:
+                raise ValueError("no image")
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 images.append(_fit(config, image))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            broken.append(f"{name} ({error})")
+        except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+            log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else name, error)
+            broken.append(f"{name} ({type(error).__name__})")
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ConfigError(
             f"{origin}: {len(broken)} of {len(names)} images cannot be read: {', '.join(broken[:3])}{more}; "
-            "repair or remove them"
+            "repair or remove them (the node's own log has every name and cause)"
         )
     return np.stack(images)
 
@@ -253,6 +259,8 @@ def _decode(config: RunConfig, files: Sequence[bytes | Path], names: Sequence[st
 def _fit(config: RunConfig, image: Image.Image) -> Images:
     """One image as uint8 (C, H, W), by the rule at the head of this file."""
     size = config.data.image_size
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode}: more than 8 bits for a channel are not supported")
     image = ImageOps.exif_transpose(image).convert("L" if config.data.channels == 1 else "RGB")
     if image.size != (size, size):
         scale = size / min(image.size)

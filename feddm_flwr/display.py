@@ -19,8 +19,10 @@ class Display:
     """The live line of a run, from the `feddm:` lines of its log; plain lines where there is no terminal."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.rounds, self.done = config.num_server_rounds, False
-        self._up = self._down = 0.0
+        self._rounds = config.num_server_rounds
+        self._round = self._asked = self._done = self._up = self._down = 0
+        self._loss = ""
+        self._first = 0.0
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -31,9 +33,7 @@ class Display:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task: TaskID = self._bar.add_task("starting", total=self.rounds, state="", left="")
-        self._first = 0.0
-        self._state: dict[str, str] = {}
+        self._task: TaskID = self._bar.add_task("starting", total=self._rounds, state="", left="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -49,41 +49,41 @@ class Display:
         self._console.print(text, markup=False)
 
     def take(self, line: str) -> None:
-        """Update from a line of the log."""
-        _, marked, text = line.partition("feddm: ")
+        """Update from a line of the log; a node's text in it cannot pass for one of the server's."""
+        _, marked, text = line.rstrip().partition("feddm: ")
         if not marked:
             return
-        said = dict(re.findall(r"(\w+)=(\S+)", text))
-        number, _, of = said.get("round", "").partition("/")
-        if "asked" in said:
+        if said := re.fullmatch(r"round=(\d+)/\d+ asked=(\d+)", text):
             self._first = self._first or time.monotonic()
-            self._state = {"round": number, "done": "0", "asked": said["asked"]}
-        elif "done" in said and "node" in said:
-            self._state |= {"done": said["done"], "node_loss": said["loss"]}
-        elif of and "seconds" in said:
-            self._up += float(said["up"])
-            self._down += float(said["down"])
-            self._state |= {"loss": said["loss"]}
-            left = (time.monotonic() - self._first) / int(number) * (self.rounds - int(number))
-            self._bar.update(self._task, completed=int(number), left=f"about {_clock(left)} left" if left else "")
-            if not self._console.is_terminal:
-                self.print(
-                    f"round {number}/{of}  loss {said['loss']}  nodes {said['ok']} ok {said['failed']} failed  "
-                    f"up {self._up / 1e6:.1f} MB  down {self._down / 1e6:.1f} MB  {said['seconds']} s"
-                )
-        elif "model" in said and "report" in said:
-            self.done = True
-        elif "grid" not in said:
-            self.print(text.rstrip())
-        if self._state:
-            s = self._state
-            loss = s.get("loss", s.get("node_loss", "–"))
-            traffic = f"up {self._up / 1e6:.1f} MB  down {self._down / 1e6:.1f} MB"
+            self._round, self._asked, self._done = int(said[1]), int(said[2]), 0
+        elif said := re.fullmatch(r"round=\d+ node=\S+ done=(\d+) loss=(\S+) up=\d+", text):
+            self._done = int(said[1])
+            self._loss = self._loss or said[2]
+        elif said := re.fullmatch(
+            r"round=(\d+)/\d+ loss=(\S+) eval=\S+ ok=(\d+) failed=(\d+) up=(\d+) down=(\d+) seconds=(\S+)", text
+        ):
+            self._loss = said[2]
+            self._up += int(said[5])
+            self._down += int(said[6])
+            self._finished(int(said[1]), said[3], said[4], said[7])
+        elif not re.match(r"round=\d+ grid=|model=", text):
+            self.print(text)
+        if self._asked:
             self._bar.update(
                 self._task,
-                description=f"round {s['round']}/{self.rounds}",
-                state=f"nodes {s['done']}/{s['asked']}  loss {loss}  {traffic}",
+                description=f"round {self._round}/{self._rounds}",
+                state=f"nodes {self._done}/{self._asked}  loss {self._loss or '–'}  {self._traffic()}",
             )
+
+    def _finished(self, number: int, ok: str, failed: str, seconds: str) -> None:
+        left = (time.monotonic() - self._first) / number * (self._rounds - number)
+        self._bar.update(self._task, completed=number, left=f"about {_clock(left)} left" if left else "")
+        if not self._console.is_terminal:
+            nodes = f"nodes {ok} ok {failed} failed"
+            self.print(f"round {number}/{self._rounds}  loss {self._loss}  {nodes}  {self._traffic()}  {seconds} s")
+
+    def _traffic(self) -> str:
+        return f"up {self._up / 1e6:.1f} MB  down {self._down / 1e6:.1f} MB"
 
     def summary(self, overrides: Mapping[str, object], *, local: bool) -> None:
         """Where everything lies."""

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.display import Display
 from feddm_flwr.tracking import nest
 
+#: Exit code of a run that was stopped by Ctrl-C, SIGTERM or a closed terminal.
+STOPPED = 130
 _START_TIMEOUT = 60.0
 
 
@@ -54,7 +57,10 @@ def find_app(folder: Path | None) -> Path:
 def is_local(superlink: str | None) -> bool:
     """Whether the connection is (or falls back to) Flower's local simulation."""
     file = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "config.toml"
-    connections = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.is_file() else {}
+    try:
+        connections = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.is_file() else {}
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
     name = superlink or connections.get("default", "local")
     if name == "local" and name not in connections:
         return True
@@ -74,11 +80,22 @@ def environment(*, telemetry: bool) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",  # the log is parsed
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
     }
+    for name in ("NO_PROXY", "no_proxy"):  # a simulation talks to itself
+        env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
     if not telemetry:
         env |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     return env
+
+
+def end_by_signal() -> None:
+    """Let SIGTERM and a closed terminal end a run as Ctrl-C does: stopped, with nothing left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, stop)
 
 
 class Remote:
@@ -100,7 +117,7 @@ class Simulation:
     """A SuperLink for one simulation, in a folder of its own, ended with it."""
 
     def __init__(self, options: argparse.Namespace, env: Mapping[str, str]) -> None:
-        cores = os.cpu_count() or 1
+        cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
         gpus = options.client_gpus if options.client_gpus is not None else float(_count_gpus() > 0)
         federation = {
             "num-supernodes": options.num_supernodes,
@@ -142,7 +159,9 @@ class Simulation:
             if self._process.poll() is not None:
                 break
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                    f"http://127.0.0.1:{port}/health", timeout=1
+                ):
                     return
             except OSError:
                 time.sleep(0.1)
@@ -152,6 +171,8 @@ class Simulation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, signal.SIG_IGN)  # a second Ctrl-C may not leave processes behind
         self._process.terminate()
         try:
             self._process.wait(15)
@@ -172,6 +193,8 @@ class Simulation:
 
 
 def _count_gpus() -> int:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     if not shutil.which("nvidia-smi"):
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
@@ -209,35 +232,42 @@ def follow(
             process.wait()
         except KeyboardInterrupt:
             process.kill()
-            if run_id:
-                display.print("stopping the run …")
-                _flwr(federation, "stop", run_id)
-            display.print("stopped")
-            return 130
+            display.print("stopping the run …")
+            done = _flwr(federation, "stop", run_id) if run_id else None
+            if federation.local or (done and done.returncode == 0):
+                display.print("stopped")
+            else:
+                command = " ".join(["flwr stop", run_id or "RUN_ID", *federation.arguments])
+                display.print(f"the run may still go on; to stop it: {command}")
+            return STOPPED
     if not run_id:
         print("".join(tail), "feddm: the run could not be submitted", sep="\n", file=sys.stderr)
         return 1
     status, details = _status(run_id, federation)
-    if status == "finished:completed" and display.done:
+    if status == "finished:completed":
         display.summary(overrides, local=federation.local)
         return 0
-    if not verbose and not details:
-        print("".join(tail), file=sys.stderr)
-    print(f"feddm: the run failed ({status}): {details or 'see the log above'}", file=sys.stderr)
+    if status.startswith("finished"):
+        if not verbose and not details:
+            print("".join(tail), file=sys.stderr)
+        print(f"feddm: the run failed ({status}): {details or 'see the log above'}", file=sys.stderr)
+    else:
+        where = " ".join([run_id, *federation.arguments[:1]])
+        print(f"feddm: the log broke off ({status}); if the run goes on: flwr log {where}", file=sys.stderr)
     return 1
 
 
-def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> str:
-    """What a command of Flower's prints; the connection is its last argument."""
+def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of Flower's; the connection is its last argument."""
     line = ["flwr", command, *arguments, *federation.arguments[:1]]
-    return subprocess.run(line, env=federation.env, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(line, env=federation.env, capture_output=True, text=True, check=False)
 
 
 def _status(run_id: str, federation: Remote | Simulation) -> tuple[str, str]:
     """The run's status and its details, as `flwr ls` tells them."""
-    listed, status, details = "", "unknown", ""
+    status, details = "unknown", ""
     for _ in range(20):  # the log's end comes a moment before the status
-        listed = _flwr(federation, "ls", f"--run-id={run_id}", "--format=json")
+        listed = _flwr(federation, "ls", f"--run-id={run_id}", "--format=json").stdout
         try:
             run = json.loads(listed)["runs"][0]
         except (ValueError, LookupError):

@@ -38,8 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         feddm = FedDM(config, model.to_vector(network), layout.fingerprint)
         for done in feddm.run(grid):
-            if done.round == 1:
-                run.log_nodes([asdict(node) for _, node in sorted(feddm.nodes.items())])
+            run.log_nodes([asdict(node) for node in feddm.nodes])
             run.log_round({k: v for k, v in asdict(done).items() if k not in ("weights", "ema")})
             last = done.round == config.num_server_rounds
             if last or (config.sample.every and done.round % config.sample.every == 0):
@@ -50,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
         run.finish("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
-        page = report.write(run.path)
+        page = _report(run)
     log.info(
         "model=%s grid=%s report=%s", run.path / "model", run.path / "samples" / f"round-{done.round:04d}.png", page
     )
@@ -74,6 +73,15 @@ def _ship(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Roun
         written = Path(folder) / "model"
         model.save_pipeline(network, config, written, report.model_card(flatten(config), done.round, nodes))
         run.replace_folder("model", written)
+
+
+def _report(run: RunDirectory) -> Path | None:
+    """Write the report; a run is not lost where that fails."""
+    try:
+        return report.write(run.path)
+    except Exception:
+        log.exception("the report could not be written; try feddm report %s", run.path)
+        return None
 
 
 def _log_to_stdout() -> None:

@@ -58,9 +58,14 @@ class RunDirectory:
         return written.rename(target)
 
     def finish(self, status: str, reason: str = "") -> None:
-        """Write `status.json` (`completed` or `failed`) and close the event file."""
-        (self.path / "status.json").write_text(json.dumps({"status": status, "reason": reason}), encoding="utf-8")
+        """Write the status (`completed` or `failed`) and close the event file."""
+        write_status(self.path, status, reason)
         self._board.close()
+
+
+def write_status(path: Path, status: str, reason: str = "") -> None:
+    """Write a run's `status.json`."""
+    (path / "status.json").write_text(json.dumps({"status": status, "reason": reason}), encoding="utf-8")
 
 
 def nest(flat: Mapping[str, object]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from feddm_flwr import diffusion
-from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.data import Images
 
 
@@ -42,7 +42,8 @@ def prepare_process(config: RunConfig) -> torch.device:
     """
     ray = sys.modules.get("ray")
     simulated = ray is not None and ray.is_initialized()
-    torch.set_num_threads(config.train.threads or (1 if simulated else os.cpu_count() or 1))
+    if threads := config.train.threads or int(simulated):
+        torch.set_num_threads(threads)  # else torch's own choice: the cores this process may use
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -84,20 +85,21 @@ def add_proximal_gradient(parameters: list[Tensor], received: list[Tensor], mu: 
 def train(
     model: UNet2DModel, images: Images, config: RunConfig, name: str, progress: Progress, device: torch.device
 ) -> Trained:
-    """Train the model in place on uint8 images (N, C, H, W), from fresh optimizer state.
+    """Train the model, which is on the device, in place on uint8 images (N, C, H, W), from fresh optimizer state.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
     """
     t, d = config.train, config.diffusion
-    memory = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    model.to(device, memory_format=memory).train()
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    model.train()
     pixels = torch.from_numpy(images).to(device)
     abar = diffusion.alphas_cumprod(d.schedule, d.timesteps).to(device)
     parameters = list(model.parameters())
     received = [p.detach().clone() for p in parameters] if t.mu > 0 else []
     optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
-    steps = t.local_steps or t.local_epochs * math.ceil(len(images) / t.batch_size)
+    steps = local_steps(config, len(images))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total = torch.zeros((), device=device)
     with _seeded_dropout(config, name, progress, device):
@@ -160,7 +162,7 @@ def _seeded_dropout(config: RunConfig, name: str, progress: Progress, device: to
         yield
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out_loss(model: UNet2DModel, images: Images, config: RunConfig, name: str, device: torch.device) -> float:
     """Denoising loss on held-out uint8 images with noise and timesteps that are the same in every
     round: the timesteps are spread evenly over 0..T-1, the squared errors weigh alike.
@@ -170,7 +172,7 @@ def held_out_loss(model: UNet2DModel, images: Images, config: RunConfig, name: s
     if len(images) == 0:
         return math.nan
     d = config.diffusion
-    model.to(device).eval()
+    model.eval()
     random = torch.Generator().manual_seed(derive_seed(config.seed, name, "held-out loss"))
     abar = diffusion.alphas_cumprod(d.schedule, d.timesteps).to(device)
     x0 = torch.from_numpy(images).to(device).float() / 127.5 - 1

@@ -187,6 +187,8 @@ def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Pat
         (["run", "-c", "train.learnig-rate=1.0"], "train.learnig-rate = 1.0: no such key; did you mean"),
         (["run", "-c", "data.alpha=oops"], "--run-config 'data.alpha=oops' cannot be read"),
         (["run", "-c", "oops"], "--run-config 'oops': must be 'key=value key=value' or a .toml file"),
+        (["run", "-c", "seed=1 num-server-rounds =5"], "must be 'key=value key=value' or a .toml file"),
+        (["run", "--num-supernodes", "1"], "min-nodes = 2 is not allowed: must be at most --num-supernodes = 1"),
         (["run", "nowhere"], "SUPERLINK = 'nowhere': no such connection"),
         (["run", "--app", "."], "--app = '.': no pyproject.toml of this app there"),
         (["run", "--num-supernodes", "0"], "argument --num-supernodes: invalid positive integer value: '0'"),
@@ -200,6 +202,16 @@ def test_wrong_input_is_refused_at_once(arguments: list[str], said: str, tmp_pat
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_repeated_by_its_config_file(vanilla: Path, folder: Path) -> None:
+    again = folder / "again"
+    again.mkdir()
+    done = feddm("run", "-c", str(vanilla / "config.toml"), "-c", f'out-dir="{again}"', cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = again.iterdir()
+    assert run.name.startswith("feddm-vanilla-")
+    assert checksum(run) == checksum(vanilla)
 
 
 def test_a_run_never_writes_over_another(vanilla: Path, folder: Path) -> None:
@@ -273,6 +285,7 @@ def test_ctrl_c_stops_the_run_and_leaves_no_process(folder: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "stopped" in output
+    assert json.loads((folder / "runs" / "stopped" / "status.json").read_text())["status"] == "stopped"
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 

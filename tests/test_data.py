@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,11 @@ def test_one_image_is_always_trained_on() -> None:
         ({}, 1438, "1 images are too few"),
         ({"data__partition": "pathological", "data__classes-per-node": 11}, 4, "data.partition = 'pathological'"),
         ({"data__partition": "natural", "data__natural-column": "writer"}, 4, "data.natural-column = 'writer'"),
-        ({"data__partition": "natural", "data__natural-column": "label"}, 11, "only 10 different values"),
+        (
+            {"data__partition": "natural", "data__natural-column": "label"},
+            11,
+            "'label' has 10 different values; use as many nodes",
+        ),
         ({"data__partition": "dirichlet", "data__label-column": "digit"}, 4, "data.label-column = 'digit'"),
         ({"data__split": "validation"}, 4, "must be train or test for digits"),
     ],
@@ -140,11 +145,30 @@ def test_broken_images_are_counted_and_named(folder: Path) -> None:
     (folder / "cat" / "torn.png").write_bytes((folder / "cat" / "1.png").read_bytes()[:60])
     (folder / "dog" / "empty.jpg").write_bytes(b"")
     with pytest.raises(ConfigError) as caught:
-        load_node(parse(SHAPE), None, str(folder))
+        load_node(parse({**SHAPE, "data.name": str(folder)}), (0, 2), None)
     said = str(caught.value)
-    assert "2 of 14 images cannot be read" in said
-    assert "cat/torn.png" in said
-    assert "dog/empty.jpg" in said
+    assert re.search(r"[12] of 7 images cannot be read: (cat/torn|dog/empty)", said)
+
+
+def test_a_node_does_not_tell_the_names_of_its_files(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "cat" / "jane-doe.png").write_bytes(b"")
+    pattern = r"1 of 13 images cannot be read: file 7 in order of name \(UnidentifiedImageError\)"
+    with pytest.raises(ConfigError, match=pattern) as said:
+        load_node(parse(SHAPE), None, str(folder))
+    assert "jane" not in str(said.value)
+    assert "jane-doe.png" in caplog.text
+
+
+def test_a_path_of_a_node_is_never_looked_up_elsewhere() -> None:
+    for name in ("digits", "uoft-cs/cifar10"):
+        with pytest.raises(ConfigError, match=f"data-path = '{name}': no such file or folder"):
+            load_node(parse(SHAPE), None, name)
+
+
+def test_images_of_16_bits_are_refused_rather_than_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16), 40000, np.uint16)).save(tmp_path / "x.png")
+    with pytest.raises(ConfigError, match="1 of 1 images cannot be read"):
+        load_node(parse({**SHAPE, "data.eval-fraction": 0.0}), None, str(tmp_path))
 
 
 def test_parquet_is_read_by_column(tmp_path: Path) -> None:
@@ -166,6 +190,8 @@ def test_parquet_is_read_by_column(tmp_path: Path) -> None:
     assert len(data.train) + len(data.held_out) == 5
     with pytest.raises(ConfigError, match=r"data.image-column = 'image': no such column; .* has \['picture', 'kind'\]"):
         load_node(parse({**keys, "data.image-column": "image"}), (0, 2), None)
+    with pytest.raises(ConfigError, match="parquet with images in column 'kind'"):
+        load_node(parse({**keys, "data.image-column": "kind"}), (0, 2), None)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "missing.parquet"])

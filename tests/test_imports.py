@@ -28,14 +28,16 @@ ALLOWED: dict[str, set[str]] = {
     "exchange": {"codec", "wire"},
     "training": {"config", "data", "diffusion", "model"},
     "evaluation": {"config", "data", "diffusion", "model"},
-    "strategy": {"aggregation", "config", "exchange"},
+    "messages": set(),
+    "nodes": {"config", "messages"},
+    "strategy": {"aggregation", "config", "exchange", "messages", "nodes"},
     "display": {"config"},
     "launch": {"config", "display", "tracking"},
 }
 TOP = {"server_app", "client_app", "cli"}
-FLWR = {"strategy", "server_app", "client_app", "cli"}
+FLWR = {"messages", "nodes", "strategy", "server_app", "client_app", "cli"}
 #: No torch at all, not even inside a function.
-NO_TORCH = {"schema", "config", "wire", "tracking", "report", "strategy", "exchange", "codec", "aggregation"}
+NO_TORCH = {*ALLOWED} - {"diffusion", "model", "training", "evaluation"}
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.
 HEAVY = {"torch", "diffusers", "datasets", "flwr_datasets", "sklearn", "ray"}
 MAY_BE_HEAVY = {"diffusion", "model", "training", "evaluation", "server_app"}

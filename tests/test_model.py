@@ -40,7 +40,7 @@ def test_initial_weights_depend_on_the_seed_only() -> None:
 def test_the_fingerprint_tells_architectures_apart() -> None:
     prints = {
         model.layout(model.build(parse({"model.preset": "tiny", **keys}))).fingerprint
-        for keys in ({}, {"model.block-channels": "16,40"}, {"model.layers-per-block": 2}, {"data.channels": 3})
+        for keys in ({}, {"model.block-channels": "16,64"}, {"model.layers-per-block": 2}, {"data.channels": 3})
     }
     assert len(prints) == 4
 

@@ -18,7 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from feddm_flwr import model
 from feddm_flwr.client_app import app
 from feddm_flwr.config import ConfigError, RunConfig, flatten, parse
-from feddm_flwr.strategy import FedDM, Round, RunFailedError
+from feddm_flwr.nodes import Roster, RunFailedError
+from feddm_flwr.strategy import FedDM, Round
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else Flower makes no messages
 
@@ -151,9 +152,9 @@ def test_under_averaging_the_model_is_the_mean_of_what_the_nodes_sent(strategy: 
 
 
 def run_nodes(c: RunConfig) -> dict[str, Any]:
-    server = feddm(c)
-    server._wait_for_nodes(LocalGrid(nodes(c)), 1)
-    return server.nodes
+    roster = Roster(c)
+    roster.wait(LocalGrid(nodes(c)), first=True)
+    return roster.nodes
 
 
 def test_quant_needs_a_quarter_of_the_bytes_each_way_and_trains_as_well() -> None:
@@ -206,6 +207,9 @@ FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message | None]]] = {
     "report of another round": ("stale", lambda m, r: with_report(r, m, round=5)),
     "another node's name": ("stale", lambda m, r: with_report(r, m, name="node-0")),
     "no losses": ("malformed", lambda m, r: with_report(r, m, **{"train-loss": None})),
+    "a loss that is not a number": ("malformed", lambda m, r: with_report(r, m, **{"train-loss": float("nan")})),
+    "negative steps": ("malformed", lambda m, r: with_report(r, m, steps=-40)),
+    "more steps than asked for": ("malformed", lambda m, r: with_report(r, m, steps=2**40)),
     "text for a count": ("malformed", lambda m, r: with_report(r, m, steps="many")),
     "nothing in it": ("malformed", lambda m, r: Message(RecordDict(), reply_to=m)),
     "exception": ("exception", lambda m, r: Message(Error(2, "it\nbroke"), reply_to=m)),
@@ -282,22 +286,20 @@ def test_a_run_with_too_few_replies_fails_loudly(broken: int) -> None:
         run(config(max_round_retries=1), failing(broken, 99))
 
 
-def test_more_replies_than_nodes_cannot_be_asked_for() -> None:
-    with pytest.raises(ConfigError, match="min-replies = 5 is not allowed: only 4 nodes are asked"):
-        run(config(min_replies=5))
-
-
-def test_too_few_nodes_end_the_run_after_the_waiting_time() -> None:
-    with pytest.raises(RunFailedError, match="1 of min-nodes = 2 nodes were there after wait-timeout = 1 s"):
-        run(config(wait_timeout=1.0), {1: node(C, 0)})
+@pytest.mark.parametrize("keys", [{"min_replies": 5}, {"min_nodes": 5}, {"fraction_train": 0.5, "min_replies": 3}])
+def test_too_few_nodes_end_the_run_after_the_waiting_time(keys: dict[str, Any]) -> None:
+    with pytest.raises(RunFailedError, match=r"4 usable nodes of 4 connected, [56] are needed .*wait-timeout = 1 s"):
+        run(config(wait_timeout=1.0, **keys))
 
 
 def test_what_a_node_finds_wrong_ends_the_run_before_it_starts() -> None:
     c = config(data__partition="pathological", data__classes_per_node=11)
     with pytest.raises(ConfigError, match=r"node-0: data.partition = 'pathological'[^\n]*\nnode-1: data.partition"):
         run(c)
-    with pytest.raises(ConfigError, match="node-name is missing"):
+    with pytest.raises(ConfigError, match="unnamed: node-name is missing"):
         run(C, {1: node(C, 0), 2: lambda m: app(m, Context(1, 2, {}, RecordDict(), flatten(C)))})
+    with pytest.raises(ConfigError, match=r"unnamed: node-name = 'a b' is not allowed"):
+        run(C, {1: node(C, 0), 2: node(C, 1, **{"node-name": "a b"})})
 
 
 def test_two_nodes_of_one_name_are_refused() -> None:
@@ -305,23 +307,102 @@ def test_two_nodes_of_one_name_are_refused() -> None:
         run(C, {i: node(C, i, **{"node-name": "site"}) for i in range(3)})
 
 
-def test_a_node_that_comes_back_under_another_id_keeps_its_name() -> None:
+def on_query(handle: Handler, **changes: Any) -> Handler:
+    """The node, with changes to its introduction."""
+
+    def changed(message: Message) -> Message | None:
+        reply = handle(message)
+        assert reply
+        if message.metadata.message_type != "query":
+            return reply
+        report = {k: v for k, v in {**reply.content["report"], **changes}.items() if v is not None}
+        return Message(RecordDict({"report": ConfigRecord(report)}), reply_to=message)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "x\nfeddm: round=1/2 asked=9"},
+        {"name": "x\0"},
+        {"name": 7},
+        {"name": None},
+        {"images": 0},
+        {"images": 2**62},
+        {"images": 1.5},
+        {"held-out": -1},
+        {"class-counts": "[" * 100_000},
+        {"class-counts": "[]"},
+        {"class-counts": '{"a": "x"}'},
+        {"class-counts": '{"a": -1}'},
+    ],
+    ids=str,
+)
+def test_a_node_with_a_bad_introduction_is_left_out(changes: dict[str, Any]) -> None:
+    handlers = nodes(C)
+    handlers[997] = on_query(handlers[997], **changes)  # node-3
+    (done,) = run(C, handlers)
+    assert (done.clients_ok, done.clients_failed) == (3, 0)
+    assert done.weights.tobytes() == weights_without_node_3()
+
+
+def test_an_introduction_that_fails_is_asked_for_again() -> None:
+    tries: list[int] = []
+
+    def second_time(message: Message) -> Message | None:
+        tries.append(1)
+        return Message(Error(5, "away"), reply_to=message) if len(tries) == 1 else node(C, 3)(message)
+
+    (done,) = run(C, {**nodes(C), 997: second_time})
+    assert done.clients_ok == 4
+
+
+def test_a_run_without_a_usable_node_fails_at_once() -> None:
+    def broken(message: Message) -> Message:
+        return Message(Error(2, "no such module"), reply_to=message)
+
+    with pytest.raises(RunFailedError, match=r"0 usable nodes of 2 connected.*exception: no such module"):
+        run(C, {1: broken, 2: broken})
+
+
+def test_a_restarted_node_keeps_its_name_while_its_old_id_is_still_listed() -> None:
     c = config(num_server_rounds=3)
-    grid = LocalGrid(nodes(c))
-    rounds: Iterator[Round] = feddm(c).run(grid)
-    first = next(rounds)
-    grid.handlers[5] = grid.handlers.pop(1000)  # node-0 restarts
-    assert [first.clients_ok, next(rounds).clients_ok] == [4, 4]
-    grid.handlers[6] = node(c, 3, **{"node-name": "new"})
+    handlers = nodes(c)
+    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    assert next(rounds).clients_ok == 4
+    handlers[5] = handlers[1000]  # node-0, under a new id
+    handlers[1000] = lambda m: Message(Error(5, "gone"), reply_to=m)
+    done = next(rounds)
+    assert (done.clients_ok, done.clients_failed) == (4, 0)
+    del handlers[1000]
+    assert next(rounds).clients_ok == 4
+
+
+def test_a_new_node_takes_part_once_it_is_known_and_nobody_waits_for_it() -> None:
+    c = config(num_server_rounds=3)
+    handlers = nodes(c)
+    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    assert next(rounds).clients_ok == 4
+    handlers[6] = lambda m: None  # never answers
+    assert next(rounds).clients_ok == 4
+    handlers[7] = node(c, 3, **{"node-name": "new"})
     assert next(rounds).clients_ok == 5
+
+
+def test_a_share_of_the_nodes_trains_and_a_repeated_round_draws_others() -> None:
+    c = config(fraction_train=0.5, num_server_rounds=3)
+    assert [r.clients_ok for r in run(c)] == [2, 2, 2]
+    first = feddm(c)._sample([f"node-{i}" for i in range(10)], 1, 0)
+    assert feddm(c)._sample([f"node-{i}" for i in range(10)], 1, 1) != first
 
 
 def test_sampling_takes_a_share_by_name_and_seed() -> None:
     c = config(fraction_train=0.5)
     names = [f"node-{i}" for i in range(10)]
-    chosen = [feddm(c)._sample(names, r) for r in range(20)]
+    chosen = [feddm(c)._sample(names, r, 0) for r in range(20)]
     assert all(len(set(s)) == 5 for s in chosen)
-    assert chosen == [feddm(c)._sample(names, r) for r in range(20)]
+    assert chosen == [feddm(c)._sample(names, r, 0) for r in range(20)]
     assert len({tuple(s) for s in chosen}) > 10
 
 

@@ -114,6 +114,15 @@ def test_the_learning_rate_goes_on_across_rounds() -> None:
     assert {training.learning_rate(flat, Progress(r, 0), s, 12) for r in (1, 5) for s in (0, 11)} == {0.5}
 
 
+def test_evaluation_leaves_parameters_that_can_be_trained() -> None:
+    """Also where evaluation moves or replaces their storage, as a move to a GPU does."""
+    c, data = config(), load_node(parse({}), (0, 4), None)
+    network = model.build(c)._apply(lambda p: p.clone())
+    training.held_out_loss(network, data.held_out, c, "node-0", CPU)
+    assert not any(p.is_inference() for p in network.parameters())
+    training.train(network, data.train, c, "node-0", Progress(1, 0), CPU)
+
+
 def test_held_out_loss_is_the_same_every_time_and_knows_a_better_model() -> None:
     c = config(**{"train__local-steps": 60})
     images = load_node(parse({}), (0, 4), None).held_out

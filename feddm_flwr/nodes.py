@@ -1,0 +1,162 @@
+"""Who takes part: nodes introduce themselves by name, since Flower's ids are random in a simulation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from flwr.app import MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig
+from feddm_flwr.messages import Failure, clean, pull, push
+
+log = logging.getLogger("feddm")
+
+_TRIES = 3  # introductions that a node may fail before it is left out
+_MAX_IMAGES = 10_000_000  # keeps the exact sum of any federation within 64 bits
+_MAX_CLASSES = 10_000
+_PAUSE = 0.2  # seconds
+
+
+class RunFailedError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node said of itself before it was first asked to train."""
+
+    name: str
+    images: int
+    held_out: int
+    class_counts: dict[str, int]
+
+
+class Roster:
+    """The nodes by name, and which of Flower's ids each has at present."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.nodes: dict[str, Node] = {}
+        self._ids: dict[int, str] = {}
+        self._left_out: dict[int, str] = {}  # id -> why
+        self._problems: set[str] = set()
+        self._tries: Counter[int] = Counter()
+        self._queries: dict[str, int] = {}  # message id -> node id, unanswered
+
+    def wait(self, grid: Grid, *, first: bool) -> dict[str, int]:
+        """Name -> id of the nodes that are online, once they are enough for a round.
+
+        Before the first round all that are connected are heard; later a new node takes part from
+        the round after its introduction, and nobody waits for it.
+
+        Raises:
+            ConfigError: before the first round, a node found the configuration or its data wrong.
+            RunFailedError: there are too few nodes after `wait-timeout`.
+        """
+        deadline = time.monotonic() + self.config.wait_timeout
+        before: list[int] = []
+        said = ""
+        while True:
+            ids = sorted(grid.get_node_ids())
+            self._introduce(grid, ids, first=first)
+            online = {self._ids[i]: i for i in ids if i in self._ids}
+            settled = not first or (ids == before and not self._queries)
+            if first and settled and self._problems:
+                raise ConfigError("\n".join(sorted(self._problems)))
+            late = time.monotonic() > deadline
+            if (settled or late) and len(online) >= self._needed():
+                return online
+            hopeless = first and settled and ids and all(i in self._left_out for i in ids)
+            if late or hopeless:
+                raise RunFailedError(self._shortage(len(online), ids))
+            before = ids
+            if (text := f"waiting for nodes: {len(online)} of {self._needed()}") != said and settled:
+                log.info("%s", said := text)
+            time.sleep(_PAUSE)
+
+    def asked(self, online: int) -> int:
+        """How many of the online nodes train in a round."""
+        return max(1, round(self.config.fraction_train * online))
+
+    def _needed(self) -> int:
+        """The least number of online nodes for a round."""
+        needed = self.config.min_nodes
+        while self.asked(needed) < self.config.min_replies:
+            needed += 1
+        return needed
+
+    def _shortage(self, online: int, ids: list[int]) -> str:
+        reasons = sorted({self._left_out[i] for i in ids if i in self._left_out})
+        return (
+            f"{online} usable nodes of {len(ids)} connected, {self._needed()} are needed "
+            f"(min-nodes = {self.config.min_nodes}, min-replies = {self.config.min_replies}, "
+            f"wait-timeout = {self.config.wait_timeout:g} s)" + "".join(f"; left out: {r}" for r in reasons)
+        )
+
+    def _introduce(self, grid: Grid, ids: list[int], *, first: bool) -> None:
+        """Ask whoever is new, and take in the answers that are there."""
+        self._queries = {message: i for message, i in self._queries.items() if i in ids}
+        known = {*self._ids, *self._left_out, *self._queries.values()}
+        for i in ids:
+            if i in known:
+                continue
+            if message := push(grid, RecordDict(), i, MessageType.QUERY, self.config.round_timeout):
+                self._queries[message] = i
+        introduced: list[Node] = []
+        for message, i in list(self._queries.items()):
+            if (reply := pull(grid, message)) is None:
+                continue
+            del self._queries[message]
+            answer = reply if isinstance(reply, Failure) else _introduction(reply)
+            if isinstance(answer, Failure):
+                self._tries[i] += 1
+                if answer.reason == "malformed" or self._tries[i] >= _TRIES:
+                    self._leave_out(i, f"a node did not introduce itself: {answer}")
+                continue
+            node, problem = answer
+            namesakes = [other for other in ids if self._ids.get(other) == node.name]
+            if first and namesakes and not problem:
+                problem = "two nodes have this name; give each its own node-name, or wait until a restarted one is gone"
+            if problem:
+                self._problems |= {f"{node.name}: {line}" for line in problem.splitlines()}
+                self._leave_out(i, f"{node.name}: {problem}")
+                continue
+            for other in namesakes:  # a node that was restarted; Flower lists its old id for a minute
+                self._leave_out(other, f"{node.name}: came back under another id")
+                del self._ids[other]
+            self._ids[i] = node.name
+            self.nodes[node.name] = node
+            introduced.append(node)
+        for node in sorted(introduced, key=lambda n: n.name):
+            classes = " ".join(f"{c}:{n}" for c, n in node.class_counts.items()) or "unknown"
+            log.info("node %s: %d images, %d held out, classes %s", node.name, node.images, node.held_out, classes)
+
+    def _leave_out(self, node_id: int, why: str) -> None:
+        self._left_out[node_id] = clean(why)
+        log.warning("left out: %s", clean(why))
+
+
+def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
+    """What a node said of itself, and what it found wrong ("" if nothing)."""
+    try:
+        said = reply.config_records["report"]
+        name, problem, images, held_out = said["name"], said["problem"], said["images"], said["held-out"]
+        counts = json.loads(str(said["class-counts"])[: 100 * _MAX_CLASSES])
+        if not (isinstance(images, int) and isinstance(held_out, int) and isinstance(counts, dict)):
+            raise TypeError("counts must be integers")
+        if not isinstance(name, str) or not re.fullmatch(NODE_NAME, name):
+            raise ValueError(f"name = {name!r}")
+        if not problem and not (1 <= images <= _MAX_IMAGES and 0 <= held_out <= _MAX_IMAGES):
+            raise ValueError(f"images = {images}, held-out = {held_out}")
+        if len(counts) > _MAX_CLASSES or not all(type(n) is int and 0 <= n <= 2 * _MAX_IMAGES for n in counts.values()):
+            raise ValueError("class counts")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        return Failure("malformed", clean(repr(error)))
+    lines = [clean(line, 500) for line in str(problem)[:10_000].splitlines()]
+    return Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}), "\n".join(lines)
