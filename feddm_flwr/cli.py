@@ -23,6 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"feddm: {line}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"feddm: {error.name} is not installed: pip install -c constraints.txt -e . (uv pip needs --no-config)",
+            file=sys.stderr,
+        )
+        return 1
     return code
 
 
@@ -164,12 +170,6 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    import numpy as np
-    import torch
-    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
-
-    from feddm_flwr import evaluation
-
     folder = options.model / "model" if (options.model / "model").is_dir() else options.model
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
@@ -178,6 +178,12 @@ def _sample(options: argparse.Namespace) -> int:
     output, as_folder = Path(options.output), options.output.endswith(("/", os.sep)) or Path(options.output).is_dir()
     if not as_folder and output.suffix not in (".png", ".npz"):
         raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
+    import numpy as np
+    import torch
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+
+    from feddm_flwr import evaluation
+
     pipeline = DDPMPipeline.from_pretrained(folder)
     limit = pipeline.scheduler.config.num_train_timesteps
     if options.steps > limit:
