@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = ["ConfigError", "RunConfig", "defaults", "derive_seed", "flatten", "lo
 
 #: A node's name: it goes into logs, seeds and file names.
 NODE_NAME = r"[\w.-]{1,64}"
+_RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 #: What each strategy decides unless the user does (paper: FedDM, arXiv 2407.14730; settings ours).
 STRATEGIES: dict[str, dict[str, Scalar]] = {
     "feddm-vanilla": {"train.mu": 0.0, "codec.uplink": "none", "codec.downlink": "none"},
@@ -281,6 +283,8 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
             f"train.local-epochs = {c.train.local_epochs} and train.local-steps = {c.train.local_steps}: "
             "exactly one of them must be above 0"
         )
+    if not re.fullmatch(_RUN_NAME, c.run_name):
+        yield f"run-name = {c.run_name!r} is not allowed: must be letters, digits, '.', '_' or '-', and not begin with '.'"
     if c.strategy == "feddm-prox" and c.train.mu == 0:
         yield "train.mu = 0.0 with strategy = 'feddm-prox': must be above 0, or use feddm-vanilla"
     if c.strategy != "feddm-prox" and c.train.mu > 0:

@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
         feddm = FedDM(config, model.to_vector(network), layout.fingerprint)
         for done in feddm.run(grid):
             run.log_nodes([asdict(node) for node in feddm.nodes])
-            run.log_round({k: v for k, v in asdict(done).items() if k not in ("weights", "ema")})
+            run.log_round(done.figures())
             last = done.round == config.num_server_rounds
             if last or (config.sample.every and done.round % config.sample.every == 0):
                 _sample(run, network, config, done)

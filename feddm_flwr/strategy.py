@@ -13,7 +13,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
@@ -49,6 +50,10 @@ class Round:
     local_steps: int
     update_norm: float
     seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """The round as a line of `metrics.jsonl`: everything but the vectors."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema")}
 
 
 @dataclass

@@ -31,9 +31,14 @@ QUICK = (
 
 
 def feddm(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / "feddm", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [BIN / "feddm", *arguments]
+    env = env or own_environment(cwd)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def own_environment(folder: Path) -> dict[str, str]:
+    """Without the connections that whoever runs the tests may have."""
+    return {**os.environ, "FLWR_HOME": str(folder / "no-flower-home")}
 
 
 def train(folder: Path, name: str, config: str = "", *arguments: str) -> tuple[subprocess.CompletedProcess[str], Path]:
@@ -197,7 +202,7 @@ def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Pat
     ],
 )
 def test_wrong_input_is_refused_at_once(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = feddm(*arguments, cwd=tmp_path, env={**os.environ, "FLWR_HOME": str(tmp_path)})
+    done = feddm(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -239,7 +244,8 @@ def test_a_run_whose_nodes_all_fail_is_a_failed_run(folder: Path) -> None:
 
 def start(folder: Path, name: str, config: str, *arguments: str) -> subprocess.Popen[str]:
     command = [BIN / "feddm", "run", *arguments, "-c", QUICK, "-c", f'run-name="{name}" {config}']
-    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    env = own_environment(folder)
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def actor_at_work(process: subprocess.Popen[str]) -> psutil.Process:
