@@ -284,7 +284,7 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
             "exactly one of them must be above 0"
         )
     if not re.fullmatch(_RUN_NAME, c.run_name):
-        yield f"run-name = {c.run_name!r} is not allowed: must be letters, digits, '.', '_' or '-', and not begin with '.'"
+        yield f"run-name = {c.run_name!r} is not allowed: must be letters, digits, '_', '-' or '.', not first"
     if c.strategy == "feddm-prox" and c.train.mu == 0:
         yield "train.mu = 0.0 with strategy = 'feddm-prox': must be above 0, or use feddm-vanilla"
     if c.strategy != "feddm-prox" and c.train.mu > 0:
