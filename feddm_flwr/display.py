@@ -66,6 +66,9 @@ class Display:
             self._up += int(said[5])
             self._down += int(said[6])
             self._finished(int(said[1]), said[3], said[4], said[7])
+        elif said := re.fullmatch(r"round=\d+ sampling=(\d+) .*", text):
+            self._bar.update(self._task, state=f"drawing {said[1]} samples")
+            return
         elif not re.match(r"round=\d+ grid=|model=", text):
             self.print(text)
         if self._asked:

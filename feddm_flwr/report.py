@@ -32,7 +32,8 @@ def write(run: Path) -> Path:
         rows=rows,
         tiles=_tiles(rows, config),
         charts=_charts(rows),
-        grids=_grids(run),
+        grids=(grids := _grids(run)),
+        slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(_read_json(run / "nodes.json", [])),
         command=f"feddm run --num-supernodes {len(_read_json(run / 'nodes.json', [])) or 4} "
         + " ".join(f"-c '{key}={_toml(config[key])}'" for key in sorted(config) if key not in ("run-name", "out-dir")),
@@ -181,7 +182,7 @@ def _line_chart(series: Mapping[str, Points], *, zero: bool = False) -> Markup:
 
 
 def _grids(run: Path) -> list[dict[str, object]]:
-    """The grids in order of round, as data URIs: the averaged weights' and the raw weights'."""
+    """The grids in order of round, as data URIs: the averaged weights', and the raw weights' of the last round."""
 
     def uri(path: Path) -> str:
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""

@@ -52,11 +52,13 @@ summary { cursor: pointer; font-weight: 600; }
 </section>
 {% if grids %}
 <h2>Samples</h2>
-<p><label>Round <output id="round">{{ grids[-1].round }}</output><br>
-<input id="slider" type="range" min="0" max="{{ grids|length - 1 }}" value="{{ grids|length - 1 }}" aria-label="round of the samples"></label></p>
 <div class="row">
-<figure class="card"><h3>Moving average of the weights (shipped)</h3><img id="ema" alt="samples of the averaged weights" src="{{ grids[-1].ema }}"></figure>
-<figure class="card"><h3>Raw weights</h3><img id="raw" alt="samples of the raw weights" src="{{ grids[-1].raw }}"></figure>
+<figure class="card"><h3>Moving average of the weights (shipped)</h3>
+<p><label>Round <output id="round">{{ grids[-1].round }}</output>{% if grids|length > 1 %}<br>
+<input id="slider" type="range" min="0" max="{{ grids|length - 1 }}" value="{{ grids|length - 1 }}" aria-label="round of the samples">{% endif %}</label></p>
+<img id="ema" alt="samples of the averaged weights" src="{{ grids[-1].ema }}"></figure>
+{% if grids[-1].raw %}<figure class="card"><h3>Raw weights</h3><p>Round {{ grids[-1].round }}<br>&nbsp;</p>
+<img alt="samples of the raw weights" src="{{ grids[-1].raw }}"></figure>{% endif %}
 </div>
 {% endif %}
 {% if charts %}
@@ -93,12 +95,11 @@ summary { cursor: pointer; font-weight: 600; }
 <details><summary>Command that repeats this run</summary><pre>{{ command }}</pre></details></div>
 </main>
 <script>
-const grids = {{ grids|tojson }}, slider = document.getElementById("slider");
+const grids = {{ slides|tojson }}, slider = document.getElementById("slider");
 if (slider) slider.addEventListener("input", () => {
   const g = grids[slider.value];
   document.getElementById("round").value = g.round;
   document.getElementById("ema").src = g.ema;
-  document.getElementById("raw").src = g.raw;
 });
 </script>
 </body>

@@ -40,7 +40,8 @@ def main(grid: Grid, context: Context) -> None:
         for done in feddm.run(grid):
             run.log_nodes([asdict(node) for node in feddm.nodes])
             run.log_round(done.figures())
-            last = done.round == config.num_server_rounds
+            if last := done.round == config.num_server_rounds:
+                _sample(run, network, config, done, "raw")
             if last or (config.sample.every and done.round % config.sample.every == 0):
                 _sample(run, network, config, done)
         _ship(run, network, config, done, len(feddm.nodes))
@@ -55,15 +56,14 @@ def main(grid: Grid, context: Context) -> None:
     )
 
 
-def _sample(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round) -> None:
-    """A grid of the averaged weights, and one of the raw weights beside it."""
-    scheduler, s = model.noise_scheduler(config).config, config.sample
+def _sample(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round, kind: str = "") -> None:
+    """A grid of the averaged weights, or one of the `raw` weights to set beside it."""
+    s = config.sample
+    log.info("round=%d sampling=%d steps=%d weights=%s", done.round, s.count, s.steps, kind or "averaged")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    for kind, weights in (("raw", done.weights), ("", done.ema)):
-        model.load_vector(network, weights)
-        images = evaluation.sample(network, scheduler, s.count, s.steps, config.seed)
-        path = run.save_grid(evaluation.grid(images), done.round, kind)
-    log.info("round=%d grid=%s", done.round, path)
+    model.load_vector(network, done.weights if kind else done.ema)
+    images = evaluation.sample(network, model.noise_scheduler(config).config, s.count, s.steps, config.seed)
+    log.info("round=%d grid=%s", done.round, run.save_grid(evaluation.grid(images), done.round, kind))
 
 
 def _ship(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round, nodes: int) -> None:
