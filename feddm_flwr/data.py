@@ -70,6 +70,11 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
         ConfigError: a key does not fit the data, or images cannot be read.
     """
     if data_path:
+        if config.data.name == "digits":  # the default, whose size and channels would go unnoticed
+            raise ConfigError(
+                "data.name = 'digits' but this node has a data-path: set data.name to what the federation's images "
+                "are called, data.image-size and data.channels"
+            )
         source = _open(config, data_path, f"data-path = {data_path!r}", own=True)
         rows = list(range(len(source.table)))
     elif partition:

@@ -92,7 +92,7 @@ def test_impossible_partitions_say_why(keys: dict[str, Any], count: int, said: s
     assert said in str(caught.value)
 
 
-SHAPE = {"data.image-size": 16, "data.channels": 3}
+SHAPE = {"data.name": "own", "data.image-size": 16, "data.channels": 3}
 
 
 @pytest.fixture
@@ -163,6 +163,11 @@ def test_a_path_of_a_node_is_never_looked_up_elsewhere() -> None:
     for name in ("digits", "uoft-cs/cifar10"):
         with pytest.raises(ConfigError, match=f"data-path = '{name}': no such file or folder"):
             load_node(parse(SHAPE), None, name)
+
+
+def test_a_node_with_images_of_its_own_is_not_taken_for_one_of_the_demo(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.name = 'digits' but this node has a data-path"):
+        load_node(parse({}), None, str(folder))
 
 
 def test_images_of_16_bits_are_refused_rather_than_clipped(tmp_path: Path) -> None:
