@@ -160,7 +160,8 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
         try:
             read = parse_config_args([argument])
         except Exception as error:  # Flower raises many kinds here
-            raise ConfigError(f"--run-config {argument!r} cannot be read: {error}") from error
+            why = error if argument.endswith(".toml") else "text needs quotes, as in 'strategy=\"feddm-prox\"'"
+            raise ConfigError(f"--run-config {argument!r} cannot be read: {why}") from error
         # Flower passes over what it does not understand.
         left = "" if argument.endswith(".toml") else re.sub(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)", "", argument).strip()
         if left or not read:
@@ -181,9 +182,11 @@ def _sample(options: argparse.Namespace) -> int:
     import numpy as np
     import torch
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
     from feddm_flwr import evaluation
 
+    disable_progress_bar()
     pipeline = DDPMPipeline.from_pretrained(folder)
     limit = pipeline.scheduler.config.num_train_timesteps
     if options.steps > limit:

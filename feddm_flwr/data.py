@@ -140,7 +140,9 @@ def _partition(config: RunConfig, source: _Source, index: int, count: int) -> li
         raise ConfigError(f"{problem}: more partitions than images; use at most {rows} nodes")
     if column and column not in source.table.column_names:
         key = "data.natural-column" if d.partition == "natural" else "data.label-column"
-        raise ConfigError(f"{key} = {column!r}: no such column; {source.origin} has {source.table.column_names}")
+        there = source.table.column_names
+        hint = "; subfolders would be the classes" if there == ["file"] else ""
+        raise ConfigError(f"{key} = {column!r}: no such column; {source.origin} has {there}{hint}")
     # The partitioners see the label alone, in shuffled order: nothing is decoded for other nodes.
     order = np.random.default_rng(seed).permutation(rows)
     columns: dict[str, Any] = {"row": order}

@@ -45,7 +45,7 @@ class Roster:
         self.nodes: dict[str, Node] = {}
         self._ids: dict[int, str] = {}
         self._left_out: dict[int, str] = {}  # id -> why
-        self._problems: set[str] = set()
+        self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
 
@@ -68,7 +68,7 @@ class Roster:
             online = {self._ids[i]: i for i in ids if i in self._ids}
             settled = not first or (ids == before and not self._queries)
             if first and settled and self._problems:
-                raise ConfigError("\n".join(sorted(self._problems)))
+                raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
             late = time.monotonic() > deadline
             if (settled or late) and len(online) >= self._needed():
                 return online
@@ -124,8 +124,9 @@ class Roster:
             if first and namesakes and not problem:
                 problem = "two nodes have this name; give each its own node-name, or wait until a restarted one is gone"
             if problem:
-                self._problems |= {f"{node.name}: {line}" for line in problem.splitlines()}
-                self._leave_out(i, f"{node.name}: {problem}")
+                for line in problem.splitlines():
+                    self._problems.setdefault(line, set()).add(node.name)
+                self._leave_out(i, f"{node.name}: {problem}", quiet=first)  # it ends the run, and is said there
                 continue
             for other in namesakes:  # a node that was restarted; Flower lists its old id for a minute
                 self._leave_out(other, f"{node.name}: came back under another id")
@@ -137,9 +138,9 @@ class Roster:
             classes = " ".join(f"{c}:{n}" for c, n in node.class_counts.items()) or "unknown"
             log.info("node %s: %d images, %d held out, classes %s", node.name, node.images, node.held_out, classes)
 
-    def _leave_out(self, node_id: int, why: str) -> None:
+    def _leave_out(self, node_id: int, why: str, *, quiet: bool = False) -> None:
         self._left_out[node_id] = clean(why)
-        log.warning("left out: %s", clean(why))
+        log.log(logging.DEBUG if quiet else logging.WARNING, "left out: %s", clean(why))
 
 
 def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
@@ -160,3 +161,10 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
         return Failure("malformed", clean(repr(error)))
     lines = [clean(line, 500) for line in str(problem)[:10_000].splitlines()]
     return Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}), "\n".join(lines)
+
+
+def _list(names: set[str], shown: int = 3) -> str:
+    """A few names and how many more there are."""
+    ordered = sorted(names, key=lambda name: (len(name), name))
+    more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
+    return ", ".join(ordered[:shown]) + more

@@ -229,7 +229,9 @@ def test_a_run_never_writes_over_another(vanilla: Path, folder: Path) -> None:
 def test_what_the_nodes_find_wrong_fails_the_run(folder: Path) -> None:
     done, run = train(folder, "bad-partition", 'data.partition="pathological" data.classes-per-node=11')
     assert done.returncode == 1
-    assert "node-2: data.partition = 'pathological' for 4 nodes and 1438 images" in done.stderr
+    assert (
+        "node-0, node-1, node-2 and 1 more: data.partition = 'pathological' for 4 nodes and 1438 images" in done.stderr
+    )
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
     assert not (run / "model").exists()
 
