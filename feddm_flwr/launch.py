@@ -95,7 +95,8 @@ def end_by_signal() -> None:
         raise KeyboardInterrupt
 
     for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, stop)
+        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup has a run go on
+            signal.signal(name, stop)
 
 
 class Remote:
