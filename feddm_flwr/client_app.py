@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -39,43 +40,45 @@ def introduce(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Decode the weights, measure the held-out loss on them, train, encode the result."""
+    """Decode the weights, measure the held-out loss on them, train, encode what came of it."""
     from feddm_flwr import model, training
-    from feddm_flwr.exchange import channel
+    from feddm_flwr.node_link import NodeLink, Task
+    from feddm_flwr.node_state import StateLostError
 
     config, name = parse(context.run_config), node_name(context)
     data = _data(config, context)
-    task = message.content.config_records["task"]
-    number, steps_before = task["round"], task["steps-before"]
-    assert isinstance(number, int)
-    assert isinstance(steps_before, int)
+    task = Task(**{key.replace("-", "_"): value for key, value in message.content.config_records["task"].items()})  # type: ignore[arg-type]
+    frames = {key: array.data for key, array in message.content.array_records["weights"].items()}
 
     device = training.prepare_process(config)
-    network = model.build(config).to(device)
-    layout, c = model.layout(network), config.codec
-    down = channel(c.downlink, c.block_size, c.clip_search, layout.fingerprint, layout.size)
-    up = channel(c.uplink, c.block_size, c.clip_search, layout.fingerprint, layout.size)
-    model.load_vector(network, down.decode(message.content.array_records["weights"]["frame"].data, number))
+    network = model.build(config)
+    link = NodeLink(config, model.layout(network), name, _state_root(context), task)
+    try:
+        received = link.receive(frames, model.to_vector(network))
+    except StateLostError as error:
+        log.warning("%s", error)  # the server sends the whole of it
+        return Message(RecordDict({"lost": ConfigRecord({"name": name, "round": task.round})}), reply_to=message)
+    model.load_vector(network.to(device), received)
 
-    held_out = data.held_out[: config.eval.images] if task["evaluate"] else data.held_out[:0]
+    held_out = data.held_out[: config.eval.images] if task.evaluate else data.held_out[:0]
     eval_loss = training.held_out_loss(network, held_out, config, name, device)
-    trained = training.train(network, data.train, config, name, training.Progress(number, steps_before), device)
-    frame = up.encode(model.to_vector(network), number)
+    trained = training.train(
+        network, data.train, config, name, training.Progress(task.round, task.steps_before), device
+    )
+    sent = link.send(model.flat(network), received)
     report = ConfigRecord(
         {
             "name": name,
-            "round": number,
+            "round": task.round,
             "steps": trained.steps,
             "train-loss": trained.loss,
             "eval-loss": eval_loss,
+            "coding-error": sent.error,
+            "residual-lost": sent.residual_lost,
         }
     )
-    content = RecordDict(
-        {
-            "weights": ArrayRecord({"frame": Array("uint8", (len(frame),), "feddm.frame", frame)}),
-            "report": report,
-        }
-    )
+    frame = Array("uint8", (len(sent.frame),), "feddm.frame", sent.frame)
+    content = RecordDict({"weights": ArrayRecord({"frame": frame}), "report": report})
     return Message(content, reply_to=message)
 
 
@@ -101,3 +104,10 @@ def _data(config: RunConfig, context: Context) -> NodeData:
         partition = (int(own["partition-id"]), int(own["num-partitions"]))
     path = own.get("data-path")
     return load_node(config, partition, str(path) if path is not None else None)
+
+
+def _state_root(context: Context) -> Path:
+    from feddm_flwr.node_state import state_root
+
+    path = context.node_config.get("state-path")
+    return state_root(str(path) if path is not None else None)

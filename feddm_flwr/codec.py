@@ -1,22 +1,30 @@
-"""Codecs: how float32 values become bytes. Each is pure: `init`, `encode`, `decode`.
+"""Codecs: how float32 values become few bytes. Each is pure: `init`, `encode`, `decode`.
 
-A codec works on one chunk of the flat vector at a time (see `wire`), so that any chunk can be
-decoded alone. State that it carries from chunk to chunk and from round to round is passed in and
-out; a codec without state passes `None`.
+A codec codes a flat vector in chunks (see `wire`), each decodable alone, and each as a few *planes*:
+byte strings of like content that are entropy-coded apart. Besides the plain number formats here:
+
+- `grid_codec` (`int8`, `int4`, `int3`, `int2`, `sign`): every value gets a digit on a grid whose
+  step is set for each block of values.
+- `sparse_codec` (`topk`, `budget`): which few values matter, and those.
+
+Vectors may lie on a GPU: all but the entropy coding is done where they are. Decoding is done on the
+CPU in float32, without sums, so that every machine gets the same bits.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol, TypeAlias
+from typing import ClassVar, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-from feddm_flwr import wire
-
-Values = NDArray[np.float32]
-State: TypeAlias = object  # what a codec carries on; None where that is nothing
+from feddm_flwr.grid_codec import Int2, Int3, Int4, Int8, Sign
+from feddm_flwr.packing import LARGEST, Planes, State, bytes_of, from_bfloat16, largest_of, numbers_of, to_bfloat16
+from feddm_flwr.sparse_codec import Budget, TopK
+from feddm_flwr.wire import FrameError
 
 
 class Codec(Protocol):
@@ -24,151 +32,107 @@ class Codec(Protocol):
 
     name: ClassVar[str]
 
-    def init(self, size: int) -> State:
-        """The state before the first vector of `size` values."""
-
-    def encode(self, values: Values, state: State) -> tuple[bytes, State]:
-        """The bytes of one chunk, exactly `raw_bytes(len(values))` of them, and the next state.
+    def init(self, vector: Tensor, seed: int) -> State:
+        """The state before the first chunk of a vector; `seed` is for codecs that draw at random.
 
         Raises:
-            ValueError: a value is NaN or infinite.
+            ValueError: a value is NaN, infinite or beyond `LARGEST`.
         """
 
-    def decode(self, raw: bytes, size: int) -> Values:
-        """The values of one chunk: any bytes of the right number decode to finite values or raise.
+    def encode(self, values: Tensor, state: State) -> Planes:
+        """The planes of one chunk of the vector."""
+
+    def decode(self, planes: Planes, size: int) -> Tensor:
+        """The values of one chunk: any planes within the limits decode to finite values or raise.
 
         Raises:
-            wire.FrameError: the bytes do not stand for finite values.
+            FrameError: the planes do not stand for that many finite values.
         """
 
-    def raw_bytes(self, size: int) -> int:
-        """How many bytes `encode` makes of `size` values, before zstd."""
-
-
-def _refuse_non_finite(values: Values) -> None:
-    if not np.isfinite(values).all():
-        raise ValueError("the vector has NaN or infinite values and cannot be encoded")
+    def limits(self, size: int) -> list[int]:
+        """The most bytes that each plane of a chunk of `size` values can have."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """`none`: float32 as it is. Bytes are grouped by significance, which lets zstd save a little."""
+    """`none`: float32 as it is. Bytes are grouped by significance, which saves a little."""
 
     name: ClassVar[str] = "none"
 
-    def init(self, size: int) -> State:
+    def init(self, vector: Tensor, seed: int) -> State:
+        largest_of(vector)
         return None
 
-    def encode(self, values: Values, state: State) -> tuple[bytes, State]:
-        _refuse_non_finite(values)
-        planes = values.astype("<f4", copy=False).view(np.uint8).reshape(-1, 4)
-        return planes.T.tobytes(), None
+    def encode(self, values: Tensor, state: State) -> Planes:
+        return bytes_of(values, "<f4")
 
-    def decode(self, raw: bytes, size: int) -> Values:
-        planes = np.frombuffer(raw, np.uint8).reshape(4, size)
-        values: Values = np.ascontiguousarray(planes.T).view("<f4").reshape(size).astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
-            raise wire.FrameError("the frame has NaN or infinite values")
+    def decode(self, planes: Planes, size: int) -> Tensor:
+        values = torch.from_numpy(numbers_of(planes, size, "<f4"))
+        if not bool((values.abs() <= LARGEST).all()):
+            raise FrameError("the frame has values that are not finite or too large")
         return values
 
-    def raw_bytes(self, size: int) -> int:
-        return 4 * size
-
-
-#: Values beyond this are no model's; below it no scale and no product of a code and a scale overflows.
-_LARGEST = np.float32(1e38)
-#: Shares of a block's largest magnitude that are tried as its clipping range.
-_CLIP_RATIOS = (0.99, 0.95, 0.9, 0.8, 0.6)
+    def limits(self, size: int) -> list[int]:
+        return [size] * 4
 
 
 @dataclass(frozen=True)
-class Int8:
-    """`int8`: each block of values is scaled to -127..127 and rounded to the nearest integer.
+class BFloat16:
+    """`bf16`: rounded to nearest. Relative error at most 2^-8."""
 
-    The scale is a bfloat16, which has float32's range, rounded up so that nothing is clipped by its
-    rounding. With `clip_search`, of a few clipping ranges the one with the least squared error is
-    taken for each block (post-training calibration by mean squared error, as in Banner et al. 2019).
-    Error: at most scale / 2 per value where nothing is clipped; the block's largest magnitude is at
-    most 127 scales.
-    """
+    name: ClassVar[str] = "bf16"
 
-    name: ClassVar[str] = "int8"
-    block_size: int = 256
-    clip_search: int = 1
-
-    def init(self, size: int) -> State:
+    def init(self, vector: Tensor, seed: int) -> State:
+        largest_of(vector)
         return None
 
-    def encode(self, values: Values, state: State) -> tuple[bytes, State]:
-        _refuse_non_finite(values)
-        blocks = np.zeros((self._blocks(len(values)), self.block_size), np.float32)
-        blocks.reshape(-1)[: len(values)] = values
-        largest = np.abs(blocks).max(1, initial=0)
-        if largest.max(initial=0) > _LARGEST:
-            raise ValueError(f"the vector has values above {_LARGEST:.1e} and cannot be encoded as int8")
-        scales = _scales(largest)
-        codes = _quantize(blocks, scales)
-        if self.clip_search:
-            with np.errstate(over="ignore"):  # an infinite error is never the least
-                self._search(blocks, largest, codes, scales)
-        high = (scales.view(np.uint32) >> 16).astype("<u2")
-        return codes.reshape(-1)[: len(values)].tobytes() + high.tobytes(), None
+    def encode(self, values: Tensor, state: State) -> Planes:
+        return to_bfloat16(values)
 
-    def decode(self, raw: bytes, size: int) -> Values:
-        codes = np.frombuffer(raw, np.int8, size)
-        high = np.frombuffer(raw, "<u2", self._blocks(size), offset=size)
-        scales = (high.astype(np.uint32) << 16).view(np.float32)
-        if not (np.abs(scales) <= _LARGEST / 64).all():  # also false for NaN
-            raise wire.FrameError("the frame has scales that are not finite or too large")
-        values: Values = codes.astype(np.float32)
-        values *= np.repeat(scales, self.block_size)[:size]
-        return values
+    def decode(self, planes: Planes, size: int) -> Tensor:
+        return from_bfloat16(planes, size, 2 * LARGEST)
 
-    def raw_bytes(self, size: int) -> int:
-        return size + 2 * self._blocks(size)
-
-    def _blocks(self, size: int) -> int:
-        return -(-size // self.block_size)
-
-    def _search(self, blocks: Values, largest: Values, codes: NDArray[np.int8], scales: Values) -> None:
-        """Replace codes and scales, in place, where a narrower range has a smaller squared error."""
-        error = _squared_error(blocks, codes, scales)
-        for ratio in _CLIP_RATIOS:
-            tried = _scales(largest * np.float32(ratio))
-            # The largest magnitude alone would lose this much: few blocks can gain at 8 bits.
-            hopeful = np.flatnonzero(np.square(largest - 127 * tried) < error)
-            clipped = _quantize(blocks[hopeful], tried[hopeful])
-            clipped_error = _squared_error(blocks[hopeful], clipped, tried[hopeful])
-            better = clipped_error < error[hopeful]
-            chosen = hopeful[better]
-            codes[chosen], scales[chosen], error[chosen] = clipped[better], tried[chosen], clipped_error[better]
+    def limits(self, size: int) -> list[int]:
+        return [size] * 2
 
 
-def _quantize(blocks: Values, scales: Values) -> NDArray[np.int8]:
-    """Codes -127..127 of blocks (B, K) with the scales (B,)."""
-    # A block of zeros, or one too small for a normal scale, is all zeros.
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    codes = np.rint(blocks * inverse[:, None])
-    return np.clip(codes, -127, 127, out=codes).astype(np.int8)
+@dataclass(frozen=True)
+class Float16:
+    """`fp16`, in units of a power of two for the whole vector, so that its largest value is near the
+    top of the range and nothing overflows. Error: at most 2^-11 of the value, or 2^-38 of the largest.
+    """
+
+    name: ClassVar[str] = "fp16"
+
+    def init(self, vector: Tensor, seed: int) -> State:
+        return max(-126, min(126, 15 - math.frexp(largest_of(vector))[1]))
+
+    def encode(self, values: Tensor, state: State) -> Planes:
+        assert isinstance(state, int)
+        return [*bytes_of((values * 2.0**state).half(), "<f2"), np.int8(state).tobytes()]
+
+    def decode(self, planes: Planes, size: int) -> Tensor:
+        halves = torch.from_numpy(numbers_of(planes[:2], size, "<f2")).float()
+        exponent = int(numbers_of(planes[2:], 1, "<i1")[0])
+        if exponent < -85 or not bool(halves.isfinite().all()):
+            raise FrameError("the frame has values that are not finite or too large")
+        return halves * 2.0**-exponent
+
+    def limits(self, size: int) -> list[int]:
+        return [size, size, 1]
 
 
-def _scales(ranges: Values) -> Values:
-    """The smallest bfloat16 >= range / 127 for each range >= 0, as float32; subnormal ones become 0."""
-    x = ranges / np.float32(127)
-    rounded = ((x.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.where(x < np.finfo(np.float32).tiny, np.float32(0), rounded).astype(np.float32)
-
-
-def _squared_error(blocks: Values, codes: NDArray[np.int8], scales: Values) -> Values:
-    error = blocks - codes * scales[:, None]
-    result: Values = np.einsum("bk,bk->b", error, error)
-    return result
-
-
-REGISTRY: dict[str, type[Identity] | type[Int8]] = {codec.name: codec for codec in (Identity, Int8)}
+REGISTRY: dict[str, type[Codec]] = {
+    codec.name: codec for codec in (Identity, Float16, BFloat16, Int8, Int4, Int3, Int2, Sign, TopK, Budget)
+}
 
 
 def make(name: str, **options: int) -> Codec:
     """The codec of that name, with those of the options that it has."""
     kind = REGISTRY[name]
-    return kind(**{field.name: options[field.name] for field in fields(kind)})
+    return kind(**{field.name: options[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def options_of(codec: Codec) -> dict[str, int]:
+    """The options of a codec, as `make` takes them."""
+    return {field.name: getattr(codec, field.name) for field in fields(codec)}  # type: ignore[arg-type]

@@ -28,6 +28,8 @@ STRATEGIES: dict[str, dict[str, Scalar]] = {
     "feddm-prox": {"train.mu": 0.01, "codec.uplink": "none", "codec.downlink": "none"},
     "feddm-quant": {"train.mu": 0.0, "codec.uplink": "int8", "codec.downlink": "int8"},
 }
+#: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
+CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
 #: Server learning rates: plain averaging; DiLoCo's outer step; FedAdam (Reddi et al. 2021).
 SERVER_LEARNING_RATES = {"averaging": 1.0, "nesterov": 0.7, "adam": 0.01}
 #: Architectures that train on a CPU.
@@ -142,13 +144,31 @@ class Train:
 class Codec:
     """How weights travel."""
 
-    uplink: str = key(PRESET, "coding of what nodes send", choices=("none", "int8"))
-    downlink: str = key(PRESET, "coding of what the server sends", choices=("none", "int8"))
-    target: str = key("weights", "what is coded: the weights themselves (the paper's scheme)", choices=("weights",))
+    uplink: str = key(PRESET, "coding of what nodes send", choices=CODECS)
+    downlink: str = key(PRESET, "coding of what the server sends", choices=CODECS)
+    target: str = key(
+        PRESET,
+        "what is coded: the `weights` themselves (the paper's scheme; no node keeps state), or the `delta`, which is "
+        "what changed (preset: delta where codec.uplink or codec.downlink is set)",
+        choices=("weights", "delta"),
+    )
+    error_feedback: bool = key(PRESET, "a node adds what the coding lost to its next delta (preset: with delta)")
+    residual_decay: float = key(
+        1.0, "share of the lost part that error feedback keeps from round to round", above=0, high=1
+    )
     block_size: int = key(256, "values that share a scale", low=8, high=65536)
     clip_search: bool = key(
-        True, "per block, choose the clipping range with the least squared error (slower to encode)"
+        False, "int8, int4, int3: per block, the clipping range with the least squared error (slow, costs bytes)"
     )
+    stochastic_rounding: bool = key(False, "int8 to sign: round at random and without bias instead of to the nearest")
+    topk_share: float = key(0.05, "share of the values that `topk` sends", above=0, high=1)
+    topk_bits: int = key(2, "bits of the values that `topk` sends: 2 or 4", low=2, high=4)
+    budget_ratio: int = key(80, "times fewer bytes than float32 that `budget` aims at", low=4, high=10_000)
+
+    @property
+    def shadow(self) -> bool:
+        """Whether server and nodes hold the same weights, to which coded differences are added."""
+        return self.target == "delta" and self.downlink != "none"
 
 
 @dataclass(frozen=True)
@@ -223,11 +243,20 @@ def _presets(raw: Mapping[str, object]) -> dict[str, Scalar]:
     def chosen(name: str) -> str:
         return str(raw.get(name, KEYS[name].default))
 
+    strategy = STRATEGIES.get(chosen("strategy"), {})
+    given = {chosen(name) for name in ("codec.uplink", "codec.downlink")}
+    target = raw.get("codec.target", PRESET)
+    if target == PRESET:
+        target = strategy.get("codec.target", "weights" if given <= {PRESET, "none"} else "delta")
+    uplink = raw.get("codec.uplink", PRESET)
+    lossy = (strategy.get("codec.uplink") if uplink == PRESET else uplink) != "none"
     return {
-        **STRATEGIES.get(chosen("strategy"), {}),
+        **strategy,
         **MODELS.get(chosen("model.preset"), {}),
         **DATASETS.get(chosen("data.name"), OTHER_DATA),
         "server.learning-rate": SERVER_LEARNING_RATES.get(chosen("server.optimizer"), 1.0),
+        "codec.target": str(target),
+        "codec.error-feedback": target == "delta" and lossy,
     }
 
 
@@ -294,6 +323,13 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
             f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r} with "
             "strategy = 'feddm-vanilla': both must be none, or use feddm-quant"
         )
+    if c.codec.error_feedback and (c.codec.target == "weights" or c.codec.uplink == "none"):
+        yield (
+            f"codec.error-feedback = true with codec.target = {c.codec.target!r}, codec.uplink = {c.codec.uplink!r}: "
+            "must be false; only a coded delta leaves something to feed back"
+        )
+    if c.codec.topk_bits == 3:
+        yield "codec.topk-bits = 3 is not allowed: must be 2 or 4"
     if c.strategy == "feddm-quant" and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
         yield "codec.uplink = 'none', codec.downlink = 'none' with strategy = 'feddm-quant': use feddm-vanilla"
     if c.data.channels == 2:

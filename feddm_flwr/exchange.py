@@ -1,21 +1,33 @@
 """A coded channel for flat vectors; server and node hold the same two, one for each direction.
 
-`codec.target = weights` (the FedDM paper's scheme): the weights themselves are coded both ways, so
-neither end keeps state. A node trains from the weights it decoded; the server takes as its update
-`decoded - received`, so that under averaging the new model is exactly the mean of what nodes sent.
+What travels is set by `codec.target`:
+
+- `weights` (the FedDM paper's scheme): the weights themselves are coded both ways, so neither end
+  keeps state. A node trains from the weights it decoded; the server takes as its update
+  `decoded - received`, so that under averaging the new model is exactly the mean.
+- `delta`: a node sends what its training changed, and adds what the coding lost to its next update
+  (error feedback, Seide et al. 2014). The server sends the difference between its model and the
+  *shadow*, which is what the nodes hold; what coding loses stays in that difference by itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import hashlib
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from feddm_flwr import wire
-from feddm_flwr.codec import Codec, Values, make
+from feddm_flwr.codec import Codec, Identity, make, options_of
+from feddm_flwr.config import Codec as Options
 from feddm_flwr.wire import FrameError
 
-__all__ = ["Channel", "FrameError", "Values", "channel"]
+__all__ = ["Channel", "FrameError", "Values", "channel", "exact", "fingerprint"]
+
+Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -26,47 +38,58 @@ class Channel:
     layout: str  # fingerprint
     size: int
 
-    def encode(self, vector: Values, number: int) -> bytes:
-        """The frame of a vector of `size` values, for round `number`.
+    def encode(self, vector: Tensor | Values, content: str, number: int, seed: int = 0) -> bytes:
+        """The frame of a vector of `size` values, on any device, for round `number`.
 
         Raises:
-            ValueError: a value is NaN or infinite.
+            ValueError: a value is NaN, infinite or too large.
         """
-        assert vector.shape == (self.size,), (vector.shape, self.size)
-        header = wire.Header(self.codec.name, self.layout, number, self.size, self._options())
-        state = self.codec.init(self.size)
-        chunks: list[bytes] = []
-        for part in _parts(vector):
-            raw, state = self.codec.encode(part, state)
-            chunks.append(raw)
-        return wire.write(header, chunks)
+        values = torch.as_tensor(vector)
+        assert values.shape == (self.size,), (values.shape, self.size)
+        state = self.codec.init(values, seed)
+        chunks = (self.codec.encode(part, state) for part in values.split(wire.CHUNK) if len(part))
+        return wire.write(self._header(content, number), chunks)
 
-    def decode(self, frame: bytes, number: int) -> Values:
+    def decode(self, frame: bytes, content: str, number: int) -> Values:
         """The vector in a frame of round `number`.
 
         Raises:
-            FrameError: the frame is corrupt, of another round, layout or codec, or not finite.
+            FrameError: the frame is corrupt, of another content, round, layout or codec, or not finite.
         """
         header, offset = wire.read_header(frame)
-        expected = wire.Header(self.codec.name, self.layout, number, self.size, self._options())
-        for name, value in asdict(expected).items():
+        for name, value in asdict(self._header(content, number)).items():
             if getattr(header, name) != value:
                 raise FrameError(f"the frame's {name} is {getattr(header, name)!r}, not {value!r}")
-        vector = np.empty(self.size, np.float32)
-        chunks = wire.read_chunks(frame, offset, self.size, self.codec.raw_bytes)
-        for part, raw in zip(_parts(vector), chunks, strict=True):
-            part[:] = self.codec.decode(raw, len(part))
-        return vector
+        vector = torch.empty(self.size)
+        chunks = wire.read_chunks(frame, offset, self.size, self.codec.limits)
+        for part, planes in zip((p for p in vector.split(wire.CHUNK) if len(p)), chunks, strict=True):
+            part.copy_(self.codec.decode(planes, len(part)))
+        result: Values = vector.numpy()
+        return result
 
-    def _options(self) -> dict[str, int]:
-        return {field.name: getattr(self.codec, field.name) for field in fields(self.codec)}  # type: ignore[arg-type]
-
-
-def channel(codec: str, block_size: int, clip_search: bool, layout: str, size: int) -> Channel:
-    """The channel that a codec's configuration asks for."""
-    return Channel(make(codec, block_size=block_size, clip_search=int(clip_search)), layout, size)
+    def _header(self, content: str, number: int) -> wire.Header:
+        return wire.Header(content, self.codec.name, self.layout, number, self.size, options_of(self.codec))
 
 
-def _parts(vector: Values) -> list[Values]:
-    """Views of the vector, one for each chunk."""
-    return np.split(vector, np.cumsum(wire.chunk_sizes(len(vector)))[:-1])
+def channel(name: str, c: Options, layout: str, size: int) -> Channel:
+    """The channel of the codec of that name, with the options of the configuration."""
+    codec = make(
+        name,
+        block_size=c.block_size,
+        clip_search=int(c.clip_search),
+        stochastic=int(c.stochastic_rounding),
+        per_million=round(1e6 * c.topk_share),
+        bits=c.topk_bits,
+        ratio=c.budget_ratio,
+    )
+    return Channel(codec, layout, size)
+
+
+def exact(layout: str, size: int) -> Channel:
+    """A channel that loses nothing: for files, and for nodes that need the whole shadow."""
+    return Channel(Identity(), layout, size)
+
+
+def fingerprint(vector: Values) -> str:
+    """32 hex digits that two vectors share only if they agree bit for bit."""
+    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()[:32]

@@ -73,9 +73,13 @@ def layout(model: torch.nn.Module) -> Layout:
 
 def to_vector(model: torch.nn.Module) -> Vector:
     """The parameters as one float32 vector on the CPU, shape (layout.size,)."""
-    flat = torch.cat([p.detach().reshape(-1).float().cpu() for p in model.parameters()])
-    result: Vector = flat.numpy()
+    result: Vector = flat(model).cpu().numpy()
     return result
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    """The parameters as one float32 vector where they are, shape (layout.size,)."""
+    return torch.cat([p.detach().reshape(-1).float() for p in model.parameters()])
 
 
 def load_vector(model: torch.nn.Module, vector: Vector) -> None:
@@ -88,9 +92,9 @@ def load_vector(model: torch.nn.Module, vector: Vector) -> None:
     size = sum(p.numel() for p in parameters)
     if vector.shape != (size,):
         raise ValueError(f"the model has {size} parameters, the vector has shape {vector.shape}")
-    flat = torch.from_numpy(np.ascontiguousarray(vector))
+    values = torch.from_numpy(np.ascontiguousarray(vector))
     with torch.no_grad():
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        for p, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
             p.copy_(part.view_as(p))
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
         "run=%s strategy=%s parameters=%d rounds=%d", run.path, config.strategy, layout.size, config.num_server_rounds
     )
     try:
-        feddm = FedDM(config, model.to_vector(network), layout.fingerprint)
+        feddm = FedDM(config, model.to_vector(network), layout.fingerprint, uuid.uuid4().hex)
         for done in feddm.run(grid):
             run.log_nodes([asdict(node) for node in feddm.nodes])
             run.log_round(done.figures())

@@ -1,12 +1,12 @@
 """The frame that carries a coded vector: versioned, checksummed, in chunks decodable one by one.
 
     magic "FDDM" | u16 version | u32 length of header | header | u32 CRC of all before
-    then per chunk: u32 length | u32 CRC of the coded bytes | coded bytes
+    then per chunk: u32 length | u32 CRC of the body | body
+    a body, per plane: u32 length | the plane, coded by zstd
 
-All integers are little-endian. The header is JSON: `codec` (text), `layout` (fingerprint of the
-parameters' names and shapes), `round`, `size` (values in the vector), `options` (of the codec).
-A chunk covers `CHUNK` values (the last one fewer), coded by the codec and then by zstd. How many
-bytes a chunk holds before zstd follows from the header, so nothing is allocated on a sender's word.
+All integers are little-endian. The header is JSON, see `Header`. A chunk covers `CHUNK` values (the
+last one fewer), which the codec turned into planes of bytes. The header limits how many bytes a
+plane can hold before zstd, so nothing is allocated on a sender's word.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass
 import zstandard
 
 MAGIC = b"FDDM"
-VERSION = 1
+VERSION = 2
 CHUNK = 1 << 20  # values; large enough for zstd's statistics, small enough to decode one at a time
 _MAX_HEADER = 1 << 16
 _PREFIX = struct.Struct("<4sHI")
 _CRC = struct.Struct("<I")
 _CHUNK_PREFIX = struct.Struct("<II")
+_PLANE_PREFIX = struct.Struct("<I")
+_LEVEL = 1  # of zstd: its entropy coder does the work, matches are rare
 
 
 class FrameError(ValueError):
@@ -36,11 +38,12 @@ class FrameError(ValueError):
 class Header:
     """What a frame says of itself."""
 
+    content: str  # "weights", "delta", …: what the values are
     codec: str
-    layout: str
+    layout: str  # fingerprint of the names and shapes of the parameters
     round: int
-    size: int
-    options: dict[str, int]
+    size: int  # values in the vector
+    options: dict[str, int]  # of the codec
 
 
 def chunk_sizes(size: int) -> list[int]:
@@ -48,15 +51,21 @@ def chunk_sizes(size: int) -> list[int]:
     return [min(CHUNK, size - start) for start in range(0, size, CHUNK)]
 
 
-def write(header: Header, chunks: Iterable[bytes]) -> bytes:
-    """The frame of a header and its chunks, each as the codec made it."""
+def compress(planes: Iterable[bytes]) -> bytes:
+    """The body of a chunk."""
+    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    coded = [compressor.compress(plane) for plane in planes]
+    return b"".join(part for plane in coded for part in (_PLANE_PREFIX.pack(len(plane)), plane))
+
+
+def write(header: Header, chunks: Iterable[Iterable[bytes]]) -> bytes:
+    """The frame of a header and its chunks, each as the planes that the codec made."""
     text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
     head = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
     parts = [head, _CRC.pack(zlib.crc32(head))]
-    compressor = zstandard.ZstdCompressor(level=3)
-    for chunk in chunks:
-        coded = compressor.compress(chunk)
-        parts += [_CHUNK_PREFIX.pack(len(coded), zlib.crc32(coded)), coded]
+    for planes in chunks:
+        body = compress(planes)
+        parts += [_CHUNK_PREFIX.pack(len(body), zlib.crc32(body)), body]
     return b"".join(parts)
 
 
@@ -82,7 +91,7 @@ def read_header(frame: bytes) -> tuple[Header, int]:
         header = Header(**json.loads(frame[_PREFIX.size : end]))
     except (ValueError, TypeError, RecursionError) as error:
         raise FrameError(f"the header cannot be read: {error}") from error
-    texts = isinstance(header.codec, str) and isinstance(header.layout, str)
+    texts = all(isinstance(text, str) for text in (header.content, header.codec, header.layout))
     counts = type(header.round) is int and type(header.size) is int and header.size >= 0
     options = isinstance(header.options, dict) and all(type(v) is int for v in header.options.values())
     if not (texts and counts and options):
@@ -90,34 +99,46 @@ def read_header(frame: bytes) -> tuple[Header, int]:
     return header, end + _CRC.size
 
 
-def read_chunks(frame: bytes, offset: int, size: int, raw_bytes: Callable[[int], int]) -> Iterator[bytes]:
-    """The chunks of a vector of `size` values as the codec made them, one by one.
+def read_chunks(frame: bytes, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
+    """The planes of each chunk of a vector of `size` values, one chunk at a time.
 
-    `raw_bytes(n)` is the exact number of bytes that the codec makes of n values. `size` must have
-    been checked against what the receiver expects.
+    `limits(n)` has the most bytes that each plane of n values can have. `size` must have been checked
+    against what the receiver expects.
 
     Raises:
-        FrameError: a chunk is truncated, corrupt or of another length, or bytes follow the last one.
+        FrameError: a chunk is truncated, corrupt or too long, or bytes follow the last one.
     """
-    decompressor = zstandard.ZstdDecompressor()
     for index, count in enumerate(chunk_sizes(size)):
         if offset + _CHUNK_PREFIX.size > len(frame):
             raise FrameError(f"the frame ends before chunk {index}")
         length, checksum = _CHUNK_PREFIX.unpack_from(frame, offset)
         offset += _CHUNK_PREFIX.size
-        coded = frame[offset : offset + length]
+        body = frame[offset : offset + length]
         offset += length
-        if len(coded) < length or zlib.crc32(coded) != checksum:
+        if len(body) < length or zlib.crc32(body) != checksum:
             raise FrameError(f"chunk {index} is truncated or its checksum is wrong")
-        expected = raw_bytes(count)
-        try:
-            if zstandard.frame_content_size(coded) != expected:
-                raise FrameError(f"chunk {index} does not hold the {expected} bytes that it should")
-            raw = decompressor.decompress(coded, max_output_size=expected)
-        except zstandard.ZstdError as error:
-            raise FrameError(f"chunk {index} cannot be decompressed: {error}") from error
-        if len(raw) != expected:
-            raise FrameError(f"chunk {index} does not hold the {expected} bytes that it should")
-        yield raw
+        yield _decompress(body, limits(count), index)
     if offset != len(frame):
         raise FrameError(f"{len(frame) - offset} bytes follow the last chunk")
+
+
+def _decompress(body: bytes, limits: list[int], index: int) -> list[bytes]:
+    """The planes in the body of a chunk."""
+    planes, offset = [], 0
+    decompressor = zstandard.ZstdDecompressor()
+    for limit in limits:
+        if offset + _PLANE_PREFIX.size > len(body):
+            raise FrameError(f"chunk {index} has too few planes")
+        (length,) = _PLANE_PREFIX.unpack_from(body, offset)
+        offset += _PLANE_PREFIX.size
+        coded = body[offset : offset + length]
+        offset += length
+        try:
+            if len(coded) < length or not 0 <= zstandard.frame_content_size(coded) <= limit:
+                raise FrameError(f"chunk {index} has a plane that is truncated or above its {limit} bytes")
+            planes.append(decompressor.decompress(coded, max_output_size=max(limit, 1)))
+        except zstandard.ZstdError as error:
+            raise FrameError(f"chunk {index} cannot be decompressed: {error}") from error
+    if offset != len(body):
+        raise FrameError(f"chunk {index} has too many planes")
+    return planes

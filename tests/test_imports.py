@@ -22,25 +22,34 @@ ALLOWED: dict[str, set[str]] = {
     "report_page": set(),
     "config": {"schema"},
     "report": {"report_page", "tracking"},
-    "codec": {"wire"},
+    "packing": {"wire"},
+    "grid_codec": {"packing"},
+    "sparse_codec": {"grid_codec", "packing", "wire"},
+    "codec": {"grid_codec", "packing", "sparse_codec", "wire"},
     "data": {"config"},
     "model": {"config"},
-    "exchange": {"codec", "wire"},
+    "exchange": {"codec", "config", "wire"},
+    "broadcast": {"config", "exchange"},
+    "node_state": {"exchange"},
+    "node_link": {"config", "exchange", "model", "node_state"},
     "training": {"config", "data", "diffusion", "model"},
     "evaluation": {"config", "data", "diffusion", "model"},
     "messages": set(),
     "nodes": {"config", "messages"},
-    "strategy": {"aggregation", "config", "exchange", "messages", "nodes"},
+    "collection": {"messages"},
+    "strategy": {"aggregation", "broadcast", "collection", "config", "exchange", "messages", "nodes"},
     "display": {"config"},
     "launch": {"config", "display", "tracking"},
 }
 TOP = {"server_app", "client_app", "cli"}
-FLWR = {"messages", "nodes", "strategy", "server_app", "client_app", "cli"}
+FLWR = {"messages", "collection", "nodes", "strategy", "server_app", "client_app", "cli"}
+CODING = {"packing", "grid_codec", "sparse_codec", "codec", "exchange", "node_link"}
+ABOUT_TENSORS = CODING | {"diffusion", "model", "training", "evaluation"}
 #: No torch at all, not even inside a function.
-NO_TORCH = {*ALLOWED} - {"diffusion", "model", "training", "evaluation"}
+NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.
 HEAVY = {"torch", "diffusers", "datasets", "flwr_datasets", "sklearn", "ray"}
-MAY_BE_HEAVY = {"diffusion", "model", "training", "evaluation", "server_app"}
+MAY_BE_HEAVY = ABOUT_TENSORS | {"server_app"}
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import resource
 import struct
 import zlib
 
@@ -12,30 +14,116 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feddm_flwr import wire
+from feddm_flwr.config import CODECS, parse
 from feddm_flwr.exchange import Channel, channel
 from feddm_flwr.wire import FrameError
 
 SIZE = 1000
 LAYOUT = "0123456789abcdef" * 2
-CHANNEL = channel("int8", 64, False, LAYOUT, SIZE)
+BLOCKS = -(-SIZE // 64)
+
+
+def make(name: str, layout: str = LAYOUT, size: int = SIZE, block: int = 64) -> Channel:
+    return channel(name, parse({"codec.block-size": block}).codec, layout, size)
+
+
+CHANNEL = make("int8")
 VECTOR = np.linspace(-1, 1, SIZE, dtype=np.float32)
-FRAME = CHANNEL.encode(VECTOR, 7)
+FRAME = CHANNEL.encode(VECTOR, "delta", 7)
 
 
 def refused(frame: bytes, match: str | None = None, to: Channel = CHANNEL, number: int = 7) -> None:
     with pytest.raises(FrameError, match=match):
-        to.decode(frame, number)
+        to.decode(frame, "delta", number)
 
 
-def test_a_frame_of_version_1_is_still_read() -> None:
-    """A fixed frame: the format may not change without a new version number."""
-    frame = bytes.fromhex(
-        "4644444d01007a0000007b22636f646563223a22696e7438222c226c61796f7574223a22303132333435363738396162636465663031"
-        "3233343536373839616263646566222c226f7074696f6e73223a7b22626c6f636b5f73697a65223a382c22636c69705f736561726368"
-        "223a307d2c22726f756e64223a322c2273697a65223a347dcc091cba0f000000900255b828b52ffd20063100007f810100003f"
-    )
-    small = channel("int8", 8, False, LAYOUT, 4)
-    assert small.decode(frame, 2).tolist() == [63.5, -63.5, 0.5, 0.0]
+#: Fixed frames of 40 values: the format may not change without a new version number.
+FIXED: dict[str, str] = {
+    "none": (
+        "4644444d02006f0000007b22636f646563223a226e6f6e65222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b7d"
+        "2c22726f756e64223a322c2273697a65223a34307de4a737a2d4000000359a75d43100000028b52ffd20284101000091cbbe"
+        "68ddf21b09b4eb4ba95e1d139bd14d5349a177de0b882c75fb4f9ebf7c030adaa3b183733100000028b52ffd202841010000"
+        "04a75c327793946fc1830b39288fbaf728280c84c4caf98e092260c83cf6e4dea172c8d9a9ea3d3100000028b52ffd202841"
+        "010000174e69158c8c8bd75a10c22fa34298450b364b1182b09953a897aa2b9f8585b13dd5aeec04f4243100000028b52ffd"
+        "2028410100003ebdbe3e3ebebe3e3ebfbd3fbdbf3e3fbfbf3f3fbfbe3f3dbf3e3fbfbf3f3fbfbf3f3ebf3e3fbf"
+    ),
+    "fp16": (
+        "4644444d02006f0000007b22636f646563223a2266703136222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b7d"
+        "2c22726f756e64223a322c2273697a65223a34307dbb66ebca78000000f8e00b6b3100000028b52ffd202841010000b8754b"
+        "aa64655dbbd684107a1914c63059b1588c1686d09c40b9535efa302f8fedac766725a7223100000028b52ffd202841010000"
+        "68e2eb686cecec6e6af0e671e5f26c72f0f17270f4ed7462f56c75f1f47474f5f1766df76877f10a00000028b52ffd200109"
+        "00000e"
+    ),
+    "bf16": (
+        "4644444d02006f0000007b22636f646563223a2262663136222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b7d"
+        "2c22726f756e64223a322c2273697a65223a34307d5f4d5c4e6a000000821ad3853100000028b52ffd202841010000174f69"
+        "158c8d8cd75b11c22fa34399460b364b1283b19a54a897aa2c9f8686b23ed5afed05f5243100000028b52ffd202841010000"
+        "3ebdbe3e3ebebe3e3ebfbd3fbdbf3e3fbfbf3f3fbfbe3f3dbf3e3fbfbf3f3fbfbf3f3ebf3e3fbf"
+    ),
+    "int8": (
+        "4644444d02009d0000007b22636f646563223a22696e7438222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b22"
+        "626c6f636b5f73697a65223a31362c22636c69705f736561726368223a302c2273746f63686173746963223a307d2c22726f"
+        "756e64223a322c2273697a65223a34307df8ac9dda550000000ad6135d3100000028b52ffd20284101007f98775997ad5152"
+        "c5a3216ff17201b1c94b3bcbb51e5ef284029bfe3f08e3e3234eee960488fe540c00000028b52ffd2003190000c52c770c00"
+        "000028b52ffd20031900003b3c3c"
+    ),
+    "int4": (
+        "4644444d02009d0000007b22636f646563223a22696e7434222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b22"
+        "626c6f636b5f73697a65223a31362c22636c69705f736561726368223a302c2273746f63686173746963223a307d2c22726f"
+        "756e64223a322c2273697a65223a34307da5fb88ae41000000c4e5387a1d00000028b52ffd2014a100007f529e40925c6796"
+        "47a828c807db03c03e8569590c00000028b52ffd2003190000df438c0c00000028b52ffd20031900003d3e3e"
+    ),
+    "int3": (
+        "4644444d02009d0000007b22636f646563223a22696e7433222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b22"
+        "626c6f636b5f73697a65223a31362c22636c69705f736561726368223a302c2273746f63686173746963223a307d2c22726f"
+        "756e64223a322c2273697a65223a34307d16df8d5f41000000fed5c2381d00000028b52ffd2014a100001f11201021161b1c"
+        "13240b2c032e01280f2215140c00000028b52ffd200319000082e4240c00000028b52ffd20031900003e3e3f"
+    ),
+    "int2": (
+        "4644444d02009d0000007b22636f646563223a22696e7432222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b22"
+        "626c6f636b5f73697a65223a31362c22636c69705f736561726368223a302c2273746f63686173746963223a307d2c22726f"
+        "756e64223a322c2273697a65223a34307d2bd33a793500000057e7bfc01100000028b52ffd2008410000799430799130c591"
+        "0c00000028b52ffd20031900001c96da0c00000028b52ffd20031900003f3f3f"
+    ),
+    "sign": (
+        "4644444d02009d0000007b22636f646563223a227369676e222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b22"
+        "626c6f636b5f73697a65223a31362c22636c69705f736561726368223a302c2273746f63686173746963223a307d2c22726f"
+        "756e64223a322c2273697a65223a34307de43442dd3200000045915bfb0e00000028b52ffd2005290000339399cd6c0c0000"
+        "0028b52ffd200319000010cf0b0c00000028b52ffd20031900003f3f40"
+    ),
+    "topk": (
+        "4644444d02009b0000007b22636f646563223a22746f706b222c22636f6e74656e74223a2264656c7461222c226c61796f75"
+        "74223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a7b22"
+        "62697473223a322c22626c6f636b5f73697a65223a31362c227065725f6d696c6c696f6e223a35303030307d2c22726f756e"
+        "64223a322c2273697a65223a34307df22389e85500000084cc3a6b0a00000028b52ffd2001090000020a00000028b52ffd20"
+        "01090000000b00000028b52ffd200211000024010a00000028b52ffd20010900000c0a00000028b52ffd2001090000a10a00"
+        "000028b52ffd20010900003f"
+    ),
+    "budget": (
+        "4644444d02007b0000007b22636f646563223a22627564676574222c22636f6e74656e74223a2264656c7461222c226c6179"
+        "6f7574223a223031323334353637383961626364656630313233343536373839616263646566222c226f7074696f6e73223a"
+        "7b22726174696f223a38307d2c22726f756e64223a322c2273697a65223a34307d1fd4d54b910000005a8a77930a00000028"
+        "b52ffd2001090000060a00000028b52ffd2001090000000f00000028b52ffd20063100001901040101010f00000028b52ffd"
+        "20063100000100010001000f00000028b52ffd20063100000000000000000b00000028b52ffd200211000083030b00000028"
+        "b52ffd2002110000eac90b00000028b52ffd2002110000f4330b00000028b52ffd20021100003f3e"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_frame_of_version_2_is_still_read(name: str) -> None:
+    vector = np.float32(np.sin(np.arange(40) * 1.7) * np.linspace(0.1, 2, 40))
+    fixed = make(name, size=40, block=16)
+    decoded = fixed.decode(bytes.fromhex(FIXED[name]), "delta", 2)
+    np.testing.assert_array_equal(decoded, fixed.decode(fixed.encode(vector, "delta", 2), "delta", 2))
 
 
 @given(st.integers(0, len(FRAME) - 1), st.integers(1, 255))
@@ -61,35 +149,110 @@ def test_noise_is_refused(noise: bytes) -> None:
     refused(FRAME[:200] + noise)
 
 
-def test_version_round_layout_codec_and_size_are_checked() -> None:
-    refused(FRAME[:4] + b"\2\0" + FRAME[6:], "version 2 is not known; this software reads version 1")
+def test_version_round_content_layout_codec_and_size_are_checked() -> None:
+    refused(FRAME[:4] + b"\1\0" + FRAME[6:], "version 1 is not known; this software reads version 2")
     refused(FRAME, "the frame's round is 7, not 8", number=8)
-    refused(FRAME, "the frame's layout is", channel("int8", 64, False, "f" * 32, SIZE))
-    refused(FRAME, "the frame's codec is 'int8', not 'none'", channel("none", 64, False, LAYOUT, SIZE))
-    refused(FRAME, "the frame's size is 1000, not 999", channel("int8", 64, False, LAYOUT, SIZE - 1))
-    refused(FRAME, "the frame's options is", channel("int8", 128, False, LAYOUT, SIZE))
+    refused(FRAME, "the frame's layout is", make("int8", layout="f" * 32))
+    refused(FRAME, "the frame's codec is 'int8', not 'none'", make("none"))
+    refused(FRAME, "the frame's size is 1000, not 999", make("int8", size=SIZE - 1))
+    refused(FRAME, "the frame's options is", make("int8", block=128))
+    with pytest.raises(FrameError, match="the frame's content is 'delta', not 'weights'"):
+        CHANNEL.decode(FRAME, "weights", 7)
 
 
-def with_chunk(coded: bytes) -> bytes:
+def with_planes(*planes: bytes) -> bytes:
+    """The frame with other planes, each coded already."""
     _, offset = wire.read_header(FRAME)
-    return FRAME[:offset] + struct.pack("<II", len(coded), zlib.crc32(coded)) + coded
+    body = b"".join(struct.pack("<I", len(plane)) + plane for plane in planes)
+    return FRAME[:offset] + struct.pack("<II", len(body), zlib.crc32(body)) + body
+
+
+def test_planes_that_are_as_they_should_be_are_read() -> None:
+    plane = zstandard.compress
+    frame = with_planes(plane(bytes([254]) * SIZE), plane(bytes(BLOCKS)), plane(b"\x3f" * BLOCKS))
+    assert (CHANNEL.decode(frame, "delta", 7) == 127 * 0.5).all()
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
-    refused(with_chunk(zstandard.compress(bytes(1 << 28))), "does not hold the 1032 bytes")
+    refused(with_planes(zstandard.compress(bytes(1 << 28))), "above its 1000 bytes")
 
 
-def test_a_chunk_that_hides_its_length_is_refused() -> None:
+def test_a_plane_that_hides_its_length_is_refused() -> None:
     coder = zstandard.ZstdCompressor(write_content_size=False).compressobj()
-    refused(with_chunk(coder.compress(bytes(1 << 20)) + coder.flush()), "does not hold the 1032 bytes")
+    refused(with_planes(coder.compress(bytes(1 << 20)) + coder.flush()), "above its 1000 bytes")
+
+
+def test_too_few_and_too_many_planes_are_refused() -> None:
+    plane = zstandard.compress
+    planes = [plane(bytes(SIZE)), plane(bytes(BLOCKS)), plane(bytes(BLOCKS))]
+    refused(with_planes(*planes[:2]), "too few planes")
+    refused(with_planes(*planes, planes[2]), "too many planes")
+    refused(with_planes(plane(bytes(SIZE - 1)), *planes[1:]), "do not hold 1000 digits")
 
 
 def test_a_header_of_the_wrong_types_is_refused() -> None:
     for text in (b"[]", b"{}", b'{"codec":1,"layout":"","round":1,"size":1,"options":{}}', b"\xff", b"[" * 20000):
-        head = struct.pack("<4sHI", b"FDDM", 1, len(text)) + text
+        head = struct.pack("<4sHI", b"FDDM", 2, len(text)) + text
         refused(head + struct.pack("<I", zlib.crc32(head)), "header")
 
 
 def test_a_hostile_scale_is_refused() -> None:
-    blocks = -(-SIZE // 64)
-    refused(with_chunk(zstandard.compress(bytes([127]) * SIZE + b"\x80\x7f" * blocks)), "not finite or too large")
+    plane = zstandard.compress
+    frame = with_planes(plane(bytes([254]) * SIZE), plane(b"\x80" * BLOCKS), plane(b"\x7f" * BLOCKS))
+    refused(frame, "not finite or too large")
+
+
+def sealed(frame: bytes) -> bytes:
+    """The frame with its checksums made right, as far as it can be followed: past the outer defence."""
+    result = bytearray(frame)
+    offset = 10 + struct.unpack_from("<I", frame, 6)[0] if len(frame) >= 10 else len(frame)
+    if offset + 4 > len(frame):
+        return frame
+    struct.pack_into("<I", result, offset, zlib.crc32(result[:offset]))
+    offset += 4
+    while offset + 8 <= len(result):
+        (length,) = struct.unpack_from("<I", result, offset)
+        struct.pack_into("<I", result, offset + 4, zlib.crc32(result[offset + 8 : offset + 8 + length]))
+        offset += 8 + length
+    return bytes(result)
+
+
+def mutated(frame: bytes, other: bytes, draw: random.Random) -> bytes:
+    """The frame after a few accidents, or the work of somebody who knows the format."""
+    changed = bytearray(frame)
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(len(changed)) if changed else 0
+        match draw.randrange(6):
+            case 0:
+                changed[at : at + 1] = bytes([draw.randrange(256)])
+            case 1:
+                del changed[at : at + draw.randint(1, 40)]
+            case 2:
+                changed[at:at] = draw.randbytes(draw.randint(1, 40))
+            case 3:
+                changed[at : at + 4] = struct.pack("<I", draw.choice([0, 1, 255, 1 << 20, 1 << 31, (1 << 32) - 1]))
+            case 4:
+                changed[at:] = other[draw.randrange(len(other)) :]
+            case 5:
+                changed[at : at + 30] = bytes(30)
+    return sealed(bytes(changed)) if draw.random() < 0.7 else bytes(changed)
+
+
+def test_a_hundred_thousand_mutated_frames_are_decoded_to_finite_values_or_refused_in_bounded_memory() -> None:
+    draw = random.Random(0)
+    channels = [make(name, size=300) for name in CODECS]
+    vector = np.random.default_rng(0).standard_normal(300).astype(np.float32)
+    frames = [c.encode(vector, "delta", 7) for c in channels]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    decoded = 0
+    for i in range(100_000):
+        c, frame = channels[i % len(channels)], frames[i % len(channels)]
+        try:
+            values = c.decode(mutated(frame, draw.choice(frames), draw), "delta", 7)
+        except FrameError:
+            continue
+        decoded += 1
+        assert values.shape == (300,)
+        assert np.isfinite(values).all()
+    assert decoded > 1000  # the sealed ones got past the checksums
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB

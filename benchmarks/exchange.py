@@ -1,0 +1,144 @@
+"""The same federated job under every codec: bytes each way against held-out loss.
+
+    python benchmarks/exchange.py --train fashion_mnist_train.parquet --test fashion_mnist_test.parquet
+
+Every setting trains the same model on the same shares of the same images in the same order, with the
+real strategy, client app and frames. The loss is that of the final weights on images of the test set
+that no node has, with noise that is the same for all. Results are added to a JSON file one by one:
+a stopped benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pool_grid import PoolGrid, pool
+
+from feddm_flwr import model, training
+from feddm_flwr.config import RunConfig, parse
+from feddm_flwr.data import load_all
+from feddm_flwr.node_state import forget_run, state_root
+from feddm_flwr.strategy import FedDM
+
+JOB: dict[str, Any] = {
+    "data.image-size": 28,
+    "data.channels": 1,
+    "data.flip": True,
+    "data.partition": "dirichlet",
+    "data.alpha": 0.3,
+    "model.block-channels": "16,32,64",
+    "model.attention": "0,0,0",
+    "model.attention-head-dim": 8,
+    "num-server-rounds": 10,
+    "train.local-steps": 30,
+    "train.batch-size": 16,
+    "train.precision": "fp32",
+    "train.threads": 1,
+    "eval.every": 0,
+}
+NESTEROV = {"server.optimizer": "nesterov"}
+
+
+def both(codec: str, **keys: Any) -> dict[str, Any]:
+    """A codec in both directions."""
+    return {"strategy": "feddm-quant", "codec.uplink": codec, "codec.downlink": codec, **keys}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp32 averaging": {},
+    "fp32 Nesterov": NESTEROV,
+}
+
+
+def settings(extra: list[str]) -> dict[str, dict[str, Any]]:
+    """The settings, and those of the command line: `name: key=value key=value`."""
+    result = dict(SETTINGS)
+    for text in extra:
+        name, _, keys = text.partition(":")
+        pairs = (pair.split("=", 1) for pair in keys.split())
+        result[name] = {key: json.loads(value) if value[:1] in '"tf0123456789' else value for key, value in pairs}
+    return result
+
+
+def final_loss(config: RunConfig, weights: np.ndarray, images: np.ndarray) -> float:
+    """Denoising loss on images that no node has."""
+    network = model.build(config)
+    model.load_vector(network, weights)
+    larger = replace(config, train=replace(config.train, batch_size=128))
+    return training.held_out_loss(network, images, larger, "benchmark", torch.device("cpu"))
+
+
+def run(config: RunConfig, processes: ProcessPoolExecutor, nodes: int, images: np.ndarray) -> dict[str, Any]:
+    """Train once; what it cost and how good it became."""
+    network = model.build(config)
+    run_uuid, start = uuid.uuid4().hex, time.monotonic()
+    feddm = FedDM(config, model.to_vector(network), model.layout(network).fingerprint, run_uuid)
+    rounds = list(feddm.run(PoolGrid(processes, config, nodes)))
+    forget_run(state_root(None), run_uuid)
+    total = {k: sum(getattr(r, k) for r in rounds) for k in ("bytes_up", "bytes_down", "bytes_full")}
+    fp32 = {k: sum(getattr(r, f"{k}_fp32") for r in rounds) for k in ("bytes_up", "bytes_down")}
+    return {
+        "loss": final_loss(config, rounds[-1].weights, images),
+        "loss_ema": final_loss(config, rounds[-1].ema, images),
+        "train_loss": [r.train_loss for r in rounds],
+        **total,
+        "ratio_up": fp32["bytes_up"] / total["bytes_up"],
+        "ratio_down": fp32["bytes_down"] / total["bytes_down"],
+        "coding_error": statistics.fmean(r.coding_error for r in rounds),
+        "parameters": len(rounds[-1].weights),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def main() -> None:
+    """Run what is not in the results yet, then write table and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="data.name of the images that are shared out")
+    parser.add_argument("--test", required=True, help="data.name of the images that no node has")
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="", help="settings to run, separated by commas; default: all")
+    parser.add_argument("--setting", action="append", default=[], help="another one: 'name: key=value …'")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/exchange.json"))
+    options = parser.parse_args()
+    logging.getLogger("feddm").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    job = {**JOB, "data.name": options.train}
+    images, _ = load_all(parse({**job, "data.name": options.test, "data.partition": "iid"}))
+    images = images[:2048]
+    results = json.loads(options.out.read_text()) if options.out.exists() else {"job": JOB, "runs": []}
+    done = {(r["setting"], r["seed"]) for r in results["runs"]}
+    chosen = {n: k for n, k in settings(options.setting).items() if not options.only or n in options.only.split(",")}
+    with pool(options.processes) as processes:
+        for seed in map(int, options.seeds.split(",")):
+            for name, keys in chosen.items():
+                if (name, seed) in done:
+                    continue
+                result = run(parse({**job, **keys, "seed": seed}), processes, options.nodes, images)
+                results["runs"].append({"setting": name, "seed": seed, "keys": keys, **result})
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(results, indent=1))
+                print(
+                    f"{name:28s} seed {seed}: loss {result['loss']:.4f} ema {result['loss_ema']:.4f} "
+                    f"up {result['ratio_up']:.1f}x down {result['ratio_down']:.1f}x {result['seconds']:.0f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""One attempt at a round: asking nodes to train, and their replies as they come.
+
+Flower's own strategies collect all replies of a round before they aggregate; here they are pulled
+one by one, so that the server's memory does not grow with the number of nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from flwr.app import MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from feddm_flwr.messages import Failure, pull, push
+
+log = logging.getLogger("feddm")
+
+_PAUSE = 0.05  # seconds between polls at first; they grow to a second
+
+
+@dataclass
+class Traffic:
+    """What went over the wire, in bytes of frames, and what came back that was of no use."""
+
+    up: Counter[str] = field(default_factory=Counter)  # by node
+    down: Counter[str] = field(default_factory=Counter)
+    full: int = 0  # of `down`: whole shadows, for nodes that had lost theirs or were far behind
+    messages_up: int = 0
+    messages_down: int = 0  # a second one with the whole shadow is not counted
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Traffic) -> None:
+        """Count another attempt's as well: what was sent was paid for."""
+        self.up += other.up
+        self.down += other.down
+        self.full += other.full
+        self.messages_up += other.messages_up
+        self.messages_down += other.messages_down
+        self.failures += other.failures
+
+
+def collect(
+    grid: Grid,
+    names: dict[int, str],
+    content: Callable[[str, bool], RecordDict],
+    traffic: Traffic,
+    timeout: float,
+) -> Iterator[tuple[int, RecordDict | Failure]]:
+    """Ask the nodes (id -> name) to train; their replies as they come, one pulled at a time.
+
+    `content(name, whole)` is what a node is sent. A node that says it lost what it should hold is
+    asked again, once, with the whole of it. A node whose process died is asked again for as long as
+    others get through: in a simulation the dead process stays in Flower's pool and fails whatever it
+    is handed.
+    """
+    deadline = time.monotonic() + timeout
+    died: dict[int, Failure] = {}
+    whole: set[int] = set()
+    again = list(names)
+    while again:
+        pending: dict[str, int] = {}
+        for node_id in again:
+            name = names[node_id]
+            sent = content(name, node_id in whole)
+            if message := push(grid, sent, node_id, MessageType.TRAIN, timeout):
+                pending[message] = node_id
+                _count(traffic, name, sent, counted=node_id not in whole)
+            else:
+                yield node_id, Failure("not-sent", "Flower did not take the message")
+        again, through, pause = [], 0, _PAUSE
+        while pending and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(pause * 1.2, 1.0)
+            for message, node_id in list(pending.items()):
+                if (reply := pull(grid, message)) is None:
+                    continue
+                del pending[message]
+                pause = _PAUSE
+                if isinstance(reply, Failure) and reply.reason == "process-died":
+                    died[node_id] = reply
+                    again.append(node_id)
+                    continue
+                through += 1
+                if _lost(reply) and node_id not in whole:
+                    log.warning("%s has lost the shared weights; it gets the whole of them", names[node_id])
+                    whole.add(node_id)
+                    again.append(node_id)
+                    continue
+                yield node_id, reply
+        for node_id in pending.values():
+            yield node_id, Failure("timeout", f"no reply within round-timeout = {timeout:g} s")
+        if not through or time.monotonic() >= deadline:
+            break
+        for node_id in again:
+            if node_id in died:
+                log.warning("%s: %s; asked again", names[node_id], died[node_id])
+    for node_id in again:
+        yield node_id, died.get(node_id, Failure("timeout", "no time was left to send the shared weights"))
+
+
+def _count(traffic: Traffic, name: str, sent: RecordDict, *, counted: bool) -> None:
+    arrays = sent.array_records["weights"]
+    size = sum(len(array.data) for array in arrays.values())
+    traffic.down[name] += size
+    traffic.full += size * ("shadow" in arrays)
+    traffic.messages_down += counted
+
+
+def _lost(reply: RecordDict | Failure) -> bool:
+    """Whether a node says that it does not hold what the frames add to."""
+    return isinstance(reply, RecordDict) and "lost" in reply.config_records

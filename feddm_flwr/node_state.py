@@ -1,0 +1,165 @@
+"""What a node remembers between rounds, in files of its own: never in Flower's context, which loses
+large state silently, and never at a path that the run configuration names.
+
+    <state-path>/<run-uuid>/shadow-<version>-<fingerprint>.frame   shared by the nodes of a machine
+    <state-path>/<run-uuid>/<node>/residual-<round>.frame
+    <state-path>/<run-uuid>/<node>/personal-<round>.frame, pipeline/
+
+Every file is a frame (see `wire`), so one that is truncated, corrupt or of another run, node or
+model is noticed. Files are put in place whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from feddm_flwr.exchange import Channel, FrameError, Values, exact, fingerprint
+
+log = logging.getLogger("feddm")
+
+_FORGET_AFTER = 14 * 24 * 3600.0  # seconds
+_RUN = r"[0-9a-f]{32}"
+
+
+class StateLostError(RuntimeError):
+    """What the node should hold is not there; the message says what."""
+
+
+def state_root(configured: str | None) -> Path:
+    """`state-path` of the node config, else `feddm` in the user's XDG state folder."""
+    if configured:
+        return Path(configured).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "feddm"
+
+
+def forget_run(root: Path, run: str) -> None:
+    """Remove what the nodes of this machine kept of a run that is over."""
+    shutil.rmtree(root / run, ignore_errors=True)
+
+
+class NodeState:
+    """The files of one node in one run."""
+
+    def __init__(self, root: Path, run: str, node: str) -> None:
+        """Create the node's folder; remove what runs left that nobody touched for two weeks.
+
+        Raises:
+            ValueError: `run` is not a run-uuid (it is the server's word, and becomes a path).
+            OSError: the folder cannot be made.
+        """
+        if not re.fullmatch(_RUN, run):
+            raise ValueError(f"run-uuid = {run!r} is not 32 hex digits")
+        self._run, self._owner = root / run, f"{run}/{node}"
+        self.path = self._run / node
+        if not self.path.is_dir():
+            self.path.mkdir(parents=True)
+            _forget_old(root, run)
+
+    def shadow(
+        self, version: int, wanted: str, frames: Mapping[int, bytes], full: bytes | None, down: Channel, initial: Values
+    ) -> Values:
+        """What the server says that nodes hold at a version, whose fingerprint is `wanted`: the whole of
+        it, or what this machine has, or the `initial` weights (version 0), plus the frames since.
+
+        Raises:
+            FrameError: a frame is corrupt.
+            StateLostError: neither is here what the frames add to, nor do they begin at version 0.
+        """
+        whole = exact(down.layout, down.size)
+        if full is not None:
+            vector = whole.decode(full, "shadow", version)
+            if fingerprint(vector) != wanted:
+                raise FrameError("the whole shadow has another fingerprint than the server says")
+            self._write_shadow(version, vector, whole)
+            return vector
+        first = min(frames) - 1
+        for held, start in self._shadows(whole, first, version, initial):
+            vector = start.copy()
+            for number in range(held + 1, version + 1):
+                vector += down.decode(frames[number], "delta", number)
+            if fingerprint(vector) == wanted:
+                if held != version:
+                    self._write_shadow(version, vector, whole)
+                return vector
+            log.warning("%s: the shadow made from version %d is not the server's", self._owner, held)
+        raise StateLostError(f"no shadow of version {first} to {version}")
+
+    def _shadows(self, whole: Channel, first: int, last: int, initial: Values) -> Iterator[tuple[int, Values]]:
+        """What is here of versions first..last, the newest first, and at last the initial weights."""
+        found = [(number, path) for number, path in _numbered(self._run, "shadow") if first <= number <= last]
+        for number, path in reversed(found):
+            try:
+                yield number, whole.decode(path.read_bytes(), "shadow", number)
+            except (OSError, FrameError) as error:
+                log.warning("%s: %s is of no use: %s", self._owner, path.name, error)
+        if first == 0:
+            yield 0, initial
+
+    def _write_shadow(self, version: int, vector: Values, whole: Channel) -> None:
+        path = self._run / f"shadow-{version}-{fingerprint(vector)}.frame"
+        _write(path, whole.encode(vector, "shadow", version))
+        for number, old in _numbered(self._run, "shadow"):
+            if number < version - 1:  # not the last but one: the server may repeat a round
+                old.unlink(missing_ok=True)
+
+    def read(self, kind: str, number: int, layout: str, size: int) -> Values:
+        """What was kept as of round `number`: a `residual` or the `personal` parameters.
+
+        Raises:
+            StateLostError: it is not there, or of another run, node or model, or corrupt.
+        """
+        path = self.path / f"{kind}-{number}.frame"
+        try:
+            return self._own(layout, size).decode(path.read_bytes(), kind, number)
+        except (OSError, FrameError) as error:
+            raise StateLostError(f"{path.name}: {error}") from error
+
+    def write(self, kind: str, number: int, vector: Values, layout: str, keep_from: int) -> None:
+        """Keep a vector as of round `number`, and of those kept before only what `keep_from` and later
+        rounds left: the server may yet go back to any of these, never to an earlier one."""
+        _write(self.path / f"{kind}-{number}.frame", self._own(layout, len(vector)).encode(vector, kind, number))
+        for other, path in _numbered(self.path, kind):
+            if not keep_from <= other <= number:
+                path.unlink(missing_ok=True)
+
+    def latest(self, kind: str, before: int) -> int:
+        """The last round before `before` of which a vector of that kind was kept; 0: none."""
+        return max((number for number, _ in _numbered(self.path, kind) if number < before), default=0)
+
+    def _own(self, layout: str, size: int) -> Channel:
+        """How this node's files are written: those of others are not taken for its own."""
+        return exact(f"{layout}/{self._owner}", size)
+
+
+def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    """The files `<kind>-<number>[-…].frame` of a folder by number."""
+    matches = ((re.fullmatch(rf"{kind}-(\d{{1,9}})(-\w+)?\.frame", path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, also through a loss of power."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(name).replace(path)
+
+
+def _forget_old(root: Path, run: str) -> None:
+    """Remove the folders of other runs that nobody wrote to for two weeks."""
+    for folder in root.iterdir():
+        if not re.fullmatch(_RUN, folder.name) or folder.name == run:
+            continue
+        touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        if time.time() - touched > _FORGET_AFTER:
+            log.info("removing %s: nobody used it for two weeks", folder)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,115 @@
+"""A federation in this process, for tests of the round loop.
+
+The nodes run the real client app; only Flower's transport is replaced by one that delivers what a
+test wants, when it wants.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from feddm_flwr import model
+from feddm_flwr.client_app import app
+from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.strategy import FedDM, Round
+
+TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else Flower makes no messages
+
+Handler = Callable[[Message], Message | None]
+
+TINY: dict[str, Any] = {
+    "model.preset": "tiny",
+    "num-server-rounds": 2,
+    "train.local-steps": 3,
+    "train.batch-size": 8,
+    "train.threads": 1,
+    "round-timeout": 60.0,
+    "max-round-retries": 0,
+}
+
+
+def config(**keys: Any) -> RunConfig:
+    return parse({**TINY, **{k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}})
+
+
+class LocalGrid(Grid):
+    """Delivers messages to handlers in this process and replies in an order of the test's choosing."""
+
+    def __init__(self, handlers: dict[int, Handler], *, backwards: bool = False) -> None:
+        self.handlers, self.backwards = handlers, backwards
+        self.messages: dict[str, Message] = {}
+        self.replies: dict[str, Message | None] = {}
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.handlers)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            name = f"{len(self.messages)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.messages[name] = message
+            yield name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        waiting = sorted((m for m in self.messages if m not in self.replies), key=int, reverse=self.backwards)
+        for name in waiting[:1]:  # one more answer becomes ready each time somebody asks
+            message = self.messages[name]
+            self.replies[name] = self.handlers[message.metadata.dst_node_id](message)
+        for name in message_ids:
+            if reply := self.replies.get(name):
+                self.replies[name] = None
+                yield reply
+
+
+def node(c: RunConfig, index: int, count: int = 4, **node_config: Any) -> Handler:
+    """A node that runs the real client app."""
+    own = {"partition-id": index, "num-partitions": count, **node_config}
+
+    def handle(message: Message) -> Message:
+        context = Context(run_id=1, node_id=index, node_config=own, state=RecordDict(), run_config=flatten(c))
+        return app(message, context)
+
+    return handle
+
+
+def nodes(c: RunConfig, count: int = 4) -> dict[int, Handler]:
+    return {1000 - i: node(c, i, count) for i in range(count)}
+
+
+def feddm(c: RunConfig) -> FedDM:
+    network = model.build(c)
+    return FedDM(c, model.to_vector(network), model.layout(network).fingerprint, uuid.uuid4().hex)
+
+
+def run(c: RunConfig, handlers: dict[int, Handler] | None = None, *, backwards: bool = False) -> list[Round]:
+    return list(feddm(c).run(LocalGrid(handlers or nodes(c), backwards=backwards)))
+
+
+def on_train(handle: Handler, change: Callable[[Message, Message], Message | None]) -> Handler:
+    """The node, with its replies to training replaced by `change(message, reply)`."""
+
+    def changed(message: Message) -> Message | None:
+        reply = handle(message)
+        assert reply
+        return change(message, reply) if message.metadata.message_type == "train" else reply
+
+    return changed
