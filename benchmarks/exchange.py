@@ -32,6 +32,7 @@ from feddm_flwr import model, training
 from feddm_flwr.config import RunConfig, parse
 from feddm_flwr.data import load_all
 from feddm_flwr.node_state import forget_run, state_root
+from feddm_flwr.parts import parts_of
 from feddm_flwr.strategy import FedDM
 
 JOB: dict[str, Any] = {
@@ -43,24 +44,39 @@ JOB: dict[str, Any] = {
     "model.block-channels": "16,32,64",
     "model.attention": "0,0,0",
     "model.attention-head-dim": 8,
-    "num-server-rounds": 10,
-    "train.local-steps": 30,
+    "num-server-rounds": 20,
+    "train.local-steps": 15,
     "train.batch-size": 16,
     "train.precision": "fp32",
     "train.threads": 1,
     "eval.every": 0,
 }
+
+
 NESTEROV = {"server.optimizer": "nesterov"}
 
 
 def both(codec: str, **keys: Any) -> dict[str, Any]:
-    """A codec in both directions."""
+    """A codec in both directions: differences with error feedback, averaged unless told otherwise."""
     return {"strategy": "feddm-quant", "codec.uplink": codec, "codec.downlink": codec, **keys}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32 averaging": {},
+    "fp32 averaging, lr 0.004": {"train.learning-rate": 0.004},
     "fp32 Nesterov": NESTEROV,
+    "int8 weights (feddm-quant)": {"strategy": "feddm-quant"},
+    "int4 averaging": both("int4"),
+    "int2 averaging": both("int2"),
+    "int2 Nesterov (feddm-lean)": {"strategy": "feddm-lean"},
+    "budget up, int2 down (feddm-slow-link)": {"strategy": "feddm-slow-link"},
+    "int8 Nesterov": both("int8", **NESTEROV),
+    "int4 Nesterov": both("int4", **NESTEROV),
+    "int3 Nesterov": both("int3", **NESTEROV),
+    "sign Nesterov": both("sign", **NESTEROV),
+    "fp16 Nesterov": both("fp16", **NESTEROV),
+    "bf16 Nesterov": both("bf16", **NESTEROV),
+    "topk up, int2 down, Nesterov": {**both("int2", **NESTEROV), "codec.uplink": "topk"},
 }
 
 
@@ -70,8 +86,16 @@ def settings(extra: list[str]) -> dict[str, dict[str, Any]]:
     for text in extra:
         name, _, keys = text.partition(":")
         pairs = (pair.split("=", 1) for pair in keys.split())
-        result[name] = {key: json.loads(value) if value[:1] in '"tf0123456789' else value for key, value in pairs}
+        result[name] = {key: _value(value) for key, value in pairs}
     return result
+
+
+def _value(text: str) -> Any:
+    """A number or truth value, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def final_loss(config: RunConfig, weights: np.ndarray, images: np.ndarray) -> float:
@@ -86,7 +110,7 @@ def run(config: RunConfig, processes: ProcessPoolExecutor, nodes: int, images: n
     """Train once; what it cost and how good it became."""
     network = model.build(config)
     run_uuid, start = uuid.uuid4().hex, time.monotonic()
-    feddm = FedDM(config, model.to_vector(network), model.layout(network).fingerprint, run_uuid)
+    feddm = FedDM(config, model.to_vector(network), parts_of(model.layout(network), config), run_uuid)
     rounds = list(feddm.run(PoolGrid(processes, config, nodes)))
     forget_run(state_root(None), run_uuid)
     total = {k: sum(getattr(r, k) for r in rounds) for k in ("bytes_up", "bytes_down", "bytes_full")}
@@ -112,7 +136,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", default="", help="settings to run, separated by commas; default: all")
+    parser.add_argument("--only", default="", help="settings to run, separated by semicolons; default: all")
     parser.add_argument("--setting", action="append", default=[], help="another one: 'name: key=value …'")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/exchange.json"))
     options = parser.parse_args()
@@ -123,7 +147,7 @@ def main() -> None:
     images = images[:2048]
     results = json.loads(options.out.read_text()) if options.out.exists() else {"job": JOB, "runs": []}
     done = {(r["setting"], r["seed"]) for r in results["runs"]}
-    chosen = {n: k for n, k in settings(options.setting).items() if not options.only or n in options.only.split(",")}
+    chosen = {n: k for n, k in settings(options.setting).items() if not options.only or n in options.only.split(";")}
     with pool(options.processes) as processes:
         for seed in map(int, options.seeds.split(",")):
             for name, keys in chosen.items():

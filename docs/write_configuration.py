@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from feddm_flwr import config
+from feddm_flwr import config, presets
 from feddm_flwr.schema import PRESET, KeySpec, sections
 
 TARGET = Path(__file__).parent / "configuration.md"
@@ -42,16 +42,17 @@ def text() -> str:
         parts.append("")
     parts.append("## What `preset` stands for\n")
     for key, table in (
-        ("strategy", config.STRATEGIES),
-        ("model.preset", config.MODELS),
-        ("data.name", {**config.DATASETS, "anything else": config.OTHER_DATA}),
-        ("server.optimizer", {k: {"server.learning-rate": v} for k, v in config.SERVER_LEARNING_RATES.items()}),
+        ("strategy", presets.STRATEGIES),
+        ("model.preset", presets.MODELS),
+        ("data.name", {**presets.DATASETS, "anything else": presets.OTHER_DATA}),
+        ("server.optimizer", presets.SERVER_OPTIMIZERS),
     ):
         names = sorted({name for row in table.values() for name in row})
         parts.append(f"| `{key}` | " + " | ".join(f"`{name}`" for name in names) + " |")
         parts.append("|---" * (len(names) + 1) + "|")
         for choice, row in table.items():
-            cells = [f"`{_toml(row[name])}`" if name in row else "must be set" for name in names]
+            missing = "must be set" if key == "data.name" else ""
+            cells = [f"`{_toml(row[name])}`" if name in row else missing for name in names]
             parts.append(f"| {choice} | " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts).rstrip() + "\n"

@@ -44,6 +44,7 @@ def train(message: Message, context: Context) -> Message:
     from feddm_flwr import model, training
     from feddm_flwr.node_link import NodeLink, Task
     from feddm_flwr.node_state import StateLostError
+    from feddm_flwr.parts import parts_of
 
     config, name = parse(context.run_config), node_name(context)
     data = _data(config, context)
@@ -52,7 +53,8 @@ def train(message: Message, context: Context) -> Message:
 
     device = training.prepare_process(config)
     network = model.build(config)
-    link = NodeLink(config, model.layout(network), name, _state_root(context), task)
+    parts = parts_of(model.layout(network), config)
+    link = NodeLink(config, parts, name, _state_root(context), task)
     try:
         received = link.receive(frames, model.to_vector(network))
     except StateLostError as error:
@@ -62,9 +64,8 @@ def train(message: Message, context: Context) -> Message:
 
     held_out = data.held_out[: config.eval.images] if task.evaluate else data.held_out[:0]
     eval_loss = training.held_out_loss(network, held_out, config, name, device)
-    trained = training.train(
-        network, data.train, config, name, training.Progress(task.round, task.steps_before), device
-    )
+    progress, start = training.Progress(task.round, task.steps_before), link.start(received)
+    trained = training.train(network, data.train, config, name, progress, device, start)
     sent = link.send(model.flat(network), received)
     report = ConfigRecord(
         {
@@ -74,9 +75,12 @@ def train(message: Message, context: Context) -> Message:
             "train-loss": trained.loss,
             "eval-loss": eval_loss,
             "coding-error": sent.error,
-            "residual-lost": sent.residual_lost,
+            "state-lost": link.state_lost,
         }
     )
+    if link.state and parts.personal.layout.names:
+        path = link.state.replace_folder("pipeline", lambda folder: model.save_pipeline(network, config, folder, ""))
+        log.info("this node's own model as of round %d: %s", task.round, path)
     frame = Array("uint8", (len(sent.frame),), "feddm.frame", sent.frame)
     content = RecordDict({"weights": ArrayRecord({"frame": frame}), "report": report})
     return Message(content, reply_to=message)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from feddm_flwr.presets import MODELS, STRATEGIES, decided
 from feddm_flwr.schema import PRESET, ConfigError, KeySpec, Scalar, key, sections
 
 __all__ = ["ConfigError", "RunConfig", "defaults", "derive_seed", "flatten", "local_steps", "parse"]
@@ -22,47 +23,8 @@ __all__ = ["ConfigError", "RunConfig", "defaults", "derive_seed", "flatten", "lo
 #: A node's name: it goes into logs, seeds and file names.
 NODE_NAME = r"[\w.-]{1,64}"
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
-#: What each strategy decides unless the user does (paper: FedDM, arXiv 2407.14730; settings ours).
-STRATEGIES: dict[str, dict[str, Scalar]] = {
-    "feddm-vanilla": {"train.mu": 0.0, "codec.uplink": "none", "codec.downlink": "none"},
-    "feddm-prox": {"train.mu": 0.01, "codec.uplink": "none", "codec.downlink": "none"},
-    "feddm-quant": {"train.mu": 0.0, "codec.uplink": "int8", "codec.downlink": "int8"},
-}
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
-#: Server learning rates: plain averaging; DiLoCo's outer step; FedAdam (Reddi et al. 2021).
-SERVER_LEARNING_RATES = {"averaging": 1.0, "nesterov": 0.7, "adam": 0.01}
-#: Architectures that train on a CPU.
-MODELS: dict[str, dict[str, Scalar]] = {
-    "tiny": {"model.block-channels": "16,32", "model.attention": "0,0"},
-    "small": {"model.block-channels": "32,64", "model.attention": "0,1"},
-    "medium": {"model.block-channels": "64,128,128", "model.attention": "0,1,0"},
-}
-
-
-def _known(size: int, channels: int, image: str, label: str, flip: bool) -> dict[str, Scalar]:
-    return {
-        "data.image-size": size,
-        "data.channels": channels,
-        "data.image-column": image,
-        "data.label-column": label,
-        "data.flip": flip,
-    }
-
-
-#: Data sets whose shape is known; for any other the user gives `data.image-size` and `data.channels`.
-DATASETS: dict[str, dict[str, Scalar]] = {
-    "digits": _known(8, 1, "image", "label", False),
-    "ylecun/mnist": _known(28, 1, "image", "label", False),
-    "zalando-datasets/fashion_mnist": _known(28, 1, "image", "label", True),
-    "uoft-cs/cifar10": _known(32, 3, "img", "label", True),
-}
-#: Any other data: mirrored text or X-rays are wrong images, so flips are off unless asked for.
-OTHER_DATA: dict[str, Scalar] = {
-    "data.image-column": "image",
-    "data.label-column": "label",
-    "data.flip": False,
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +116,7 @@ class Codec:
     )
     error_feedback: bool = key(PRESET, "a node adds what the coding lost to its next delta (preset: with delta)")
     residual_decay: float = key(
-        1.0, "share of the lost part that error feedback keeps from round to round", above=0, high=1
+        PRESET, "share of the lost part that error feedback keeps from round to round", above=0, high=1
     )
     block_size: int = key(256, "values that share a scale", low=8, high=65536)
     clip_search: bool = key(
@@ -163,7 +125,7 @@ class Codec:
     stochastic_rounding: bool = key(False, "int8 to sign: round at random and without bias instead of to the nearest")
     topk_share: float = key(0.05, "share of the values that `topk` sends", above=0, high=1)
     topk_bits: int = key(2, "bits of the values that `topk` sends: 2 or 4", low=2, high=4)
-    budget_ratio: int = key(80, "times fewer bytes than float32 that `budget` aims at", low=4, high=10_000)
+    budget_ratio: int = key(82, "times fewer bytes than float32 that `budget` aims at", low=4, high=10_000)
 
     @property
     def shadow(self) -> bool:
@@ -172,12 +134,27 @@ class Codec:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """Which parameters travel; goes with every codec."""
+
+    parts: str = key(
+        "full",
+        "`full`: all; after FedDiffuse, `usplit`: of all, each node sends the encoder or the rest, in turns; "
+        "`ulatdec`: the encoder stays on the node; `udec`: encoder and bottleneck stay",
+        choices=("full", "usplit", "ulatdec", "udec"),
+    )
+    personal: str = key(
+        "", "further parameters that stay on each node: patterns of their names, such as `conv_in.*,*.norm1.*`"
+    )
+
+
+@dataclass(frozen=True)
 class Server:
     """What the server does with the averaged update."""
 
-    optimizer: str = key("averaging", "rule applied to the averaged update", choices=("averaging", "nesterov", "adam"))
-    learning_rate: float = key(PRESET, "server step size (averaging 1, nesterov 0.7, adam 0.01)", above=0)
-    momentum: float = key(0.9, "momentum of nesterov, beta1 of adam", low=0, below=1)
+    optimizer: str = key(PRESET, "rule applied to the averaged update", choices=("averaging", "nesterov", "adam"))
+    learning_rate: float = key(PRESET, "server step size", above=0)
+    momentum: float = key(PRESET, "momentum of nesterov, beta1 of adam", low=0, below=1)
     ema_decay: float = key(
         0.999, "decay per local step of the averaged weights that are sampled and shipped", low=0, below=1
     )
@@ -206,7 +183,8 @@ class RunConfig:
 
     strategy: str = key(
         "feddm-vanilla",
-        "`feddm-vanilla` averages, `feddm-prox` adds a proximal term, `feddm-quant` exchanges 8-bit weights",
+        "`feddm-vanilla` averages, `feddm-prox` adds a proximal term, `feddm-quant` exchanges 8-bit weights (these "
+        "three are the paper's), `feddm-lean` ternary differences both ways, `feddm-slow-link` even fewer bytes up",
         choices=(*STRATEGIES,),
     )
     num_server_rounds: int = key(20, "rounds of federated training", low=1)
@@ -224,6 +202,7 @@ class RunConfig:
     diffusion: Diffusion = field(default_factory=Diffusion)
     train: Train = field(default_factory=Train)
     codec: Codec = field(default_factory=Codec)
+    exchange: Exchange = field(default_factory=Exchange)
     server: Server = field(default_factory=Server)
     eval: Eval = field(default_factory=Eval)
     sample: Sample = field(default_factory=Sample)
@@ -235,29 +214,6 @@ KEYS: dict[str, KeySpec] = {spec.name: spec for _, _, specs in sections(RunConfi
 def defaults() -> dict[str, Scalar]:
     """The raw defaults, as `pyproject.toml` has them."""
     return {name: spec.default for name, spec in KEYS.items()}
-
-
-def _presets(raw: Mapping[str, object]) -> dict[str, Scalar]:
-    """The values that stand for `preset`, given the user's other choices."""
-
-    def chosen(name: str) -> str:
-        return str(raw.get(name, KEYS[name].default))
-
-    strategy = STRATEGIES.get(chosen("strategy"), {})
-    given = {chosen(name) for name in ("codec.uplink", "codec.downlink")}
-    target = raw.get("codec.target", PRESET)
-    if target == PRESET:
-        target = strategy.get("codec.target", "weights" if given <= {PRESET, "none"} else "delta")
-    uplink = raw.get("codec.uplink", PRESET)
-    lossy = (strategy.get("codec.uplink") if uplink == PRESET else uplink) != "none"
-    return {
-        **strategy,
-        **MODELS.get(chosen("model.preset"), {}),
-        **DATASETS.get(chosen("data.name"), OTHER_DATA),
-        "server.learning-rate": SERVER_LEARNING_RATES.get(chosen("server.optimizer"), 1.0),
-        "codec.target": str(target),
-        "codec.error-feedback": target == "delta" and lossy,
-    }
 
 
 def parse(run_config: Mapping[str, object]) -> RunConfig:
@@ -272,7 +228,7 @@ def parse(run_config: Mapping[str, object]) -> RunConfig:
             close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "see docs/configuration.md"
             problems.append(f"{name} = {run_config[name]!r}: no such key; {hint}")
-    presets = _presets(run_config)
+    presets = decided(run_config)
     values: dict[str, Any] = {}
     for name, spec in KEYS.items():
         value = run_config.get(name, spec.default)
@@ -330,8 +286,8 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
         )
     if c.codec.topk_bits == 3:
         yield "codec.topk-bits = 3 is not allowed: must be 2 or 4"
-    if c.strategy == "feddm-quant" and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
-        yield "codec.uplink = 'none', codec.downlink = 'none' with strategy = 'feddm-quant': use feddm-vanilla"
+    if c.strategy not in ("feddm-vanilla", "feddm-prox") and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
+        yield f"codec.uplink = 'none', codec.downlink = 'none' with strategy = {c.strategy!r}: use feddm-vanilla"
     if c.data.channels == 2:
         yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
     if c.data.partition == "natural" and not c.data.natural_column:

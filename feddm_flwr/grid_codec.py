@@ -15,7 +15,7 @@ from feddm_flwr.packing import LARGEST, Planes, State, from_bfloat16, largest_of
 _CLIP_RATIOS = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45)
 #: A ternary value is not zero where its magnitude is above this many times the block's mean. The
 #: least squared error is at 0.7 (Li et al. 2016, ternary weight networks); more zeros cost fewer bits.
-_TERNARY_THRESHOLD = 1.25
+_TERNARY_THRESHOLD = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ class Int3(Grid):
 
 
 class Int2(Grid):
-    """`int2`: ternary, -1, 0 or 1, at 1.25 bits and less after entropy coding.
+    """`int2`: ternary, -1, 0 or 1, at 1.4 bits and less after entropy coding.
 
-    A value is not zero where its magnitude exceeds 1.25 times the block's mean; the step is the mean
+    A value is not zero where its magnitude exceeds the block's mean; the step is the mean
     magnitude of those that are not, which is the least-squares fit (Li et al. 2016, eq. 6). What is
     lost is less than what is there: |v - decoded|^2 = |v|^2 - (count not zero) * step^2.
     """

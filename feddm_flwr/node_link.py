@@ -12,8 +12,8 @@ from torch import Tensor
 
 from feddm_flwr.config import RunConfig, derive_seed
 from feddm_flwr.exchange import Values, channel
-from feddm_flwr.model import Layout
 from feddm_flwr.node_state import NodeState, StateLostError, log
+from feddm_flwr.parts import ALL, Part, Parts
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Task:
     round: int
     steps_before: int  # local steps in all earlier rounds
     evaluate: bool  # whether the held-out loss is asked for
-    acked: int  # the last round whose reply of this node entered a mean; 0: none
+    part: str  # which parameters the reply is to cover
+    acked: int  # the last round whose reply of this node, of that part, entered a mean; 0: none
+    acked_any: int  # the same of any part
     shadow: str  # fingerprint of what the nodes are to hold; empty where weights are sent
 
 
@@ -34,19 +36,22 @@ class Sent:
 
     frame: bytes
     error: float  # norm of what the coding lost over that of what was to be sent
-    residual_lost: bool  # what earlier rounds had left to be sent was gone
 
 
 class NodeLink:
     """The exchange of one node in one round."""
 
-    def __init__(self, config: RunConfig, layout: Layout, name: str, root: Path, task: Task) -> None:
+    def __init__(self, config: RunConfig, parts: Parts, name: str, root: Path, task: Task) -> None:
         c = config.codec
-        self._codec, self._task, self._layout = c, task, layout.fingerprint
-        self._down = channel(c.downlink, c, self._layout, layout.size)
-        self._up = channel(c.uplink, c, self._layout, layout.size)
+        self._codec, self._task, self._parts = c, task, parts
+        self._part = parts.sent[task.part]
+        self._residual = "residual" if task.part == ALL else f"residual-{task.part}"
+        self._down = channel(c.downlink, c, parts.shared.layout.fingerprint, parts.shared.layout.size)
+        self._up = channel(c.uplink, c, self._part.layout.fingerprint, self._part.layout.size)
         self._seed = derive_seed(config.seed, name, task.round, "uplink")
-        self._state = NodeState(root, task.run_uuid, name) if c.shadow or c.error_feedback else None
+        stateful = c.shadow or c.error_feedback or parts.personal.layout.names
+        self.state = NodeState(root, task.run_uuid, name) if stateful else None
+        self.state_lost = False  # whether what this node had kept was gone
 
     def receive(self, frames: Mapping[str, bytes], initial: Values) -> Values:
         """The weights to train from, given the frames of a message and the `initial` weights.
@@ -55,37 +60,73 @@ class NodeLink:
             FrameError: a frame is corrupt.
             StateLostError: the frames add to what this node does not hold.
         """
-        number = self._task.round
-        if not self._codec.shadow:
-            return self._down.decode(frames[f"frame-{number}"], "weights", number)
-        assert self._state
-        whole = frames.get("shadow")
-        steps = {int(name.removeprefix("frame-")): frame for name, frame in frames.items() if name != "shadow"}
-        return self._state.shadow(number, self._task.shadow, steps, whole, self._down, initial)
+        number, shared = self._task.round, self._parts.shared
+        if self._codec.shadow:
+            assert self.state
+            whole = frames.get("shadow")
+            steps = {int(name.removeprefix("frame-")): frame for name, frame in frames.items() if name != "shadow"}
+            start = shared.take(initial)
+            values = self.state.shadow(number, self._task.shadow, steps, whole, self._down, start)
+        else:
+            values = self._down.decode(frames[f"frame-{number}"], "weights", number)
+        vector = initial.copy()
+        shared.put(values, vector)
+        if self._parts.personal.layout.names:
+            kept = self._kept("personal", self._task.acked_any, self._parts.personal)
+            if kept is not None:
+                self._parts.personal.put(kept, vector)
+        return vector
+
+    def start(self, received: Values) -> Values:
+        """Where training starts: the received weights plus what coding kept this node from sending so far.
+
+        This is error feedback that steps ahead (Xu, Huo and Huang 2020, arXiv 2008.05823): what a round
+        did not send is in the next one's difference to the received weights by itself. Adding it to the
+        difference afterwards (Seide et al. 2014) counts double what local training learns anew, since it
+        starts without it. A decay below 1 forgets what has grown stale.
+        """
+        kept = self._kept(self._residual, self._task.acked, self._part) if self._codec.error_feedback else None
+        if kept is None:
+            return received
+        shared = self._parts.shared.take(received)
+        self._part.put(self._part.take(shared) + np.float32(self._codec.residual_decay) * kept, shared)
+        vector = received.copy()
+        self._parts.shared.put(shared, vector)
+        return vector
 
     def send(self, trained: Tensor, received: Values) -> Sent:
-        """Code the trained weights (layout.size,), or what training changed, as the target says.
-
-        Error feedback: what one round's coding loses a later round sends (Seide et al. 2014;
-        Karimireddy et al. 2019, algorithm 1); a decay below 1 forgets what has grown stale.
-        """
-        c, number, lost = self._codec, self._task.round, False
-        wanted = trained
-        if c.target == "delta":
-            wanted = trained - torch.from_numpy(received).to(trained.device)
-        if c.error_feedback and self._task.acked:
-            assert self._state
-            try:
-                residual = self._state.read("residual", self._task.acked, self._layout, len(received))
-                wanted = wanted + c.residual_decay * torch.from_numpy(residual).to(wanted.device)
-            except StateLostError as error:
-                log.warning("%s; error feedback begins anew", error)
-                lost = True
+        """Code the part of the trained weights that is to be sent, or its difference to what was received."""
+        c, number, part = self._codec, self._task.round, self._part
+        wanted = trained if c.target == "weights" else trained - torch.from_numpy(received).to(trained.device)
+        if self._parts.personal.layout.names or len(self._parts.sent) > 1:
+            wanted = _take(part, _take(self._parts.shared, wanted))
         frame = self._up.encode(wanted, c.target, number, self._seed)
         meant = wanted.cpu().numpy()
-        left: Values = meant - self._up.decode(frame, c.target, number)
+        left = meant - self._up.decode(frame, c.target, number)
         if c.error_feedback:
-            assert self._state
-            self._state.write("residual", number, left, self._layout, keep_from=self._task.acked)
+            self._keep(self._residual, left, part, self._task.acked)
+        if self._parts.personal.layout.names:
+            values = self._parts.personal.take(trained.cpu().numpy())
+            self._keep("personal", values, self._parts.personal, self._task.acked_any)
         norm = float(np.linalg.norm(meant.astype(np.float64)))
-        return Sent(frame, float(np.linalg.norm(left.astype(np.float64))) / norm if norm else 0.0, lost)
+        return Sent(frame, float(np.linalg.norm(left.astype(np.float64))) / norm if norm else 0.0)
+
+    def _kept(self, kind: str, acked: int, part: Part) -> Values | None:
+        """What this node kept as of the acknowledged round; None where there was none, or it is lost."""
+        assert self.state
+        if acked == 0:
+            return None
+        try:
+            return self.state.read(kind, acked, part.layout.fingerprint, part.layout.size)
+        except StateLostError as error:
+            log.warning("%s; it begins anew", error)
+            self.state_lost = True
+            return None
+
+    def _keep(self, kind: str, values: Values, part: Part, acked: int) -> None:
+        assert self.state
+        self.state.write(kind, self._task.round, values, part.layout.fingerprint, keep_from=acked)
+
+
+def _take(part: Part, vector: Tensor) -> Tensor:
+    return torch.cat([vector[s] for s in part.slices])

@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from feddm_flwr.exchange import Channel, FrameError, Values, exact, fingerprint
@@ -129,9 +129,14 @@ class NodeState:
             if not keep_from <= other <= number:
                 path.unlink(missing_ok=True)
 
-    def latest(self, kind: str, before: int) -> int:
-        """The last round before `before` of which a vector of that kind was kept; 0: none."""
-        return max((number for number, _ in _numbered(self.path, kind) if number < before), default=0)
+    def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Put a folder that `fill` writes in place of an earlier one of that name, whole or not at all."""
+        target = self.path / name
+        with tempfile.TemporaryDirectory(dir=self.path) as temporary:
+            fill(Path(temporary) / name)
+            shutil.rmtree(target, ignore_errors=True)
+            (Path(temporary) / name).rename(target)
+        return target
 
     def _own(self, layout: str, size: int) -> Channel:
         """How this node's files are written: those of others are not taken for its own."""
@@ -147,19 +152,26 @@ def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, also through a loss of power."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(name).replace(path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _forget_old(root: Path, run: str) -> None:
-    """Remove the folders of other runs that nobody wrote to for two weeks."""
+    """Remove the folders of other runs that nobody wrote to for two weeks, but no node's own model."""
     for folder in root.iterdir():
-        if not re.fullmatch(_RUN, folder.name) or folder.name == run:
+        if not re.fullmatch(_RUN, folder.name) or folder.name == run or any(folder.glob("*/pipeline")):
             continue
-        touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        try:
+            touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except OSError:  # another node was faster
+            continue
         if time.time() - touched > _FORGET_AFTER:
             log.info("removing %s: nobody used it for two weeks", folder)
             shutil.rmtree(folder, ignore_errors=True)

@@ -34,7 +34,7 @@ def write(run: Path) -> Path:
         charts=_charts(rows),
         grids=(grids := _grids(run)),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
-        nodes=_nodes(_read_json(run / "nodes.json", [])),
+        nodes=_nodes(_read_json(run / "nodes.json", []), rows),
         command=f"feddm run --num-supernodes {len(_read_json(run / 'nodes.json', [])) or 4} "
         + " ".join(f"-c '{key}={_toml(config[key])}'" for key in sorted(config) if key not in ("run-name", "out-dir")),
     )
@@ -93,12 +93,40 @@ def megabytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def traffic(rows: list[Row]) -> list[str]:
+    """What a run's exchange cost, in two lines."""
+    total = _totals(rows)
+    return [f"{who}: {megabytes(sent)}, {note}" for who, sent, note in _traffic(total) if sent]
+
+
+def _totals(rows: list[Row]) -> dict[str, int]:
+    return {key: sum(row[key] for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+
+
+def _traffic(total: Mapping[str, int]) -> list[tuple[str, int, str]]:
+    """(who, bytes, how that compares) for either direction."""
+    result = []
+    for who, way in (("sent by the nodes", "up"), ("sent by the server", "down")):
+        sent = total[f"bytes_{way}"]
+        note = f"{_times(total[f'bytes_{way}_fp32'], sent)} less than float32"
+        if everything := total.get("bytes_data_parallel"):
+            note += f", {_times(everything, sent)} less than gradients after every step"
+        if way == "down" and total.get("bytes_full"):
+            note += f"; {megabytes(total['bytes_full'])} of it whole models for nodes without them"
+        result.append((who, sent, note))
+    return result
+
+
+def _times(more: int, less: int) -> str:
+    ratio = more / max(less, 1)
+    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+
+
 def _tiles(rows: list[Row], config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(value, label, note) of the figures at the head."""
     if not rows:
         return []
-    last, total = rows[-1], {key: sum(row[key] for row in rows) for key in rows[-1] if key.startswith("bytes_")}
-    up, down = total["bytes_up"], total["bytes_down"]
+    last = rows[-1]
     evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
     failed = sum(row["clients_failed"] for row in rows)
     return [
@@ -113,12 +141,7 @@ def _tiles(rows: list[Row], config: Mapping[str, Any]) -> list[tuple[str, str, s
             "held-out loss",
             "weights that the last evaluated round began with",
         ),
-        (megabytes(up), "sent by nodes", f"{total['bytes_up_fp32'] / up:.2f}x less than float32" if up else ""),
-        (
-            megabytes(down),
-            "sent by the server",
-            f"{total['bytes_down_fp32'] / down:.2f}x less than float32" if down else "",
-        ),
+        *((megabytes(sent), who, note) for who, sent, note in _traffic(_totals(rows))),
         (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
     ]
 
@@ -191,11 +214,13 @@ def _grids(run: Path) -> list[dict[str, object]]:
     return [{"round": int(p.stem[6:]), "ema": uri(p), "raw": uri(p.with_name(f"{p.stem}-raw.png"))} for p in averaged]
 
 
-def _nodes(nodes: list[Row]) -> list[Row]:
-    """The nodes with the share of each class, for the bars."""
+def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:
+    """The nodes with what each sent and got, and with the share of each class, for the bars."""
     classes = sorted({c for node in nodes for c in node["class_counts"]})
     for node in nodes:
         total = max(1, sum(node["class_counts"].values()))
+        for way in ("up", "down"):
+            node[way] = megabytes(sum(row.get("nodes", {}).get(node["name"], {}).get(way, 0) for row in rows))
         node["bars"] = [
             {
                 "name": c,

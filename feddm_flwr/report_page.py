@@ -20,6 +20,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 .badge { color: #fff; border-radius: 1rem; padding: .1rem .7rem; font-size: .85rem; background: var(--soft); }
 .badge.completed { background: #15803d; } .badge.failed { background: #b91c1c; }
 .reason { border-left: 4px solid var(--bad); padding: .5rem .9rem; background: var(--card); white-space: pre-wrap; }
+.reason.completed { border-color: var(--soft); }
 .row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
 .tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-top: 1.2rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1rem; }
@@ -44,7 +45,7 @@ summary { cursor: pointer; font-weight: 600; }
 <h1>{{ name }} <span class="badge {{ status.status }}">{{ status.status }}</span></h1>
 <p class="soft">{{ config.strategy }} · {{ config["data.name"] }} at {{ config["data.image-size"] }}×{{ config["data.image-size"] }}
  · {{ config["data.partition"] }} · uplink {{ config["codec.uplink"] }}, downlink {{ config["codec.downlink"] }} · seed {{ config.seed }}</p>
-{% if status.reason %}<p class="reason">{{ status.reason }}</p>{% endif %}
+{% if status.reason %}<p class="reason {{ status.status }}">{{ status.reason }}</p>{% endif %}
 <section class="tiles">
 {% for value, label, note in tiles %}
 <div class="card tile"><b>{{ value }}</b>{{ label }}<div class="soft">{{ note }}</div></div>
@@ -65,13 +66,13 @@ summary { cursor: pointer; font-weight: 600; }
 <h2>Curves</h2>
 <div class="row">{% for title, chart in charts %}<div class="card"><h3>{{ title }}</h3>{{ chart }}</div>{% endfor %}</div>
 <p class="soft">Held-out loss: denoising error on images kept from training, fixed noise, of the global weights after the round;
- bytes are the coded payloads, measured.</p>
+ bytes are the coded payloads, measured. Lost by coding: norm of what the uplink lost over that of what was to be sent.</p>
 {% endif %}
 {% if nodes %}
 <h2>Nodes</h2>
-<div class="card scroll"><table><tr><th>node</th><th class="n">images</th><th class="n">held out</th><th>classes</th></tr>
+<div class="card scroll"><table><tr><th>node</th><th class="n">images</th><th class="n">held out</th><th class="n">sent</th><th class="n">received</th><th>classes</th></tr>
 {% for node in nodes %}
-<tr><td>{{ node.name }}</td><td class="n">{{ node.images }}</td><td class="n">{{ node.held_out }}</td>
+<tr><td>{{ node.name }}</td><td class="n">{{ node.images }}</td><td class="n">{{ node.held_out }}</td><td class="n">{{ node.up }}</td><td class="n">{{ node.down }}</td>
 <td><div class="bar">{% for bar in node.bars %}{% if bar.count %}<span title="{{ bar.name }}: {{ bar.count }}" style="width:{{ 100 * bar.share }}%;background:hsl({{ bar.hue }} 60% 55%)"></span>{% endif %}{% endfor %}</div></td></tr>
 {% endfor %}
 </table>
@@ -80,11 +81,11 @@ summary { cursor: pointer; font-weight: 600; }
 {% endif %}
 {% if rows %}
 <h2>Rounds</h2>
-<div class="card scroll"><table><tr>{% for head in ["round", "training loss", "held-out loss at start", "replies", "failed", "bytes up", "bytes down", "seconds"] %}<th class="n">{{ head }}</th>{% endfor %}</tr>
+<div class="card scroll"><table><tr>{% for head in ["round", "training loss", "held-out loss at start", "replies", "failed", "bytes up", "bytes down", "lost by coding", "seconds"] %}<th class="n">{{ head }}</th>{% endfor %}</tr>
 {% for row in rows %}
 <tr><td class="n">{{ row.round }}</td><td class="n">{{ "%.4f"|format(row.train_loss) }}</td><td class="n">{{ "%.4f"|format(row.eval_loss) if row.eval_loss is not none else "–" }}</td>
 <td class="n">{{ row.clients_ok }}</td><td class="n">{{ row.clients_failed }}{% for reason, n in row.failures.items() %} {{ reason }}{% endfor %}</td>
-<td class="n">{{ "{:,}".format(row.bytes_up) }}</td><td class="n">{{ "{:,}".format(row.bytes_down) }}</td><td class="n">{{ "%.1f"|format(row.seconds) }}</td></tr>
+<td class="n">{{ "{:,}".format(row.bytes_up) }}</td><td class="n">{{ "{:,}".format(row.bytes_down) }}</td><td class="n">{{ "%.1f %%"|format(100 * row.coding_error) if row.coding_error is defined else "–" }}</td><td class="n">{{ "%.1f"|format(row.seconds) }}</td></tr>
 {% endfor %}
 </table></div>
 {% endif %}

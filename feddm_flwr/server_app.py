@@ -17,8 +17,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from feddm_flwr import evaluation, model, report
 from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.node_state import forget_run, state_root
+from feddm_flwr.parts import Parts, parts_of
 from feddm_flwr.strategy import FedDM, Round
-from feddm_flwr.tracking import RunDirectory
+from feddm_flwr.tracking import RunDirectory, read_metrics
 
 app = ServerApp()
 log = logging.getLogger("feddm")
@@ -37,16 +39,27 @@ def main(grid: Grid, context: Context) -> None:
         "run=%s strategy=%s parameters=%d rounds=%d", run.path, config.strategy, layout.size, config.num_server_rounds
     )
     try:
-        feddm = FedDM(config, model.to_vector(network), layout.fingerprint, uuid.uuid4().hex)
+        parts, run_uuid = parts_of(layout, config), uuid.uuid4().hex
+        incomplete = _personal(parts)
+        if incomplete:
+            log.warning("no samples are drawn: %s", incomplete)
+        feddm = FedDM(config, parts.shared.take(model.to_vector(network)), parts, run_uuid)
         for done in feddm.run(grid):
             run.log_nodes([asdict(node) for node in feddm.nodes])
             run.log_round(done.figures())
-            if last := done.round == config.num_server_rounds:
+            last = done.round == config.num_server_rounds
+            if last and not incomplete:
                 _sample(run, network, config, done, "raw")
-            if last or (config.sample.every and done.round % config.sample.every == 0):
+            if not incomplete and (last or (config.sample.every and done.round % config.sample.every == 0)):
                 _sample(run, network, config, done)
-        _ship(run, network, config, done, len(feddm.nodes))
-        run.finish("completed")
+        if incomplete := incomplete or _never_sent(feddm):
+            log.warning("no model/ is written: %s", incomplete)
+        else:
+            _ship(run, network, config, done, len(feddm.nodes))
+            forget_run(state_root(None), run_uuid)  # of simulated nodes, which share this machine
+        for line in report.traffic(read_metrics(run.path)):
+            log.info("%s", line)
+        run.finish("completed", incomplete)
     except BaseException as error:
         run.finish("failed", f"{type(error).__name__}: {error}")
         raise
@@ -55,6 +68,22 @@ def main(grid: Grid, context: Context) -> None:
     log.info(
         "model=%s grid=%s report=%s", run.path / "model", run.path / "samples" / f"round-{done.round:04d}.png", page
     )
+
+
+def _personal(parts: Parts) -> str:
+    """Why the server has no whole model; empty where it has."""
+    own = parts.personal.layout
+    if not own.names:
+        return ""
+    return (
+        f"{own.size} parameters stay on the nodes ({own.names[0]} … {own.names[-1]}); each node saves its own model "
+        "in its state folder, see its log"
+    )
+
+
+def _never_sent(feddm: FedDM) -> str:
+    parts = ", ".join(sorted(feddm.never_sent))
+    return f"in no round did a node send the part {parts}" if parts else ""
 
 
 def _sample(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round, kind: str = "") -> None:

@@ -71,6 +71,7 @@ class TopK:
 #: for a little more error (the dead zone of Sullivan 1996).
 _DEAD_ZONE = 1 / 3
 _MOST = 16383  # steps that a magnitude can have; larger ones are clipped
+_ESCAPE = 3  # magnitudes above this many steps are written out apart
 _SAMPLE = 1 << 20  # values that the search for the step looks at
 
 
@@ -96,11 +97,14 @@ class Budget:
         groups = vector[: len(vector) // packing.GROUP * packing.GROUP].view(-1, packing.GROUP)
         sample = groups[:: -(-len(vector) // _SAMPLE)].reshape(-1) if len(groups) else vector
         target = 4 * len(sample) / self.ratio
-        low, high = math.log(largest / _MOST), math.log(largest)
-        for _ in range(14):
+        # At the upper end nothing is sent; just below it, the largest values alone.
+        low, high = math.log(largest / _MOST), math.log(largest / (1 - _DEAD_ZONE) * 1.001)
+        for _ in range(24):
             middle = (low + high) / 2
             size = len(compress(self.encode(sample, math.exp(middle))))
             low, high = (middle, high) if size > target else (low, middle)
+            if 0.99 * target < size <= target:
+                break
         return math.exp(high)
 
     def encode(self, values: Tensor, state: State) -> Planes:
@@ -110,19 +114,26 @@ class Budget:
         scaled = scaled[positions]
         counts = (scaled + _DEAD_ZONE).floor_().clamp_(1, _MOST)
         offset = (counts - scaled).double().mean().float() if len(counts) else scaled.new_zeros(())
-        numbers = 2 * (counts.to(torch.int16) - 1) + (values[positions] < 0)
-        scale = torch.stack([torch.tensor(state), offset.cpu().clamp_(-1, 1)])
-        return [*packing.to_gaps(positions, len(values)), *bytes_of(numbers, "<i2"), *bytes_of(scale, "<f4")]
+        more = counts.to(torch.int16) - 1
+        return [
+            *packing.to_gaps(positions, len(values)),
+            packing.pack((values[positions] < 0).to(torch.uint8), 2, 8),
+            packing.pack(more.clamp(max=_ESCAPE).to(torch.uint8), 1 + _ESCAPE, 4),
+            *bytes_of(more[more >= _ESCAPE], "<i2"),
+            *bytes_of(torch.stack([torch.tensor(state), offset.cpu().clamp_(-1, 1)]), "<f4"),
+        ]
 
     def decode(self, planes: Planes, size: int) -> Tensor:
         positions = packing.from_gaps(planes[:3], size)
-        numbers = torch.from_numpy(numbers_of(planes[3:5], len(positions), "<i2").astype(np.int32))
-        step, offset = numbers_of(planes[5:], 2, "<f4")
-        if not (0 <= step <= LARGEST and -1 <= offset <= 1 and bool((numbers >= 0).all())):
+        signs = packing.unpack(planes[3], len(positions), 2, 8)  # 1/2 where negative, -1/2 where not
+        more = packing.unpack(planes[4], len(positions), 1 + _ESCAPE, 4) + _ESCAPE / 2
+        escaped = more == _ESCAPE
+        more[escaped] = torch.from_numpy(numbers_of(planes[5:7], int(escaped.sum()), "<i2").astype(np.float32))
+        step, offset = numbers_of(planes[7:], 2, "<f4")
+        if not (0 <= step <= 2 * LARGEST and -1 <= offset <= 1 and bool((more >= 0).all())):
             raise FrameError("the frame has a step, an offset or magnitudes that are out of range")
-        values = ((numbers // 2 + 1).float() - float(offset)) * float(step)
-        return _scatter(positions, torch.where(numbers % 2 > 0, -values, values), size)
+        return _scatter(positions, -2 * signs * ((more + 1 - float(offset)) * float(step)), size)
 
     def limits(self, size: int) -> list[int]:
         groups = -(-size // packing.GROUP)
-        return [groups, groups, size, size, size, 2, 2, 2, 2]
+        return [groups, groups, size, -(-size // 8), -(-size // 4), size, size, 2, 2, 2, 2]

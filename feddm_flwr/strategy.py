@@ -1,6 +1,6 @@
 """FedDM's round loop: ask nodes to train, take their replies in as they come, step, repeat.
 
-Every strategy is a preset of this one loop (see `config.STRATEGIES`). It checks, decodes, adds and
+Every strategy is a preset of this one loop (see `presets.STRATEGIES`). It checks, decodes, adds and
 frees replies one by one, so that the server's memory does not grow with the number of nodes, and
 the result does not depend on who answers first.
 """
@@ -25,6 +25,7 @@ from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.exchange import FrameError, Values, channel
 from feddm_flwr.messages import Failure, clean
 from feddm_flwr.nodes import Node, Roster, RunFailedError
+from feddm_flwr.parts import Parts, assign
 
 log = logging.getLogger("feddm")
 
@@ -63,7 +64,8 @@ class Round:
 class _Tally:
     """The running sums of one attempt at a round."""
 
-    mean: StreamingMean
+    means: dict[str, StreamingMean]  # by part: weights are summed over the nodes that sent it
+    part: dict[str, str]  # by node: what its reply is to cover
     traffic: Traffic = field(default_factory=Traffic)
     loss: list[tuple[str, float, int]] = field(default_factory=list)
     eval: list[tuple[str, float, int]] = field(default_factory=list)
@@ -71,22 +73,32 @@ class _Tally:
     error: list[tuple[str, float, int]] = field(default_factory=list)
     lost: int = 0
 
+    @property
+    def count(self) -> int:
+        """Good replies."""
+        return len(self.steps)
+
 
 class FedDM:
     """The server's side of a run."""
 
-    def __init__(self, config: RunConfig, initial: Values, layout: str, run_uuid: str) -> None:
-        """`run_uuid`, 32 hex digits, tells the nodes which run's state is which."""
+    def __init__(self, config: RunConfig, initial: Values, parts: Parts, run_uuid: str) -> None:
+        """`initial` has the shared parameters; `run_uuid`, 32 hex digits, tells the nodes which run's state
+        is which."""
         self.config = config
+        self._parts = parts
         self._run_uuid = run_uuid
         self._roster = Roster(config)
         self._weights, self._ema = initial, initial.copy()
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
         c, s = config.codec, config.server
-        self._broadcast = Broadcast(config, initial, layout)
-        self._up = channel(c.uplink, c, layout, len(initial))
+        self._broadcast = Broadcast(config, initial, parts.shared.layout.fingerprint)
+        self._up = {
+            name: channel(c.uplink, c, part.layout.fingerprint, part.layout.size) for name, part in parts.sent.items()
+        }
+        self.never_sent = {*parts.sent}  # parts that no node's reply has covered yet
         self._held: dict[str, int] = {}  # by node: the version of the shadow that it is known to hold
-        self._acked: dict[str, int] = {}  # by node: the last round whose reply entered a mean
+        self._acked: dict[tuple[str, str], int] = {}  # by node and part: the last round whose reply entered a mean
         self._optimizer = server_optimizer(s.optimizer, s.learning_rate, s.momentum)
         self._state = self._optimizer.init(initial)
 
@@ -114,11 +126,11 @@ class FedDM:
                 tally = self._attempt(grid, number, chosen, received)
                 earlier.add(tally.traffic)
                 needed = self.config.min_replies or len(chosen) // 2 + 1
-                if tally.mean.count >= needed:
+                if tally.count >= needed:
                     break
                 reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(tally.traffic.failures.items()))
                 problem = (
-                    f"round {number}: {tally.mean.count} of {len(chosen)} nodes gave a good reply, "
+                    f"round {number}: {tally.count} of {len(chosen)} nodes gave a good reply, "
                     f"{needed} are needed ({reasons})"
                 )
                 log.warning("%s; attempt %d of %d", problem, attempt + 1, 1 + self.config.max_round_retries)
@@ -136,9 +148,10 @@ class FedDM:
     def _attempt(self, grid: Grid, number: int, chosen: dict[int, str], received: Values) -> _Tally:
         """Send the weights to the chosen nodes and take in what comes back, one reply at a time."""
         total = sum(self._roster.nodes[name].images for name in chosen.values())
-        tally = _Tally(StreamingMean(len(received), total))
+        part = assign(self._parts, sorted(chosen.values()), self.config, number)
+        tally = _Tally({name: StreamingMean(p.layout.size, total) for name, p in self._parts.sent.items()}, part)
         log.info("round=%d/%d asked=%d", number, self.config.num_server_rounds, len(chosen))
-        content = self._contents(number)
+        content = self._contents(number, part)
         for node_id, reply in collect(grid, chosen, content, tally.traffic, self.config.round_timeout):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else self._take(tally, number, name, reply, received)
@@ -148,7 +161,7 @@ class FedDM:
             del reply
         return tally
 
-    def _contents(self, number: int) -> Callable[[str, bool], RecordDict]:
+    def _contents(self, number: int, part: dict[str, str]) -> Callable[[str, bool], RecordDict]:
         """What each node is sent in a round; frames that several get are held once."""
         arrays: dict[tuple[str, ...], ArrayRecord] = {}
         evaluate = self.config.eval.every > 0 and (number - 1) % self.config.eval.every == 0
@@ -163,7 +176,9 @@ class FedDM:
                 "round": number,
                 "steps-before": self._steps,
                 "evaluate": evaluate,
-                "acked": self._acked.get(name, 0),
+                "part": part[name],
+                "acked": self._acked.get((name, part[name]), 0),
+                "acked-any": max(self._acked.get((name, p), 0) for p in self._parts.sent),
                 "shadow": self._broadcast.fingerprint,
             }
             return RecordDict({"weights": arrays[kinds], "task": ConfigRecord(task)})
@@ -182,7 +197,7 @@ class FedDM:
             tally.traffic.messages_up += 1
             said = reply.config_records["report"]
             steps, train_loss, eval_loss = said["steps"], said["train-loss"], said["eval-loss"]
-            coding_error, lost = said["coding-error"], said["residual-lost"]
+            coding_error, lost = said["coding-error"], said["state-lost"]
             if (said["name"], said["round"]) != (name, number):
                 return Failure("stale", clean(f"the reply is of {said['name']!r}, round {said['round']!r}"))
         except (KeyError, TypeError, AttributeError) as error:
@@ -190,11 +205,11 @@ class FedDM:
         if not (isinstance(train_loss, float) and math.isfinite(train_loss) and isinstance(eval_loss, float)):
             return Failure("malformed", clean(f"losses {train_loss!r} and {eval_loss!r}"))
         if not (isinstance(coding_error, float) and math.isfinite(coding_error) and isinstance(lost, bool)):
-            return Failure("malformed", clean(f"coding-error = {coding_error!r}, residual-lost = {lost!r}"))
+            return Failure("malformed", clean(f"coding-error = {coding_error!r}, state-lost = {lost!r}"))
         if type(steps) is not int or not 0 < steps <= local_steps(self.config, node.images):
             return Failure("malformed", clean(f"steps = {steps!r}"))
         try:
-            tally.mean.add(self._update(frame, number, received), node.images)
+            tally.means[tally.part[name]].add(self._update(frame, number, tally.part[name], received), node.images)
         except FrameError as error:
             return Failure("bad-frame", clean(str(error)))
         except ValueError as error:
@@ -205,21 +220,26 @@ class FedDM:
         self._held[name] = number
         if lost:
             tally.lost += 1
-            log.warning("round=%d node=%s had lost its residual and began a new one", number, name)
+            log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)
         if math.isfinite(eval_loss):
             tally.eval.append((name, eval_loss, min(node.held_out, self.config.eval.images)))
-        log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.mean.count, train_loss, len(frame))
+        log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
         return None
 
-    def _update(self, frame: bytes, number: int, received: Values) -> Values:
+    def _update(self, frame: bytes, number: int, part: str, received: Values) -> Values:
         """What a node's frame says that its training changed."""
-        if self.config.codec.target == "delta":
-            return self._up.decode(frame, "delta", number)
-        return self._up.decode(frame, "weights", number) - received
+        decoded = self._up[part].decode(frame, self.config.codec.target, number)
+        return decoded if self.config.codec.target == "delta" else decoded - self._parts.sent[part].take(received)
 
     def _commit(self, number: int, received: Values, tally: _Tally, asked: int, seconds: float) -> Round:
         """Apply the server step to the mean update."""
-        delta = tally.mean.mean()
+        delta = np.zeros_like(received)
+        for name, part in self._parts.sent.items():
+            part.put(tally.means[name].mean(), delta)
+            if tally.means[name].count:
+                self.never_sent.discard(name)
+            else:
+                log.warning("round=%d: no reply covers the part %r; it stays as it is", number, name)
         # Where weights are coded, what the server's coding lost is gone: the step starts from what the
         # nodes had. Where differences are, it is still owed to them: the step starts from the model.
         base = received if self.config.codec.target == "weights" else self._weights
@@ -230,7 +250,7 @@ class FedDM:
         factor = ema_factor(self.config.server.ema_decay, self._steps, steps)
         self._ema = ema_update(self._ema, self._weights, factor)
         self._steps += steps
-        self._acked |= {name: number for name, _, _ in tally.steps}
+        self._acked |= {(name, tally.part[name]): number for name, _, _ in tally.steps}
         traffic, float32 = tally.traffic, 4 * len(delta)
         done = Round(
             round=number,
@@ -238,8 +258,8 @@ class FedDM:
             ema=self._ema,
             train_loss=_weighted(tally.loss),
             eval_loss=_weighted(tally.eval) if tally.eval else float("nan"),
-            clients_ok=tally.mean.count,
-            clients_failed=asked - tally.mean.count,
+            clients_ok=tally.count,
+            clients_failed=asked - tally.count,
             failures=dict(sorted(traffic.failures.items())),
             bytes_up=traffic.up.total(),
             bytes_down=traffic.down.total(),

@@ -17,6 +17,7 @@ from torch import Tensor
 from feddm_flwr import diffusion
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.data import Images
+from feddm_flwr.model import Vector, load_vector
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,17 @@ def add_proximal_gradient(parameters: list[Tensor], received: list[Tensor], mu: 
 
 
 def train(
-    model: UNet2DModel, images: Images, config: RunConfig, name: str, progress: Progress, device: torch.device
+    model: UNet2DModel,
+    images: Images,
+    config: RunConfig,
+    name: str,
+    progress: Progress,
+    device: torch.device,
+    start: Vector | None = None,
 ) -> Trained:
     """Train the model, which is on the device, in place on uint8 images (N, C, H, W), from fresh optimizer state.
+
+    It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
@@ -98,6 +107,8 @@ def train(
     abar = diffusion.alphas_cumprod(d.schedule, d.timesteps).to(device)
     parameters = list(model.parameters())
     received = [p.detach().clone() for p in parameters] if t.mu > 0 else []
+    if start is not None:
+        load_vector(model, start)
     optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
     steps = local_steps(config, len(images))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))

@@ -27,7 +27,8 @@ _PREFIX = struct.Struct("<4sHI")
 _CRC = struct.Struct("<I")
 _CHUNK_PREFIX = struct.Struct("<II")
 _PLANE_PREFIX = struct.Struct("<I")
-_LEVEL = 1  # of zstd: its entropy coder does the work, matches are rare
+#: The entropy coder does the work: in packed codes, matches of a few bytes are chance and cost more than they save.
+_ZSTD = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, min_match=7, window_log=17, hash_log=14)
 
 
 class FrameError(ValueError):
@@ -53,7 +54,7 @@ def chunk_sizes(size: int) -> list[int]:
 
 def compress(planes: Iterable[bytes]) -> bytes:
     """The body of a chunk."""
-    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    compressor = zstandard.ZstdCompressor(compression_params=_ZSTD)
     coded = [compressor.compress(plane) for plane in planes]
     return b"".join(part for plane in coded for part in (_PLANE_PREFIX.pack(len(plane)), plane))
 

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from feddm_flwr import model
 from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.parts import parts_of
 from feddm_flwr.strategy import FedDM, Round
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else Flower makes no messages
@@ -97,7 +98,8 @@ def nodes(c: RunConfig, count: int = 4) -> dict[int, Handler]:
 
 def feddm(c: RunConfig) -> FedDM:
     network = model.build(c)
-    return FedDM(c, model.to_vector(network), model.layout(network).fingerprint, uuid.uuid4().hex)
+    parts = parts_of(model.layout(network), c)
+    return FedDM(c, parts.shared.take(model.to_vector(network)), parts, uuid.uuid4().hex)
 
 
 def run(c: RunConfig, handlers: dict[int, Handler] | None = None, *, backwards: bool = False) -> list[Round]:

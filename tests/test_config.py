@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feddm_flwr.config import KEYS, STRATEGIES, ConfigError, defaults, derive_seed, flatten, parse
+from feddm_flwr.config import KEYS, ConfigError, defaults, derive_seed, flatten, parse
+from feddm_flwr.presets import STRATEGIES
 from feddm_flwr.schema import PRESET
 from feddm_flwr.tracking import nest
 
@@ -123,7 +124,7 @@ def test_every_problem_is_reported_at_once() -> None:
         "num-server-rounds = 'two' is not allowed: must be an integer at least 1",
         "data.alpha = 0.0 is not allowed: must be a number above 0",
         "train.batch-size = 0.5 is not allowed: must be an integer at least 1",
-        "server.momentum = 1.0 is not allowed: must be a number at least 0 and below 1",
+        "server.momentum = 1.0 is not allowed: must be a number at least 0 and below 1, or preset",
     ]
 
 
