@@ -31,8 +31,8 @@ from pool_grid import PoolGrid, pool
 from feddm_flwr import model, training
 from feddm_flwr.config import RunConfig, parse
 from feddm_flwr.data import load_all
-from feddm_flwr.node_state import forget_run, state_root
 from feddm_flwr.parts import parts_of
+from feddm_flwr.state_folder import forget_run, state_root
 from feddm_flwr.strategy import FedDM
 
 JOB: dict[str, Any] = {
@@ -66,6 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp32 averaging, lr 0.004": {"train.learning-rate": 0.004},
     "fp32 Nesterov": NESTEROV,
     "int8 weights (feddm-quant)": {"strategy": "feddm-quant"},
+    "int8 averaging": both("int8"),
     "int4 averaging": both("int4"),
     "int2 averaging": both("int2"),
     "int2 Nesterov (feddm-lean)": {"strategy": "feddm-lean"},
@@ -126,6 +127,66 @@ def run(config: RunConfig, processes: ProcessPoolExecutor, nodes: int, images: n
         "parameters": len(rounds[-1].weights),
         "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Mean over the seeds for each setting, and each loss against that of both float32 runs on the same seeds."""
+    runs = {(r["setting"], r["seed"]): r for r in results["runs"]}
+    names = list(dict.fromkeys(r["setting"] for r in results["runs"]))
+    averaging = [name for name in names if name.startswith("fp32 averaging")]
+    tuned = min(averaging, key=lambda name: runs[name, 0]["loss"])
+    lines = [
+        f"| setting | seeds | bytes up | bytes down | held-out loss | spread | against tuned fp32 ({tuned}) "
+        "| against fp32 with the same step | lost by coding |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        mine = {seed: r for (n, seed), r in runs.items() if n == name}
+        config = parse({**JOB, "data.name": "digits", **mine[0]["keys"]})
+        same = {(1.0, 0.0): "fp32 averaging", (0.7, 0.6): "fp32 Nesterov"}.get(
+            (config.server.learning_rate, config.server.momentum), ""
+        )
+
+        def mean(key: str, of: dict[int, Any] = mine) -> float:
+            return statistics.fmean(r[key] for r in of.values())
+
+        def ratio(other: str, of: dict[int, Any] = mine) -> str:
+            pairs = [(r["loss"], runs[other, seed]["loss"]) for seed, r in of.items() if (other, seed) in runs]
+            return f"{statistics.fmean(a / b for a, b in pairs):.4f}" if other and pairs else ""
+
+        losses = [r["loss"] for r in mine.values()]
+        lines.append(
+            f"| {name} | {len(mine)} | {mean('ratio_up'):.1f}x fewer | {mean('ratio_down'):.1f}x fewer "
+            f"| {mean('loss'):.4f} | {min(losses):.4f} to {max(losses):.4f} | {ratio(tuned)} | {ratio(same)} "
+            f"| {100 * mean('coding_error'):.1f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Held-out loss against how many times fewer bytes, up and down together."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(r["setting"] for r in results["runs"]))
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for name in names:
+        mine = [r for r in results["runs"] if r["setting"] == name]
+        fewer = statistics.fmean(2 / (1 / r["ratio_up"] + 1 / r["ratio_down"]) for r in mine)
+        losses = [r["loss"] for r in mine]
+        loss = statistics.fmean(losses)
+        colour = "C1" if "Nesterov" in name or "slow" in name else "C0"
+        spread = [[loss - min(losses)], [max(losses) - loss]]
+        axes.errorbar(fewer, loss, yerr=spread, fmt="o", color=colour, capsize=3)
+        axes.annotate(name, (fewer, loss), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("times fewer bytes than float32, both ways together")
+    axes.set_ylabel("held-out denoising loss (lower is better)")
+    axes.set_title("blue: averaging, orange: Nesterov server step; bars: range over seeds", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig, parse
 from feddm_flwr.data import NodeData, load_node
+from feddm_flwr.state_folder import check_writable, state_root
 
 app = ClientApp()
 log = logging.getLogger("feddm")
@@ -27,7 +28,10 @@ def introduce(message: Message, context: Context) -> Message:
     report = ConfigRecord({"name": "unnamed", "problem": "", "images": 0, "held-out": 0, "class-counts": "{}"})
     try:
         report["name"] = node_name(context)
-        data = _data(parse(context.run_config), context)
+        config = parse(context.run_config)
+        data = _data(config, context)
+        if config.keeps_state:
+            _check_state(_state_root(context))
         report["images"], report["held-out"] = len(data.train), len(data.held_out)
         report["class-counts"] = json.dumps(data.class_counts)
     except ConfigError as error:
@@ -110,8 +114,16 @@ def _data(config: RunConfig, context: Context) -> NodeData:
     return load_node(config, partition, str(path) if path is not None else None)
 
 
-def _state_root(context: Context) -> Path:
-    from feddm_flwr.node_state import state_root
+def _check_state(root: Path) -> None:
+    try:
+        check_writable(root)
+    except OSError as error:
+        raise ConfigError(
+            f"state-path = {str(root)!r} cannot be written to ({error.strerror}); this run's codec needs it: set "
+            "state-path in the --node-config to a folder of this node's own"
+        ) from error
 
+
+def _state_root(context: Context) -> Path:
     path = context.node_config.get("state-path")
     return state_root(str(path) if path is not None else None)

@@ -207,6 +207,12 @@ class RunConfig:
     eval: Eval = field(default_factory=Eval)
     sample: Sample = field(default_factory=Sample)
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether nodes keep files from round to round."""
+        personal = self.exchange.personal or self.exchange.parts in ("ulatdec", "udec")
+        return self.codec.shadow or self.codec.error_feedback or bool(personal)
+
 
 KEYS: dict[str, KeySpec] = {spec.name: spec for _, _, specs in sections(RunConfig) for spec in specs}
 

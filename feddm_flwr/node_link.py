@@ -49,8 +49,7 @@ class NodeLink:
         self._down = channel(c.downlink, c, parts.shared.layout.fingerprint, parts.shared.layout.size)
         self._up = channel(c.uplink, c, self._part.layout.fingerprint, self._part.layout.size)
         self._seed = derive_seed(config.seed, name, task.round, "uplink")
-        stateful = c.shadow or c.error_feedback or parts.personal.layout.names
-        self.state = NodeState(root, task.run_uuid, name) if stateful else None
+        self.state = NodeState(root, task.run_uuid, name) if config.keeps_state else None
         self.state_lost = False  # whether what this node had kept was gone
 
     def receive(self, frames: Mapping[str, bytes], initial: Values) -> Values:

@@ -16,32 +16,17 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from feddm_flwr.exchange import Channel, FrameError, Values, exact, fingerprint
+from feddm_flwr.state_folder import RUN_UUID, forget_old
 
 log = logging.getLogger("feddm")
-
-_FORGET_AFTER = 14 * 24 * 3600.0  # seconds
-_RUN = r"[0-9a-f]{32}"
 
 
 class StateLostError(RuntimeError):
     """What the node should hold is not there; the message says what."""
-
-
-def state_root(configured: str | None) -> Path:
-    """`state-path` of the node config, else `feddm` in the user's XDG state folder."""
-    if configured:
-        return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "feddm"
-
-
-def forget_run(root: Path, run: str) -> None:
-    """Remove what the nodes of this machine kept of a run that is over."""
-    shutil.rmtree(root / run, ignore_errors=True)
 
 
 class NodeState:
@@ -54,13 +39,13 @@ class NodeState:
             ValueError: `run` is not a run-uuid (it is the server's word, and becomes a path).
             OSError: the folder cannot be made.
         """
-        if not re.fullmatch(_RUN, run):
+        if not re.fullmatch(RUN_UUID, run):
             raise ValueError(f"run-uuid = {run!r} is not 32 hex digits")
         self._run, self._owner = root / run, f"{run}/{node}"
         self.path = self._run / node
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
-            _forget_old(root, run)
+            forget_old(root, run)
 
     def shadow(
         self, version: int, wanted: str, frames: Mapping[int, bytes], full: bytes | None, down: Channel, initial: Values
@@ -161,17 +146,3 @@ def _write(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _forget_old(root: Path, run: str) -> None:
-    """Remove the folders of other runs that nobody wrote to for two weeks, but no node's own model."""
-    for folder in root.iterdir():
-        if not re.fullmatch(_RUN, folder.name) or folder.name == run or any(folder.glob("*/pipeline")):
-            continue
-        try:
-            touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-        except OSError:  # another node was faster
-            continue
-        if time.time() - touched > _FORGET_AFTER:
-            log.info("removing %s: nobody used it for two weeks", folder)
-            shutil.rmtree(folder, ignore_errors=True)

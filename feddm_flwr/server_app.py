@@ -17,8 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from feddm_flwr import evaluation, model, report
 from feddm_flwr.config import RunConfig, flatten, parse
-from feddm_flwr.node_state import forget_run, state_root
 from feddm_flwr.parts import Parts, parts_of
+from feddm_flwr.state_folder import forget_run, state_root
 from feddm_flwr.strategy import FedDM, Round
 from feddm_flwr.tracking import RunDirectory, read_metrics
 

@@ -18,9 +18,10 @@ from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_train,
 
 from feddm_flwr import model
 from feddm_flwr.aggregation import server_optimizer
-from feddm_flwr.config import CODECS, RunConfig
+from feddm_flwr.config import CODECS, ConfigError, RunConfig
 from feddm_flwr.exchange import Values, channel, exact, fingerprint
-from feddm_flwr.node_state import NodeState, StateLostError, forget_run, state_root
+from feddm_flwr.node_state import NodeState, StateLostError
+from feddm_flwr.state_folder import forget_run, state_root
 from feddm_flwr.strategy import Round
 
 RUN = "0123456789abcdef" * 2
@@ -314,6 +315,15 @@ def test_the_state_folder_is_the_node_s_own_choice(tmp_path: Path, monkeypatch: 
     c = both("int2", num_server_rounds=1)
     run(c, {i: node(c, i, **{"state-path": str(tmp_path / f"site-{i}")}) for i in range(4)})
     assert {p.name for p in tmp_path.iterdir()} == {f"site-{i}" for i in range(4)}
+
+
+def test_a_state_folder_that_cannot_be_written_ends_the_run_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = {"state-path": str(tmp_path / "file" / "x")}
+    with pytest.raises(ConfigError, match=r"state-path = '.*file/x' cannot be written to \(Not a directory\)"):
+        run(both("int2"), {i: node(both("int2"), i, **path) for i in range(4)})
+    stateless = config(strategy="feddm-quant", num_server_rounds=1)
+    run(stateless, {i: node(stateless, i, **path) for i in range(4)})
 
 
 def test_a_fingerprint_tells_every_bit() -> None:

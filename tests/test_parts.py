@@ -12,8 +12,8 @@ from local_grid import Handler, LocalGrid, config, feddm, nodes, on_train, run
 from feddm_flwr import model
 from feddm_flwr.config import RunConfig
 from feddm_flwr.exchange import Values, channel
-from feddm_flwr.node_state import state_root
 from feddm_flwr.parts import Parts, assign, parts_of
+from feddm_flwr.state_folder import state_root
 
 SCHEMES: list[dict[str, Any]] = [
     {},
