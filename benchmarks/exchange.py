@@ -19,6 +19,7 @@ import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +130,19 @@ def run(config: RunConfig, processes: ProcessPoolExecutor, nodes: int, images: n
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """Mean over the seeds for each setting, and each loss against that of both float32 runs on the same seeds."""
+def table(results: dict[str, Any], speeds: dict[str, dict[str, float]]) -> str:
+    """Mean over the seeds for each setting, and each loss against that of both float32 runs on the same seeds.
+
+    `speeds` has what `benchmarks/codec.py` measured, by codec.
+    """
     runs = {(r["setting"], r["seed"]): r for r in results["runs"]}
     names = list(dict.fromkeys(r["setting"] for r in results["runs"]))
     averaging = [name for name in names if name.startswith("fp32 averaging")]
     tuned = min(averaging, key=lambda name: runs[name, 0]["loss"])
     lines = [
         f"| setting | seeds | bytes up | bytes down | held-out loss | spread | against tuned fp32 ({tuned}) "
-        "| against fp32 with the same step | lost by coding |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| against fp32 with the same step | lost by coding | encode, decode (uplink) |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name in names:
         mine = {seed: r for (n, seed), r in runs.items() if n == name}
@@ -155,10 +159,12 @@ def table(results: dict[str, Any]) -> str:
             return f"{statistics.fmean(a / b for a, b in pairs):.4f}" if other and pairs else ""
 
         losses = [r["loss"] for r in mine.values()]
+        measured = speeds.get(config.codec.uplink)
+        speed = f"{measured['encode']:.0f}, {measured['decode']:.0f} MB/s" if measured else ""
         lines.append(
             f"| {name} | {len(mine)} | {mean('ratio_up'):.1f}x fewer | {mean('ratio_down'):.1f}x fewer "
             f"| {mean('loss'):.4f} | {min(losses):.4f} to {max(losses):.4f} | {ratio(tuned)} | {ratio(same)} "
-            f"| {100 * mean('coding_error'):.1f} % |"
+            f"| {100 * mean('coding_error'):.1f} % | {speed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -182,6 +188,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.errorbar(fewer, loss, yerr=spread, fmt="o", color=colour, capsize=3)
         axes.annotate(name, (fewer, loss), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
+    axes.set_xlim(0.9, 200)  # room for names
+    axes.xaxis.set_major_formatter("{x:g}x")
     axes.set_xlabel("times fewer bytes than float32, both ways together")
     axes.set_ylabel("held-out denoising loss (lower is better)")
     axes.set_title("blue: averaging, orange: Nesterov server step; bars: range over seeds", fontsize=10)
@@ -199,7 +207,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="settings to run, separated by semicolons; default: all")
     parser.add_argument("--setting", action="append", default=[], help="another one: 'name: key=value …'")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/exchange.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/exchange.json"), help="also .md and .png beside it"
+    )
     options = parser.parse_args()
     logging.getLogger("feddm").setLevel(logging.WARNING)
     torch.set_num_threads(1)
@@ -207,6 +217,7 @@ def main() -> None:
     images, _ = load_all(parse({**job, "data.name": options.test, "data.partition": "iid"}))
     images = images[:2048]
     results = json.loads(options.out.read_text()) if options.out.exists() else {"job": JOB, "runs": []}
+    results |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{options.processes} CPU cores"}
     done = {(r["setting"], r["seed"]) for r in results["runs"]}
     chosen = {n: k for n, k in settings(options.setting).items() if not options.only or n in options.only.split(";")}
     with pool(options.processes) as processes:
@@ -223,6 +234,12 @@ def main() -> None:
                     f"up {result['ratio_up']:.1f}x down {result['ratio_down']:.1f}x {result['seconds']:.0f} s",
                     flush=True,
                 )
+    beside = options.out.parent / "codec.json"
+    measured = json.loads(beside.read_text())["rows"] if beside.exists() else []
+    text = table(results, {row["codec"]: row for row in measured})
+    print(text)
+    options.out.with_suffix(".md").write_text(text)
+    plot(results, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feddm_flwr.config import CODECS
 from feddm_flwr.grid_codec import Int2, Int3, Int4, Int8, Sign
 from feddm_flwr.packing import LARGEST, Planes, State, bytes_of, from_bfloat16, largest_of, numbers_of, to_bfloat16
 from feddm_flwr.sparse_codec import Budget, TopK
@@ -125,6 +126,9 @@ class Float16:
 REGISTRY: dict[str, type[Codec]] = {
     codec.name: codec for codec in (Identity, Float16, BFloat16, Int8, Int4, Int3, Int2, Sign, TopK, Budget)
 }
+
+
+assert tuple(REGISTRY) == CODECS, "the configuration offers other codecs than there are"
 
 
 def make(name: str, **options: int) -> Codec:

@@ -29,8 +29,8 @@ class Traffic:
     up: Counter[str] = field(default_factory=Counter)  # by node
     down: Counter[str] = field(default_factory=Counter)
     full: int = 0  # of `down`: whole shadows, for nodes that had lost theirs or were far behind
-    messages_up: int = 0
-    messages_down: int = 0  # a second one with the whole shadow is not counted
+    float32_up: int = 0  # what the same messages would have been as plain float32
+    float32_down: int = 0  # a second one with the whole shadow is not counted
     failures: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Traffic) -> None:
@@ -38,8 +38,8 @@ class Traffic:
         self.up += other.up
         self.down += other.down
         self.full += other.full
-        self.messages_up += other.messages_up
-        self.messages_down += other.messages_down
+        self.float32_up += other.float32_up
+        self.float32_down += other.float32_down
         self.failures += other.failures
 
 
@@ -48,11 +48,12 @@ def collect(
     names: dict[int, str],
     content: Callable[[str, bool], RecordDict],
     traffic: Traffic,
+    size: int,
     timeout: float,
 ) -> Iterator[tuple[int, RecordDict | Failure]]:
     """Ask the nodes (id -> name) to train; their replies as they come, one pulled at a time.
 
-    `content(name, whole)` is what a node is sent. A node that says it lost what it should hold is
+    `content(name, whole)` is what a node is sent, of `size` parameters. A node that says it lost what it should hold is
     asked again, once, with the whole of it. A node whose process died is asked again for as long as
     others get through: in a simulation the dead process stays in Flower's pool and fails whatever it
     is handed.
@@ -68,7 +69,8 @@ def collect(
             sent = content(name, node_id in whole)
             if message := push(grid, sent, node_id, MessageType.TRAIN, timeout):
                 pending[message] = node_id
-                _count(traffic, name, sent, counted=node_id not in whole)
+                _count(traffic, name, sent)
+                traffic.float32_down += 0 if node_id in whole else 4 * size
             else:
                 yield node_id, Failure("not-sent", "Flower did not take the message")
         again, through, pause = [], 0, _PAUSE
@@ -85,12 +87,14 @@ def collect(
                     again.append(node_id)
                     continue
                 through += 1
-                if _lost(reply) and node_id not in whole:
+                if not _lost(reply):
+                    yield node_id, reply
+                elif node_id in whole or not content(names[node_id], False).config_records["task"]["shadow"]:
+                    yield node_id, Failure("lost", "the node says that it lost what it was just sent")
+                else:
                     log.warning("%s has lost the shared weights; it gets the whole of them", names[node_id])
                     whole.add(node_id)
                     again.append(node_id)
-                    continue
-                yield node_id, reply
         for node_id in pending.values():
             yield node_id, Failure("timeout", f"no reply within round-timeout = {timeout:g} s")
         if not through or time.monotonic() >= deadline:
@@ -102,12 +106,11 @@ def collect(
         yield node_id, died.get(node_id, Failure("timeout", "no time was left to send the shared weights"))
 
 
-def _count(traffic: Traffic, name: str, sent: RecordDict, *, counted: bool) -> None:
+def _count(traffic: Traffic, name: str, sent: RecordDict) -> None:
     arrays = sent.array_records["weights"]
     size = sum(len(array.data) for array in arrays.values())
     traffic.down[name] += size
     traffic.full += size * ("shadow" in arrays)
-    traffic.messages_down += counted
 
 
 def _lost(reply: RecordDict | Failure) -> bool:

@@ -21,7 +21,7 @@ from feddm_flwr.schema import PRESET, ConfigError, KeySpec, Scalar, key, section
 __all__ = ["ConfigError", "RunConfig", "defaults", "derive_seed", "flatten", "local_steps", "parse"]
 
 #: A node's name: it goes into logs, seeds and file names.
-NODE_NAME = r"[\w.-]{1,64}"
+NODE_NAME = r"(?!\.)[\w.-]{1,64}"
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
@@ -114,7 +114,9 @@ class Codec:
         "what changed (preset: delta where codec.uplink or codec.downlink is set)",
         choices=("weights", "delta"),
     )
-    error_feedback: bool = key(PRESET, "a node adds what the coding lost to its next delta (preset: with delta)")
+    error_feedback: bool = key(
+        PRESET, "a node's training starts with what the coding of its last delta lost (preset: with delta)"
+    )
     residual_decay: float = key(
         PRESET, "share of the lost part that error feedback keeps from round to round", above=0, high=1
     )
@@ -123,7 +125,7 @@ class Codec:
         False, "int8, int4, int3: per block, the clipping range with the least squared error (slow, costs bytes)"
     )
     stochastic_rounding: bool = key(False, "int8 to sign: round at random and without bias instead of to the nearest")
-    topk_share: float = key(0.05, "share of the values that `topk` sends", above=0, high=1)
+    topk_share: float = key(0.05, "share of the values that `topk` sends", low=1e-6, high=1)
     topk_bits: int = key(2, "bits of the values that `topk` sends: 2 or 4", low=2, high=4)
     budget_ratio: int = key(82, "times fewer bytes than float32 that `budget` aims at", low=4, high=10_000)
 
@@ -208,10 +210,14 @@ class RunConfig:
     sample: Sample = field(default_factory=Sample)
 
     @property
+    def keeps_personal(self) -> bool:
+        """Whether parameters stay on the nodes."""
+        return bool(self.exchange.personal) or self.exchange.parts in ("ulatdec", "udec")
+
+    @property
     def keeps_state(self) -> bool:
         """Whether nodes keep files from round to round."""
-        personal = self.exchange.personal or self.exchange.parts in ("ulatdec", "udec")
-        return self.codec.shadow or self.codec.error_feedback or bool(personal)
+        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal
 
 
 KEYS: dict[str, KeySpec] = {spec.name: spec for _, _, specs in sections(RunConfig) for spec in specs}
@@ -290,6 +296,13 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
             f"codec.error-feedback = true with codec.target = {c.codec.target!r}, codec.uplink = {c.codec.uplink!r}: "
             "must be false; only a coded delta leaves something to feed back"
         )
+    if c.codec.residual_decay < 1 and not c.codec.error_feedback:
+        yield f"codec.residual-decay = {c.codec.residual_decay} with codec.error-feedback = false: must be 1"
+    if c.codec.clip_search and c.codec.stochastic_rounding:
+        yield "codec.clip-search = true with codec.stochastic-rounding = true: clipping is biased; choose one"
+    sparse = {"topk", "budget"} & {c.codec.uplink, c.codec.downlink}
+    if sparse and c.codec.target == "weights":
+        yield f"codec.target = 'weights' with {sorted(sparse)[0]!r}: most weights would become 0; must be delta"
     if c.codec.topk_bits == 3:
         yield "codec.topk-bits = 3 is not allowed: must be 2 or 4"
     if c.strategy not in ("feddm-vanilla", "feddm-prox") and (c.codec.uplink, c.codec.downlink) == ("none", "none"):

@@ -69,7 +69,7 @@ class Display:
         elif said := re.fullmatch(r"round=\d+ sampling=(\d+) .*", text):
             self._bar.update(self._task, state=f"drawing {said[1]} samples")
             return
-        elif not re.match(r"round=\d+ grid=|model=", text):
+        elif not re.match(r"round=\d+ grid=|model=|report=", text):
             self.print(text)
         if self._asked:
             self._bar.update(
@@ -92,9 +92,11 @@ class Display:
         """Where everything lies."""
         folder = Path(str(overrides.get("out-dir", "runs"))) / str(overrides["run-name"])
         grids = sorted(folder.glob("samples/round-????.png")) if local else []
-        self.print(f"\n  model   {folder / 'model'}")
-        self.print(f"  grid    {grids[-1] if grids else folder / 'samples'}")
-        self.print(f"  report  {folder / 'report.html'}")
+        self.print("")
+        places = {"model": folder / "model", "grid": grids[-1] if grids else folder / "samples"}
+        for what, path in {**places, "report": folder / "report.html"}.items():
+            if not local or (path.exists() and path != folder / "samples"):
+                self.print(f"  {what:7s} {path}")
         if not local:
             self.print("  (on the SuperLink's machine)")
 

@@ -5,8 +5,8 @@ What travels is set by `codec.target`:
 - `weights` (the FedDM paper's scheme): the weights themselves are coded both ways, so neither end
   keeps state. A node trains from the weights it decoded; the server takes as its update
   `decoded - received`, so that under averaging the new model is exactly the mean.
-- `delta`: a node sends what its training changed, and adds what the coding lost to its next update
-  (error feedback, Seide et al. 2014). The server sends the difference between its model and the
+- `delta`: a node sends what its training changed, and starts its next training with what the coding
+  lost (error feedback, see `node_link`). The server sends the difference between its model and the
   *shadow*, which is what the nodes hold; what coding loses stays in that difference by itself.
 """
 

@@ -137,9 +137,8 @@ class Int2(Grid):
     def _quantize(self, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
         magnitudes = blocks.abs()
         threshold = magnitudes.sum(1) / _counts(blocks, size) * _TERNARY_THRESHOLD
-        large = magnitudes > threshold[:, None]
-        number = large.sum(1)
-        steps = torch.where(number > 0, (magnitudes * large).sum(1) / number, 0.0)
+        large = magnitudes >= torch.minimum(threshold, magnitudes.amax(1))[:, None]  # whatever the mean's rounding
+        steps = (magnitudes * large).sum(1) / large.sum(1)
         digits = (large * blocks.sign()).add_(1).to(torch.uint8)
         return steps, digits
 

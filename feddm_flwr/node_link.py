@@ -124,7 +124,7 @@ class NodeLink:
 
     def _keep(self, kind: str, values: Values, part: Part, acked: int) -> None:
         assert self.state
-        self.state.write(kind, self._task.round, values, part.layout.fingerprint, keep_from=acked)
+        self.state.write(kind, self._task.round, values, part.layout.fingerprint, acked)
 
 
 def _take(part: Part, vector: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class NodeState:
         self._run, self._owner = root / run, f"{run}/{node}"
         self.path = self._run / node
         if not self.path.is_dir():
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             forget_old(root, run)
 
     def shadow(
@@ -106,12 +106,13 @@ class NodeState:
         except (OSError, FrameError) as error:
             raise StateLostError(f"{path.name}: {error}") from error
 
-    def write(self, kind: str, number: int, vector: Values, layout: str, keep_from: int) -> None:
-        """Keep a vector as of round `number`, and of those kept before only what `keep_from` and later
-        rounds left: the server may yet go back to any of these, never to an earlier one."""
+    def write(self, kind: str, number: int, vector: Values, layout: str, acked: int) -> None:
+        """Keep a vector as of round `number`, and of those kept before only that of the `acked` round, to which
+        the server may go back, and the last one, which it may have acknowledged meanwhile. Later ones stay:
+        a job that was overtaken must not take anything from those that overtook it."""
         _write(self.path / f"{kind}-{number}.frame", self._own(layout, len(vector)).encode(vector, kind, number))
         for other, path in _numbered(self.path, kind):
-            if not keep_from <= other <= number:
+            if other < number - 1 and other != acked:
                 path.unlink(missing_ok=True)
 
     def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
@@ -131,7 +132,7 @@ class NodeState:
 def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:
     """The files `<kind>-<number>[-…].frame` of a folder by number."""
     matches = ((re.fullmatch(rf"{kind}-(\d{{1,9}})(-\w+)?\.frame", path.name), path) for path in folder.iterdir())
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_file())
 
 
 def _write(path: Path, content: bytes) -> None:

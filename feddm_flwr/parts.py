@@ -89,7 +89,7 @@ def assign(parts: Parts, names: list[str], config: RunConfig, number: int) -> di
     """Which part each of the nodes sends in a round: as many each as can be, by the seed."""
     order = np.random.default_rng(derive_seed(config.seed, "parts", number)).permutation(len(names))
     kinds = [*parts.sent]
-    return {names[node]: kinds[place % len(kinds)] for place, node in enumerate(order)}
+    return {names[node]: kinds[(place + number) % len(kinds)] for place, node in enumerate(order)}
 
 
 def _part(layout: Layout, names: set[str]) -> Part:

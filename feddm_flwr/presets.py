@@ -11,7 +11,13 @@ STRATEGIES: dict[str, dict[str, Scalar]] = {
     "feddm-vanilla": {"codec.uplink": "none", "codec.downlink": "none"},
     "feddm-prox": {"train.mu": 0.01, "codec.uplink": "none", "codec.downlink": "none"},
     "feddm-quant": {"codec.uplink": "int8", "codec.downlink": "int8"},
-    "feddm-lean": {"codec.uplink": "int2", "codec.downlink": "int2", "server.optimizer": "nesterov"},
+    "feddm-lean": {
+        "codec.uplink": "int2",
+        "codec.downlink": "int2",
+        "server.optimizer": "nesterov",
+        "server.learning-rate": 1.0,
+        "server.momentum": 0.4,
+    },
     "feddm-slow-link": {
         "codec.uplink": "budget",
         "codec.downlink": "int2",
@@ -71,19 +77,25 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     name = chosen("strategy", "feddm-vanilla")
     strategy = STRATEGIES.get(name, {})
     optimizer = chosen("server.optimizer", str(strategy.get("server.optimizer", "averaging")))
+    if optimizer != strategy.get("server.optimizer"):  # its step size is for the optimizer that it chose
+        strategy = {key: value for key, value in strategy.items() if not key.startswith("server.")}
     uplink = chosen("codec.uplink", str(strategy.get("codec.uplink", "none")))
     # The paper's scheme codes weights; whoever chooses codecs gets what is better.
     own = any(raw.get(key, PRESET) not in (PRESET, "none") for key in ("codec.uplink", "codec.downlink"))
     paper = name not in ("feddm-lean", "feddm-slow-link") and not own
     target = chosen("codec.target", "weights" if paper else "delta")
+    feedback = raw.get("codec.error-feedback", PRESET)
+    if feedback == PRESET:
+        feedback = target == "delta" and uplink != "none"
+    decay = {"codec.residual-decay": strategy.get("codec.residual-decay", 1.0) if feedback else 1.0}
     return {
         "train.mu": 0.0,
-        "codec.residual-decay": 1.0,
         "server.optimizer": optimizer,
         **SERVER_OPTIMIZERS.get(optimizer, {}),
         **strategy,
         **MODELS.get(chosen("model.preset", "small"), {}),
         **DATASETS.get(chosen("data.name", "digits"), OTHER_DATA),
         "codec.target": target,
-        "codec.error-feedback": target == "delta" and uplink != "none",
+        "codec.error-feedback": bool(feedback),
+        **decay,
     }

@@ -100,7 +100,7 @@ def traffic(rows: list[Row]) -> list[str]:
 
 
 def _totals(rows: list[Row]) -> dict[str, int]:
-    return {key: sum(row[key] for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+    return {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("bytes_")}
 
 
 def _traffic(total: Mapping[str, int]) -> list[tuple[str, int, str]]:
@@ -108,7 +108,7 @@ def _traffic(total: Mapping[str, int]) -> list[tuple[str, int, str]]:
     result = []
     for who, way in (("sent by the nodes", "up"), ("sent by the server", "down")):
         sent = total[f"bytes_{way}"]
-        note = f"{_times(total[f'bytes_{way}_fp32'], sent)} less than float32"
+        note = f"{_times(total.get(f'bytes_{way}_fp32', 0), sent)} less than float32"
         if everything := total.get("bytes_data_parallel"):
             note += f", {_times(everything, sent)} less than gradients after every step"
         if way == "down" and total.get("bytes_full"):

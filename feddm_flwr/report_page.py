@@ -85,7 +85,7 @@ summary { cursor: pointer; font-weight: 600; }
 {% for row in rows %}
 <tr><td class="n">{{ row.round }}</td><td class="n">{{ "%.4f"|format(row.train_loss) }}</td><td class="n">{{ "%.4f"|format(row.eval_loss) if row.eval_loss is not none else "–" }}</td>
 <td class="n">{{ row.clients_ok }}</td><td class="n">{{ row.clients_failed }}{% for reason, n in row.failures.items() %} {{ reason }}{% endfor %}</td>
-<td class="n">{{ "{:,}".format(row.bytes_up) }}</td><td class="n">{{ "{:,}".format(row.bytes_down) }}</td><td class="n">{{ "%.1f %%"|format(100 * row.coding_error) if row.coding_error is defined else "–" }}</td><td class="n">{{ "%.1f"|format(row.seconds) }}</td></tr>
+<td class="n">{{ "{:,}".format(row.bytes_up) }}</td><td class="n">{{ "{:,}".format(row.bytes_down) }}</td><td class="n">{{ "%.1f %%"|format(100 * row.coding_error) if row.coding_error is number else "–" }}</td><td class="n">{{ "%.1f"|format(row.seconds) }}</td></tr>
 {% endfor %}
 </table></div>
 {% endif %}

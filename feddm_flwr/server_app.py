@@ -38,8 +38,9 @@ def main(grid: Grid, context: Context) -> None:
     log.info(
         "run=%s strategy=%s parameters=%d rounds=%d", run.path, config.strategy, layout.size, config.num_server_rounds
     )
+    run_uuid = uuid.uuid4().hex
     try:
-        parts, run_uuid = parts_of(layout, config), uuid.uuid4().hex
+        parts = parts_of(layout, config)
         incomplete = _personal(parts)
         if incomplete:
             log.warning("no samples are drawn: %s", incomplete)
@@ -56,7 +57,6 @@ def main(grid: Grid, context: Context) -> None:
             log.warning("no model/ is written: %s", incomplete)
         else:
             _ship(run, network, config, done, len(feddm.nodes))
-            forget_run(state_root(None), run_uuid)  # of simulated nodes, which share this machine
         for line in report.traffic(read_metrics(run.path)):
             log.info("%s", line)
         run.finish("completed", incomplete)
@@ -65,9 +65,10 @@ def main(grid: Grid, context: Context) -> None:
         raise
     finally:
         page = _report(run)
-    log.info(
-        "model=%s grid=%s report=%s", run.path / "model", run.path / "samples" / f"round-{done.round:04d}.png", page
-    )
+        if not config.keeps_personal:
+            forget_run(state_root(None), run_uuid)  # of simulated nodes, which share this machine
+    written = {"model": run.path / "model", "report": page}
+    log.info("%s", " ".join(f"{what}={path}" for what, path in written.items() if path and path.exists()))
 
 
 def _personal(parts: Parts) -> str:

@@ -105,7 +105,8 @@ class Budget:
             low, high = (middle, high) if size > target else (low, middle)
             if 0.99 * target < size <= target:
                 break
-        return math.exp(high)
+        # Where not even one value fits, the largest go all the same: nothing would ever be learnt.
+        return min(math.exp(high), largest)
 
     def encode(self, values: Tensor, state: State) -> Planes:
         assert isinstance(state, float)

@@ -42,9 +42,11 @@ def forget_run(root: Path, run: str) -> None:
 def forget_old(root: Path, run: str) -> None:
     """Remove the folders of other runs that nobody wrote to for two weeks, but no node's own model."""
     for folder in root.iterdir():
-        if not re.fullmatch(RUN_UUID, folder.name) or folder.name == run or any(folder.glob("*/pipeline")):
+        if not re.fullmatch(RUN_UUID, folder.name) or folder.name == run:
             continue
         try:
+            if any(folder.glob("*/pipeline")):
+                continue
             touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except OSError:  # another node was faster
             continue

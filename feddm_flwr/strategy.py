@@ -8,7 +8,6 @@ the result does not depend on who answers first.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -28,6 +27,9 @@ from feddm_flwr.nodes import Node, Roster, RunFailedError
 from feddm_flwr.parts import Parts, assign
 
 log = logging.getLogger("feddm")
+
+
+_ABSURD = 1e6  # losses and errors above this are a broken node's
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class FedDM:
         tally = _Tally({name: StreamingMean(p.layout.size, total) for name, p in self._parts.sent.items()}, part)
         log.info("round=%d/%d asked=%d", number, self.config.num_server_rounds, len(chosen))
         content = self._contents(number, part)
-        for node_id, reply in collect(grid, chosen, content, tally.traffic, self.config.round_timeout):
+        for node_id, reply in collect(grid, chosen, content, tally.traffic, len(received), self.config.round_timeout):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else self._take(tally, number, name, reply, received)
             if failure:
@@ -194,7 +196,7 @@ class FedDM:
         try:
             frame = reply.array_records["weights"]["frame"].data
             tally.traffic.up[name] += len(frame)
-            tally.traffic.messages_up += 1
+            tally.traffic.float32_up += 4 * self._up[tally.part[name]].size
             said = reply.config_records["report"]
             steps, train_loss, eval_loss = said["steps"], said["train-loss"], said["eval-loss"]
             coding_error, lost = said["coding-error"], said["state-lost"]
@@ -202,9 +204,9 @@ class FedDM:
                 return Failure("stale", clean(f"the reply is of {said['name']!r}, round {said['round']!r}"))
         except (KeyError, TypeError, AttributeError) as error:
             return Failure("malformed", clean(repr(error)))
-        if not (isinstance(train_loss, float) and math.isfinite(train_loss) and isinstance(eval_loss, float)):
+        if not (isinstance(train_loss, float) and 0 <= train_loss <= _ABSURD and isinstance(eval_loss, float)):
             return Failure("malformed", clean(f"losses {train_loss!r} and {eval_loss!r}"))
-        if not (isinstance(coding_error, float) and math.isfinite(coding_error) and isinstance(lost, bool)):
+        if not (isinstance(coding_error, float) and 0 <= coding_error <= _ABSURD and isinstance(lost, bool)):
             return Failure("malformed", clean(f"coding-error = {coding_error!r}, state-lost = {lost!r}"))
         if type(steps) is not int or not 0 < steps <= local_steps(self.config, node.images):
             return Failure("malformed", clean(f"steps = {steps!r}"))
@@ -221,7 +223,7 @@ class FedDM:
         if lost:
             tally.lost += 1
             log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)
-        if math.isfinite(eval_loss):
+        if 0 <= eval_loss <= _ABSURD:  # NaN where there was nothing to evaluate on
             tally.eval.append((name, eval_loss, min(node.held_out, self.config.eval.images)))
         log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
         return None
@@ -239,7 +241,7 @@ class FedDM:
             if tally.means[name].count:
                 self.never_sent.discard(name)
             else:
-                log.warning("round=%d: no reply covers the part %r; it stays as it is", number, name)
+                log.warning("round=%d: no reply covers the part %r; only momentum moves it", number, name)
         # Where weights are coded, what the server's coding lost is gone: the step starts from what the
         # nodes had. Where differences are, it is still owed to them: the step starts from the model.
         base = received if self.config.codec.target == "weights" else self._weights
@@ -251,7 +253,7 @@ class FedDM:
         self._ema = ema_update(self._ema, self._weights, factor)
         self._steps += steps
         self._acked |= {(name, tally.part[name]): number for name, _, _ in tally.steps}
-        traffic, float32 = tally.traffic, 4 * len(delta)
+        traffic = tally.traffic
         done = Round(
             round=number,
             weights=self._weights,
@@ -264,9 +266,9 @@ class FedDM:
             bytes_up=traffic.up.total(),
             bytes_down=traffic.down.total(),
             bytes_full=traffic.full,
-            bytes_up_fp32=float32 * traffic.messages_up,
-            bytes_down_fp32=float32 * traffic.messages_down,
-            bytes_data_parallel=float32 * sum(s for _, s, _ in tally.steps),
+            bytes_up_fp32=traffic.float32_up,
+            bytes_down_fp32=traffic.float32_down,
+            bytes_data_parallel=4 * len(delta) * sum(s for _, s, _ in tally.steps),
             nodes={name: {"up": traffic.up[name], "down": traffic.down[name]} for name in sorted(traffic.down)},
             state_lost=tally.lost,
             coding_error=_weighted(tally.error),

@@ -267,7 +267,7 @@ def vector(seed: int) -> Values:
 
 def test_state_is_read_as_it_was_written_and_only_by_its_owner(tmp_path: Path) -> None:
     own = NodeState(tmp_path, RUN, "a")
-    own.write("residual", 3, vector(0), "layout", keep_from=0)
+    own.write("residual", 3, vector(0), "layout", acked=0)
     assert own.read("residual", 3, "layout", 1000).tobytes() == vector(0).tobytes()
     for wrong in ((3, "other", 1000), (3, "layout", 999), (4, "layout", 1000)):
         with pytest.raises(StateLostError, match="residual-"):
@@ -280,10 +280,11 @@ def test_state_is_read_as_it_was_written_and_only_by_its_owner(tmp_path: Path) -
 
 def test_residuals_since_the_acknowledged_round_are_kept(tmp_path: Path) -> None:
     state = NodeState(tmp_path, RUN, "a")
-    for number, keep_from in ((1, 0), (2, 1), (3, 1), (5, 1), (4, 1), (6, 3)):
-        state.write("residual", number, vector(number), "layout", keep_from)
-    assert sorted(p.name for p in state.path.iterdir()) == ["residual-3.frame", "residual-4.frame", "residual-6.frame"]
-    assert state.latest("residual", 6) == 4
+    for number, acked, kept in ((1, 0, {1}), (2, 1, {1, 2}), (4, 1, {1, 4}), (5, 4, {4, 5}), (8, 4, {4, 8})):
+        state.write("residual", number, vector(number), "layout", acked)
+        assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in kept}
+    state.write("residual", 6, vector(6), "layout", 4)  # a job that was overtaken
+    assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in (4, 6, 8)}
 
 
 def test_a_run_uuid_is_never_a_path(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "packing": {"wire"},
     "grid_codec": {"packing"},
     "sparse_codec": {"grid_codec", "packing", "wire"},
-    "codec": {"grid_codec", "packing", "sparse_codec", "wire"},
+    "codec": {"config", "grid_codec", "packing", "sparse_codec", "wire"},
     "data": {"config"},
     "model": {"config"},
     "exchange": {"codec", "config", "wire"},

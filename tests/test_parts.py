@@ -72,7 +72,11 @@ def test_halves_are_shared_out_evenly_and_in_turns() -> None:
     found, _ = parts(c)
     names = [f"node-{i}" for i in range(5)]
     rounds = [assign(found, names, c, number) for number in range(1, 30)]
-    assert all(sorted(r.values()) == ["encoder"] * 3 + ["rest"] * 2 for r in rounds)
+    assert {tuple(sorted(r.values())) for r in rounds} == {
+        ("encoder",) * 3 + ("rest",) * 2,
+        ("encoder",) * 2 + ("rest",) * 3,
+    }
+    assert {assign(found, names[:1], c, number)["node-0"] for number in (1, 2)} == {"encoder", "rest"}
     assert all({r[name] for r in rounds} == {"encoder", "rest"} for name in names)
 
 
