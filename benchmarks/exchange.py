@@ -54,7 +54,8 @@ JOB: dict[str, Any] = {
 }
 
 
-NESTEROV = {"server.optimizer": "nesterov"}
+NESTEROV = {"server.optimizer": "nesterov"}  # step 0.7, momentum 0.6
+LEAN_STEP = {"server.optimizer": "nesterov", "server.learning-rate": 1.0, "server.momentum": 0.4}
 
 
 def both(codec: str, **keys: Any) -> dict[str, Any]:
@@ -65,20 +66,22 @@ def both(codec: str, **keys: Any) -> dict[str, Any]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32 averaging": {},
     "fp32 averaging, lr 0.004": {"train.learning-rate": 0.004},
-    "fp32 Nesterov": NESTEROV,
+    "fp32 Nesterov 0.7, 0.6": NESTEROV,
+    "fp32 Nesterov 1.0, 0.4": LEAN_STEP,
     "int8 weights (feddm-quant)": {"strategy": "feddm-quant"},
     "int8 averaging": both("int8"),
     "int4 averaging": both("int4"),
     "int2 averaging": both("int2"),
-    "int2 Nesterov (feddm-lean)": {"strategy": "feddm-lean"},
+    "int2 Nesterov 0.7, 0.6": both("int2", **NESTEROV),
+    "int2 Nesterov 1.0, 0.4 (feddm-lean)": {"strategy": "feddm-lean"},
     "budget up, int2 down (feddm-slow-link)": {"strategy": "feddm-slow-link"},
-    "int8 Nesterov": both("int8", **NESTEROV),
-    "int4 Nesterov": both("int4", **NESTEROV),
-    "int3 Nesterov": both("int3", **NESTEROV),
-    "sign Nesterov": both("sign", **NESTEROV),
-    "fp16 Nesterov": both("fp16", **NESTEROV),
-    "bf16 Nesterov": both("bf16", **NESTEROV),
-    "topk up, int2 down, Nesterov": {**both("int2", **NESTEROV), "codec.uplink": "topk"},
+    "int8 Nesterov 1.0, 0.4": both("int8", **LEAN_STEP),
+    "int4 Nesterov 1.0, 0.4": both("int4", **LEAN_STEP),
+    "int3 Nesterov 1.0, 0.4": both("int3", **LEAN_STEP),
+    "sign Nesterov 1.0, 0.4": both("sign", **LEAN_STEP),
+    "fp16 Nesterov 1.0, 0.4": both("fp16", **LEAN_STEP),
+    "bf16 Nesterov 1.0, 0.4": both("bf16", **LEAN_STEP),
+    "topk up, int2 down, Nesterov 1.0, 0.4": {**both("int2", **LEAN_STEP), "codec.uplink": "topk"},
 }
 
 
@@ -147,9 +150,12 @@ def table(results: dict[str, Any], speeds: dict[str, dict[str, float]]) -> str:
     for name in names:
         mine = {seed: r for (n, seed), r in runs.items() if n == name}
         config = parse({**JOB, "data.name": "digits", **mine[0]["keys"]})
-        same = {(1.0, 0.0): "fp32 averaging", (0.7, 0.6): "fp32 Nesterov"}.get(
-            (config.server.learning_rate, config.server.momentum), ""
-        )
+        step = (config.server.learning_rate, config.server.momentum)
+        same = {
+            (1.0, 0.0): averaging[0],
+            (0.7, 0.6): "fp32 Nesterov 0.7, 0.6",
+            (1.0, 0.4): "fp32 Nesterov 1.0, 0.4",
+        }.get(step, "")
 
         def mean(key: str, of: dict[int, Any] = mine) -> float:
             return statistics.fmean(r[key] for r in of.values())

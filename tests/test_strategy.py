@@ -43,7 +43,7 @@ def test_under_averaging_the_model_is_the_mean_of_what_the_nodes_sent(strategy: 
     server = feddm(c)
     images = {node.name: node.images for node in run_nodes(c).values()}
     mean = np.average(
-        [server._up.decode(frame, "weights", 1).astype(np.float64) for _, frame in sorted(sent)],
+        [server._up["all"].decode(frame, "weights", 1).astype(np.float64) for _, frame in sorted(sent)],
         axis=0,
         weights=[images[name] for name, _ in sorted(sent)],
     )
@@ -83,7 +83,7 @@ def with_report(reply: Message, message: Message, **changes: Any) -> Message:
 
 
 def a_frame(c: RunConfig, value: float, *, number: int = 1) -> bytes:
-    up = feddm(c)._up
+    up = feddm(c)._up["all"]
     vector = np.full(up.size, 1.0, np.float32)
     frame = bytearray(up.encode(vector, "weights", number))
     if value != 1.0:  # past the sender's own check
