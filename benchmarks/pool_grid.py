@@ -23,7 +23,6 @@ TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else Fl
 def _answer(message: Message, keys: dict[str, Any], index: int, count: int) -> Message:
     from feddm_flwr.client_app import app
 
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     own = {"partition-id": index, "num-partitions": count}
     return app(message, Context(run_id=1, node_id=index, node_config=own, state=RecordDict(), run_config=keys))
 
@@ -33,13 +32,17 @@ def pool(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
 
 
-class PoolGrid(Grid):
-    """The nodes of one run."""
+class InProcessGrid(Grid):
+    """What every grid without Flower's transport has in common: names for messages, and no runs."""
 
-    def __init__(self, processes: ProcessPoolExecutor, config: RunConfig, nodes: int) -> None:
-        self._processes, self._keys, self._nodes = processes, flatten(config), nodes
-        self._replies: dict[str, Future[Message]] = {}
+    def __init__(self) -> None:
         self._names = itertools.count()
+
+    def name(self, message: Message) -> str:
+        """Give the message an id, as Flower would."""
+        name = str(next(self._names))
+        message.metadata.__dict__["_message_id"] = name
+        return name
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -54,13 +57,21 @@ class PoolGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError
 
+
+class PoolGrid(InProcessGrid):
+    """The nodes of one run."""
+
+    def __init__(self, processes: ProcessPoolExecutor, config: RunConfig, nodes: int) -> None:
+        super().__init__()
+        self._processes, self._keys, self._nodes = processes, flatten(config), nodes
+        self._replies: dict[str, Future[Message]] = {}
+
     def get_node_ids(self) -> Iterable[int]:
         return range(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
-            name = str(next(self._names))
-            message.metadata.__dict__["_message_id"] = name
+            name = self.name(message)
             node = message.metadata.dst_node_id
             self._replies[name] = self._processes.submit(_answer, message, self._keys, node, self._nodes)
             yield name

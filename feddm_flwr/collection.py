@@ -67,6 +67,7 @@ def collect(
         for node_id in again:
             name = names[node_id]
             sent = content(name, node_id in whole)
+            shadowed = bool(sent.config_records["task"]["shadow"])  # the same for every node
             if message := push(grid, sent, node_id, MessageType.TRAIN, timeout):
                 pending[message] = node_id
                 _count(traffic, name, sent)
@@ -89,7 +90,7 @@ def collect(
                 through += 1
                 if not _lost(reply):
                     yield node_id, reply
-                elif node_id in whole or not content(names[node_id], False).config_records["task"]["shadow"]:
+                elif node_id in whole or not shadowed:
                     yield node_id, Failure("lost", "the node says that it lost what it was just sent")
                 else:
                     log.warning("%s has lost the shared weights; it gets the whole of them", names[node_id])

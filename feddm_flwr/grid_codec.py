@@ -93,7 +93,7 @@ class Grid:
         return scaled.floor_().clamp_(0, self.levels - 1).to(torch.uint8)
 
     def _squared_error(self, blocks: Tensor, digits: Tensor, steps: Tensor) -> Tensor:
-        # In units of the step, which cannot overflow; comparable within a block after scaling back.
+        # Squared in float64, where it cannot overflow.
         error = (digits.float() - (self.levels - 1) / 2) * steps[:, None] - blocks
         return error.double().square_().sum(1)
 

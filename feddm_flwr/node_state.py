@@ -62,7 +62,7 @@ class NodeState:
             vector = whole.decode(full, "shadow", version)
             if fingerprint(vector) != wanted:
                 raise FrameError("the whole shadow has another fingerprint than the server says")
-            self._write_shadow(version, vector, whole)
+            self._write_shadow(version, wanted, vector, whole)
             return vector
         first = min(frames) - 1
         for held, start in self._shadows(whole, first, version, initial):
@@ -71,7 +71,7 @@ class NodeState:
                 vector += down.decode(frames[number], "delta", number)
             if fingerprint(vector) == wanted:
                 if held != version:
-                    self._write_shadow(version, vector, whole)
+                    self._write_shadow(version, wanted, vector, whole)
                 return vector
             log.warning("%s: the shadow made from version %d is not the server's", self._owner, held)
         raise StateLostError(f"no shadow of version {first} to {version}")
@@ -87,8 +87,8 @@ class NodeState:
         if first == 0:
             yield 0, initial
 
-    def _write_shadow(self, version: int, vector: Values, whole: Channel) -> None:
-        path = self._run / f"shadow-{version}-{fingerprint(vector)}.frame"
+    def _write_shadow(self, version: int, name: str, vector: Values, whole: Channel) -> None:
+        path = self._run / f"shadow-{version}-{name}.frame"
         _write(path, whole.encode(vector, "shadow", version))
         for number, old in _numbered(self._run, "shadow"):
             if number < version - 1:  # not the last but one: the server may repeat a round

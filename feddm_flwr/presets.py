@@ -14,6 +14,7 @@ STRATEGIES: dict[str, dict[str, Scalar]] = {
     "feddm-lean": {
         "codec.uplink": "int2",
         "codec.downlink": "int2",
+        "codec.target": "delta",
         "server.optimizer": "nesterov",
         "server.learning-rate": 1.0,
         "server.momentum": 0.4,
@@ -21,6 +22,7 @@ STRATEGIES: dict[str, dict[str, Scalar]] = {
     "feddm-slow-link": {
         "codec.uplink": "budget",
         "codec.downlink": "int2",
+        "codec.target": "delta",
         "codec.residual-decay": 0.9,
         "server.optimizer": "nesterov",
         "server.learning-rate": 1.4,
@@ -74,16 +76,14 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
         value = str(raw.get(name, PRESET))
         return default if value == PRESET else value
 
-    name = chosen("strategy", "feddm-vanilla")
-    strategy = STRATEGIES.get(name, {})
+    strategy = STRATEGIES.get(chosen("strategy", "feddm-vanilla"), {})
     optimizer = chosen("server.optimizer", str(strategy.get("server.optimizer", "averaging")))
     if optimizer != strategy.get("server.optimizer"):  # its step size is for the optimizer that it chose
         strategy = {key: value for key, value in strategy.items() if not key.startswith("server.")}
     uplink = chosen("codec.uplink", str(strategy.get("codec.uplink", "none")))
     # The paper's scheme codes weights; whoever chooses codecs gets what is better.
     own = any(raw.get(key, PRESET) not in (PRESET, "none") for key in ("codec.uplink", "codec.downlink"))
-    paper = name not in ("feddm-lean", "feddm-slow-link") and not own
-    target = chosen("codec.target", "weights" if paper else "delta")
+    target = chosen("codec.target", str(strategy.get("codec.target", "delta" if own else "weights")))
     feedback = raw.get("codec.error-feedback", PRESET)
     if feedback == PRESET:
         feedback = target == "delta" and uplink != "none"

@@ -11,16 +11,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+from pool_grid import InProcessGrid
 
 from feddm_flwr import model
 from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.parts import parts_of
 from feddm_flwr.strategy import FedDM, Round
-
-TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else Flower makes no messages
 
 Handler = Callable[[Message], Message | None]
 
@@ -39,34 +36,21 @@ def config(**keys: Any) -> RunConfig:
     return parse({**TINY, **{k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}})
 
 
-class LocalGrid(Grid):
+class LocalGrid(InProcessGrid):
     """Delivers messages to handlers in this process and replies in an order of the test's choosing."""
 
     def __init__(self, handlers: dict[int, Handler], *, backwards: bool = False) -> None:
+        super().__init__()
         self.handlers, self.backwards = handlers, backwards
         self.messages: dict[str, Message] = {}
         self.replies: dict[str, Message | None] = {}
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.handlers)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
-            name = f"{len(self.messages)}"
-            message.metadata.__dict__["_message_id"] = name
+            name = self.name(message)
             self.messages[name] = message
             yield name
 
