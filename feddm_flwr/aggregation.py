@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +31,15 @@ class StreamingMean:
         self._total = total_weight
         self._sum: NDArray[np.int64] = np.zeros(size, np.int64)
         self.weight = 0
-        self.count = 0
+        self._count = 0
 
-    def add(self, vector: Vector, weight: int) -> None:
-        """Add a finite vector, weighted by a number of images.
+    @property
+    def count(self) -> int:
+        """Vectors added."""
+        return self._count
+
+    def add(self, vector: Vector, weight: int, frame: bytes = b"", scale: float = 1.0) -> None:
+        """Add a finite vector, weighted by a number of images; other rules need its `frame` and `scale`.
 
         Raises:
             ValueError: the values are so large that a sum of such vectors could overflow; nothing
@@ -48,12 +54,26 @@ class StreamingMean:
             part = vector[start : start + _CHUNK].astype(np.float64)
             self._sum[start : start + _CHUNK] += np.rint(part * scale).astype(np.int64)
         self.weight += weight
-        self.count += 1
+        self._count += 1
 
     def mean(self) -> Vector:
         """The mean as float32; zeros where nothing was added."""
         divisor = max(self.weight, 1) * 2.0**FRACTION_BITS
         return (self._sum / divisor).astype(np.float32)
+
+
+class Aggregate(Protocol):
+    """A rule by which the updates of a round become one; `RobustMean` has others."""
+
+    @property
+    def count(self) -> int:
+        """Vectors added."""
+
+    def add(self, vector: Vector, weight: int, frame: bytes, scale: float) -> None:
+        """Add a node's update, and the frame that holds it before it was scaled."""
+
+    def mean(self) -> Vector:
+        """The result."""
 
 
 State = dict[str, Vector]

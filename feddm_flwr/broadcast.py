@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 from feddm_flwr.config import RunConfig, derive_seed
 from feddm_flwr.exchange import Values, channel, exact, fingerprint
 
@@ -25,6 +31,18 @@ class Broadcast:
         self._full = b""
         self.version = 0
         self.fingerprint = ""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What a broadcast must be given to go on where this one is."""
+        if self._shadow is None:
+            return {}
+        return {"shadow": self._shadow} | {str(n): np.frombuffer(f, np.uint8) for n, f in self._frames.items()}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a `state`."""
+        if self._shadow is not None:
+            self._shadow = state["shadow"]
+            self._frames = {int(n): frame.tobytes() for n, frame in state.items() if n != "shadow"}
 
     def prepare(self, weights: Values, number: int) -> Values:
         """Code the weights for round `number`; returns what the nodes will have decoded.

@@ -1,8 +1,9 @@
-"""`feddm`: run, sample, report. Heavy libraries are imported by the command that needs them."""
+"""`feddm`: run, sample, report, certs. Heavy libraries are imported by the command that needs them."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -54,8 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         help="run-config keys, as in flwr run (docs/configuration.md has them all); may be repeated",
     )
     run.add_argument(
-        "--num-supernodes", type=_positive, default=4, metavar="N", help="nodes of the simulation (default 4)"
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run in this folder: its configuration, its nodes, its newest good checkpoint",
     )
+    run.add_argument("--num-supernodes", type=_positive, metavar="N", help="nodes of the simulation (default 4)")
     run.add_argument(
         "--client-cpus",
         type=_positive,
@@ -94,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, help="a run's folder")
     report.set_defaults(command=_report)
+
+    certs = commands.add_parser("certs", help="make the keys and certificates of a federation of real nodes")
+    certs.add_argument("folder", type=Path, help="where they go; those that are there are kept")
+    certs.add_argument(
+        "--host", action="append", default=[], metavar="NAME", help="name or address of the SuperLink; may be repeated"
+    )
+    certs.add_argument("--node", action="append", default=[], metavar="NAME", help="a node's name; may be repeated")
+    certs.add_argument(
+        "--days", type=_positive, default=365, metavar="N", help="validity of the SuperLink's certificate (default 365)"
+    )
+    certs.set_defaults(command=_certs)
     return parser
 
 
@@ -118,6 +134,9 @@ def _run(options: argparse.Namespace) -> int:
 
     app = launch.find_app(options.app)
     overrides = _overrides(options.run_config)
+    if options.resume:
+        overrides = _resumed(options) | overrides
+    options.num_supernodes = options.num_supernodes or 4
     config = parse(overrides)
     place = launch.Simulation if launch.is_local(options.superlink) else launch.Remote
     overrides["run-name"] = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -132,17 +151,40 @@ def _run(options: argparse.Namespace) -> int:
     if code == launch.STOPPED and place is launch.Simulation and folder.is_dir():
         tracking.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
+    if code and place is launch.Simulation and (folder / "checkpoints").is_dir():
+        print(f"  to go on: feddm run --resume {folder}")
     return code
+
+
+def _resumed(options: argparse.Namespace) -> dict[str, Any]:
+    """The run-config keys of the run to go on with, and its nodes where it was a simulation."""
+    from feddm_flwr.launch import is_local
+
+    folder: Path = options.resume.resolve()
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"--resume {str(options.resume)!r}: not a run's folder (no config.toml)")
+    nodes = folder / "nodes.json"
+    if is_local(options.superlink) and not options.num_supernodes:
+        if not nodes.is_file():
+            raise ConfigError(f"--resume {str(options.resume)!r}: no round was done; --num-supernodes must be given")
+        options.num_supernodes = len(json.loads(nodes.read_text(encoding="utf-8")))
+    return _overrides([str(folder / "config.toml")]) | {
+        "resume": True,
+        "run-name": folder.name,
+        "out-dir": str(folder.parent),
+    }
 
 
 def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
     """What would end a simulation is known before it starts.
 
     Raises:
-        ConfigError: the run's folder exists, or there are too few nodes.
+        ConfigError: the run's folder exists (or does not, for one to resume), or there are too few nodes.
     """
-    if folder.exists():
+    if folder.exists() and not config.resume:
         raise ConfigError(f"run-name = {config.run_name!r}: {folder} exists; choose another name")
+    if config.resume and not folder.exists():
+        raise ConfigError(f"run-name = {config.run_name!r} with resume = true: there is no {folder}")
     for key, value in (("min-nodes", config.min_nodes), ("min-replies", config.min_replies)):
         if value > nodes:
             raise ConfigError(f"{key} = {value} is not allowed: must be at most --num-supernodes = {nodes}")
@@ -202,6 +244,19 @@ def _sample(options: argparse.Namespace) -> int:
     else:
         evaluation.grid(images).save(output)
     print(f"{len(images)} images: {output}")
+    return 0
+
+
+def _certs(options: argparse.Namespace) -> int:
+    from feddm_flwr import certificates
+
+    if not options.host and not options.node:
+        raise ConfigError("certs: name the SuperLink with --host, and nodes with --node")
+    written = certificates.make(options.folder, options.host, options.node, options.days)
+    for path in written:
+        print(path)
+    if not written:
+        print("nothing to make: all of them are there")
     return 0
 
 

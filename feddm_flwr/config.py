@@ -98,6 +98,9 @@ class Train:
         "of the forward pass; auto: bf16 where the processor or GPU computes in it",
         choices=("auto", "fp32", "bf16"),
     )
+    max_seconds: float = key(
+        0.0, "a node stops after this time and sends what it has (then runs are not repeatable); 0: no limit", low=0
+    )
     threads: int = key(0, "CPU threads of a node; 0: 1 in a simulation, every core on a real node", low=0)
     deterministic: bool = key(False, "bit-identical results on a GPU too, at some cost (a CPU always gives them)")
 
@@ -154,6 +157,19 @@ class Exchange:
 class Server:
     """What the server does with the averaged update."""
 
+    aggregation: str = key(
+        "mean",
+        "how updates become one: `mean`, weighted by images; coordinate by coordinate, each node alike, `trimmed-mean` "
+        "or `median`, which a few broken or hostile nodes cannot move far",
+        choices=("mean", "trimmed-mean", "median"),
+    )
+    trim_share: float = key(0.2, "share of the values that trimmed-mean drops at either end", above=0, below=0.5)
+    norm_limit: float = key(
+        10.0, "an update this many times longer than the median of earlier rounds is dropped; 0: none is", low=0
+    )
+    clip_norm: float = key(
+        0.0, "an update this many times longer than the median of earlier rounds is shortened to it; 0: none is", low=0
+    )
     optimizer: str = key(PRESET, "rule applied to the averaged update", choices=("averaging", "nesterov", "adam"))
     learning_rate: float = key(PRESET, "server step size", above=0)
     momentum: float = key(PRESET, "momentum of nesterov, beta1 of adam", low=0, below=1)
@@ -193,6 +209,8 @@ class RunConfig:
     seed: int = key(0, "everything random derives from it", low=0)
     run_name: str = key("", "folder of the run; empty: strategy and time")
     out_dir: str = key("runs", "folder of all runs, on the server")
+    resume: bool = key(False, "go on with the run `run-name` from its newest good checkpoint")
+    keep_checkpoints: int = key(2, "checkpoints that are kept, of the newest rounds", low=1)
     fraction_train: float = key(1.0, "share of the nodes that train in a round", above=0, high=1)
     min_nodes: int = key(2, "nodes that must be connected before a round starts", low=1)
     min_replies: int = key(0, "good replies that a round needs; 0: more than half of the nodes that were asked", low=0)
@@ -311,6 +329,13 @@ def _contradictions(c: RunConfig) -> Iterator[str]:
         yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
     if c.data.partition == "natural" and not c.data.natural_column:
         yield "data.natural-column = '' with data.partition = 'natural': must name a column"
+    if c.resume and not c.run_name:
+        yield "run-name = '' with resume = true: must name the run to go on with"
+    if c.server.aggregation != "mean" and c.codec.uplink in ("topk", "budget"):
+        yield (
+            f"server.aggregation = {c.server.aggregation!r} with codec.uplink = {c.codec.uplink!r}: must be mean; "
+            "most values of such an update are 0, and so would be the median"
+        )
     stride = 2 ** (len(c.model.block_channels) - 1)
     if c.data.image_size % stride:
         yield (

@@ -13,6 +13,7 @@ What travels is set by `codec.target`:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -56,16 +57,21 @@ class Channel:
         Raises:
             FrameError: the frame is corrupt, of another content, round, layout or codec, or not finite.
         """
+        vector = np.empty(self.size, np.float32)
+        start = 0
+        for part in self.decode_chunks(frame, content, number):
+            vector[start : (start := start + len(part))] = part
+        return vector
+
+    def decode_chunks(self, frame: wire.Frame, content: str, number: int) -> Iterator[Values]:
+        """The same, one chunk after the other."""
         header, offset = wire.read_header(frame)
         for name, value in asdict(self._header(content, number)).items():
             if getattr(header, name) != value:
                 raise FrameError(f"the frame's {name} is {getattr(header, name)!r}, not {value!r}")
-        vector = torch.empty(self.size)
         chunks = wire.read_chunks(frame, offset, self.size, self.codec.limits)
-        for part, planes in zip((p for p in vector.split(wire.CHUNK) if len(p)), chunks, strict=True):
-            part.copy_(self.codec.decode(planes, len(part)))
-        result: Values = vector.numpy()
-        return result
+        for size, planes in zip(wire.chunk_sizes(self.size), chunks, strict=True):
+            yield self.codec.decode(planes, size).float().numpy()
 
     def _header(self, content: str, number: int) -> wire.Header:
         return wire.Header(content, self.codec.name, self.layout, number, self.size, options_of(self.codec))

@@ -12,15 +12,13 @@ model is noticed. Files are put in place whole.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from feddm_flwr.exchange import Channel, FrameError, Values, exact, fingerprint
 from feddm_flwr.state_folder import RUN_UUID, forget_old
+from feddm_flwr.whole_file import whole_file, whole_folder
 
 log = logging.getLogger("feddm")
 
@@ -117,12 +115,9 @@ class NodeState:
 
     def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
         """Put a folder that `fill` writes in place of an earlier one of that name, whole or not at all."""
-        target = self.path / name
-        with tempfile.TemporaryDirectory(dir=self.path) as temporary:
-            fill(Path(temporary) / name)
-            shutil.rmtree(target, ignore_errors=True)
-            (Path(temporary) / name).rename(target)
-        return target
+        with whole_folder(self.path / name) as folder:
+            fill(folder)
+        return self.path / name
 
     def _own(self, layout: str, size: int) -> Channel:
         """How this node's files are written: those of others are not taken for its own."""
@@ -136,14 +131,5 @@ def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, also through a loss of power."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write(content)

@@ -80,6 +80,10 @@ class Roster:
                 log.info("%s", said := text)
             time.sleep(_PAUSE)
 
+    def expect(self, nodes: list[Node]) -> None:
+        """Remember those who took part before the run was resumed."""
+        self.nodes = {node.name: node for node in nodes}
+
     def asked(self, online: int) -> int:
         """How many of the online nodes train in a round."""
         return max(1, round(self.config.fraction_train * online))
@@ -132,6 +136,10 @@ class Roster:
                 self._leave_out(other, f"{node.name}: came back under another id")
                 del self._ids[other]
             self._ids[i] = node.name
+            if (before := self.nodes.get(node.name)) and before != node:
+                log.warning(
+                    "node %s has other images than before: %d, were %d", *(node.name, node.images, before.images)
+                )
             self.nodes[node.name] = node
             introduced.append(node)
         for node in sorted(introduced, key=lambda n: n.name):

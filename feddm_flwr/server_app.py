@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from feddm_flwr import evaluation, model, report
+from feddm_flwr import checkpoint, evaluation, model, report
 from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.exchange import Values
 from feddm_flwr.parts import Parts, parts_of
+from feddm_flwr.resume import check_same_run
 from feddm_flwr.state_folder import forget_run, state_root
-from feddm_flwr.strategy import FedDM, Round
+from feddm_flwr.strategy import FedDM
 from feddm_flwr.tracking import RunDirectory, read_metrics
+from feddm_flwr.whole_file import whole_folder
 
 app = ServerApp()
 log = logging.getLogger("feddm")
@@ -34,41 +38,73 @@ def main(grid: Grid, context: Context) -> None:
     network = model.build(config)
     layout = model.layout(network)
     name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunDirectory(Path(config.out_dir).expanduser().resolve() / name, flatten(replace(config, run_name="")))
+    run = RunDirectory(Path(config.out_dir).expanduser().resolve() / name, resume=config.resume)
+    kept = replace(config, run_name="", resume=False)  # as another run would be started with it
     log.info(
         "run=%s strategy=%s parameters=%d rounds=%d", run.path, config.strategy, layout.size, config.num_server_rounds
     )
-    run_uuid = uuid.uuid4().hex
-    try:
+    found = checkpoint.newest(run.checkpoints) if config.resume else None
+    if found:
+        check_same_run(config, found.facts["config"])
+        log.info("resumed after round %d", found.round)
+    run.begin(flatten(kept), found.round if found else None)
+    with _finished(run):
         parts = parts_of(layout, config)
         incomplete = _personal(parts)
         if incomplete:
             log.warning("no samples are drawn: %s", incomplete)
+        run_uuid = found.facts["run-uuid"] if found else uuid.uuid4().hex
         feddm = FedDM(config, parts.shared.take(model.to_vector(network)), parts, run_uuid)
+        if found:
+            feddm.restore(found)
+        else:
+            _save(run, feddm, kept)
+        del found
+        if not incomplete:
+            _show(run, network, config, feddm)  # what a run that was killed here still owes
         for done in feddm.run(grid):
             run.log_nodes([asdict(node) for node in feddm.nodes])
             run.log_round(done.figures())
-            last = done.round == config.num_server_rounds
-            if last and not incomplete:
-                _sample(run, network, config, done, "raw")
-            if not incomplete and (last or (config.sample.every and done.round % config.sample.every == 0)):
-                _sample(run, network, config, done)
+            _save(run, feddm, kept)
+            if not incomplete:
+                _show(run, network, config, feddm)
         if incomplete := incomplete or _never_sent(feddm):
             log.warning("no model/ is written: %s", incomplete)
         else:
-            _ship(run, network, config, done, len(feddm.nodes))
+            _ship(run, network, config, feddm)
         for line in report.traffic(read_metrics(run.path)):
             log.info("%s", line)
-        run.finish("completed", incomplete)
+        if not config.keeps_personal:
+            forget_run(state_root(None), run_uuid)  # of simulated nodes, which share this machine
+        run.reason = incomplete
+    written = {"model": run.path / "model", "report": run.path / "report.html"}
+    log.info("%s", " ".join(f"{what}={path}" for what, path in written.items() if path.exists()))
+
+
+@contextmanager
+def _finished(run: RunDirectory) -> Iterator[None]:
+    """Whatever happens, the run's folder says how it ended, and has a report."""
+    try:
+        yield
+        run.finish("completed", run.reason)
     except BaseException as error:
         run.finish("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
-        page = _report(run)
-        if not config.keeps_personal:
-            forget_run(state_root(None), run_uuid)  # of simulated nodes, which share this machine
-    written = {"model": run.path / "model", "report": page}
-    log.info("%s", " ".join(f"{what}={path}" for what, path in written.items() if path and path.exists()))
+        _report(run)
+
+
+def _save(run: RunDirectory, feddm: FedDM, config: RunConfig) -> None:
+    """Write a checkpoint; the round is not done before it is on the disk."""
+    state = feddm.checkpoint()
+    state.facts["config"] = flatten(config)
+    try:
+        checkpoint.save(run.checkpoints, state, config.keep_checkpoints)
+    except OSError as error:
+        raise RuntimeError(
+            f"the checkpoint of round {feddm.round} cannot be written ({error.strerror}); "
+            f"make room in {run.checkpoints}, then: feddm run --resume {run.path}"
+        ) from error
 
 
 def _personal(parts: Parts) -> str:
@@ -87,32 +123,42 @@ def _never_sent(feddm: FedDM) -> str:
     return f"in no round did a node send the part {parts}" if parts else ""
 
 
-def _sample(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round, kind: str = "") -> None:
+def _show(run: RunDirectory, network: UNet2DModel, config: RunConfig, feddm: FedDM) -> None:
+    """Draw the grids that the round is to have."""
+    last, due = feddm.round == config.num_server_rounds, config.sample.every
+    if not feddm.round or run.has_grid(feddm.round) or not (last or (due and feddm.round % due == 0)):
+        return
+    if last:
+        _sample(run, network, config, feddm.round, feddm.weights, "raw")
+    _sample(run, network, config, feddm.round, feddm.ema)
+
+
+def _sample(
+    run: RunDirectory, network: UNet2DModel, config: RunConfig, number: int, weights: Values, kind: str = ""
+) -> None:
     """A grid of the averaged weights, or one of the `raw` weights to set beside it."""
     s = config.sample
-    log.info("round=%d sampling=%d steps=%d weights=%s", done.round, s.count, s.steps, kind or "averaged")
+    log.info("round=%d sampling=%d steps=%d weights=%s", number, s.count, s.steps, kind or "averaged")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.load_vector(network, done.weights if kind else done.ema)
+    model.load_vector(network, weights)
     images = evaluation.sample(network, model.noise_scheduler(config).config, s.count, s.steps, config.seed)
-    log.info("round=%d grid=%s", done.round, run.save_grid(evaluation.grid(images), done.round, kind))
+    log.info("round=%d grid=%s", number, run.save_grid(evaluation.grid(images), number, kind))
 
 
-def _ship(run: RunDirectory, network: UNet2DModel, config: RunConfig, done: Round, nodes: int) -> None:
+def _ship(run: RunDirectory, network: UNet2DModel, config: RunConfig, feddm: FedDM) -> None:
     """Write `model/`: a diffusers pipeline with the averaged weights, and its card."""
-    model.load_vector(network, done.ema)
-    with tempfile.TemporaryDirectory(dir=run.path) as folder:
-        written = Path(folder) / "model"
-        model.save_pipeline(network, config, written, report.model_card(flatten(config), done.round, nodes))
-        run.replace_folder("model", written)
+    model.load_vector(network, feddm.ema)
+    card = report.model_card(flatten(config), feddm.round, len(feddm.nodes))
+    with whole_folder(run.path / "model") as folder:
+        model.save_pipeline(network, config, folder, card)
 
 
-def _report(run: RunDirectory) -> Path | None:
+def _report(run: RunDirectory) -> None:
     """Write the report; a run is not lost where that fails."""
     try:
-        return report.write(run.path)
+        report.write(run.path)
     except Exception:
         log.exception("the report could not be written; try feddm report %s", run.path)
-        return None
 
 
 def _log_to_stdout() -> None:

@@ -10,21 +10,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from mmap import mmap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from feddm_flwr.aggregation import StreamingMean, ema_factor, ema_update, server_optimizer
+from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_update, server_optimizer
 from feddm_flwr.broadcast import Broadcast
+from feddm_flwr.checkpoint import Checkpoint
 from feddm_flwr.collection import Traffic, collect
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.exchange import FrameError, Values, channel
 from feddm_flwr.messages import Failure, clean
 from feddm_flwr.nodes import Node, Roster, RunFailedError
+from feddm_flwr.outliers import Outliers
 from feddm_flwr.parts import Parts, assign
+from feddm_flwr.robust import RobustMean
 
 log = logging.getLogger("feddm")
 
@@ -66,13 +71,14 @@ class Round:
 class _Tally:
     """The running sums of one attempt at a round."""
 
-    means: dict[str, StreamingMean]  # by part: weights are summed over the nodes that sent it
+    means: dict[str, Aggregate]  # by part: weights are summed over the nodes that sent it
     part: dict[str, str]  # by node: what its reply is to cover
     traffic: Traffic = field(default_factory=Traffic)
     loss: list[tuple[str, float, int]] = field(default_factory=list)
     eval: list[tuple[str, float, int]] = field(default_factory=list)
     steps: list[tuple[str, int, int]] = field(default_factory=list)
     error: list[tuple[str, float, int]] = field(default_factory=list)
+    norms: dict[str, list[float]] = field(default_factory=dict)  # by part
     lost: int = 0
 
     @property
@@ -88,12 +94,14 @@ class FedDM:
         """`initial` has the shared parameters; `run_uuid`, 32 hex digits, tells the nodes which run's state
         is which."""
         self.config = config
+        c, s = config.codec, config.server
         self._parts = parts
         self._run_uuid = run_uuid
         self._roster = Roster(config)
-        self._weights, self._ema = initial, initial.copy()
+        self._outliers = Outliers(s.norm_limit, s.clip_norm)
+        self.round = 0  # the last one that was committed
+        self.weights, self.ema = initial, initial.copy()
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
-        c, s = config.codec, config.server
         self._broadcast = Broadcast(config, initial, parts.shared.layout.fingerprint)
         self._up = {
             name: channel(c.uplink, c, part.layout.fingerprint, part.layout.size) for name, part in parts.sent.items()
@@ -109,21 +117,58 @@ class FedDM:
         """Every node that has taken part so far, by name."""
         return [node for _, node in sorted(self._roster.nodes.items())]
 
+    def checkpoint(self) -> Checkpoint:
+        """Everything that `restore` needs to go on after the last round as if nothing had happened.
+
+        Until it is durable, the next round must not begin: that tells the nodes which replies count.
+        """
+        tensors = {
+            **{f"optimizer.{name}": value for name, value in self._state.items()},
+            **{f"broadcast.{name}": value for name, value in self._broadcast.state().items()},
+        }
+        facts = {
+            "run-uuid": self._run_uuid,
+            "steps": self._steps,
+            "held": self._held,
+            "acked": [[*key, number] for key, number in sorted(self._acked.items())],
+            "norms": self._outliers.state(),
+            "never-sent": sorted(self.never_sent),
+            "nodes": [asdict(node) for node in self.nodes],
+        }
+        return Checkpoint(self.round, {"weights": self.weights, "ema": self.ema, **tensors}, facts)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of a run with the same configuration."""
+        facts, tensors = checkpoint.facts, checkpoint.tensors
+        self.round, self.weights, self.ema = checkpoint.round, tensors["weights"], tensors["ema"]
+        groups = {
+            group: {name.removeprefix(group): value for name, value in tensors.items() if name.startswith(group)}
+            for group in ("optimizer.", "broadcast.")
+        }
+        self._state = groups["optimizer."]
+        self._broadcast.restore(groups["broadcast."])
+        self._run_uuid, self._steps, self._held = facts["run-uuid"], facts["steps"], facts["held"]
+        self._acked = {(name, part): number for name, part, number in facts["acked"]}
+        self._outliers.restore(facts["norms"])
+        self.never_sent = {*facts["never-sent"]}
+        self._roster.expect([Node(**node) for node in facts["nodes"]])
+
     def run(self, grid: Grid) -> Iterator[Round]:
-        """Train for `num-server-rounds` rounds, yielding each when it is done.
+        """Train up to round `num-server-rounds`, yielding each round when it is done.
 
         Raises:
-            ConfigError: before round 1, a node finds the configuration or its data wrong.
+            ConfigError: before the first round, a node finds the configuration or its data wrong.
             RunFailedError: nodes stay away longer than `wait-timeout`, or a round has too few good
                 replies however often it is repeated.
         """
-        for number in range(1, self.config.num_server_rounds + 1):
+        first = self.round + 1
+        for number in range(first, self.config.num_server_rounds + 1):
             start = time.monotonic()
             earlier = Traffic()
             # What the nodes will hold: the base of their updates.
-            received = self._broadcast.prepare(self._weights, number)
+            received = self._broadcast.prepare(self.weights, number)
             for attempt in range(1 + self.config.max_round_retries):
-                online = self._roster.wait(grid, first=number == 1 and attempt == 0)
+                online = self._roster.wait(grid, first=number == first and attempt == 0)
                 chosen = {online[name]: name for name in self._sample(sorted(online), number, attempt)}
                 tally = self._attempt(grid, number, chosen, received)
                 earlier.add(tally.traffic)
@@ -151,7 +196,7 @@ class FedDM:
         """Send the weights to the chosen nodes and take in what comes back, one reply at a time."""
         total = sum(self._roster.nodes[name].images for name in chosen.values())
         part = assign(self._parts, sorted(chosen.values()), self.config, number)
-        tally = _Tally({name: StreamingMean(p.layout.size, total) for name, p in self._parts.sent.items()}, part)
+        tally = _Tally({name: self._aggregate(name, total, number, received) for name in self._parts.sent}, part)
         log.info("round=%d/%d asked=%d", number, self.config.num_server_rounds, len(chosen))
         content = self._contents(number, part)
         for node_id, reply in collect(grid, chosen, content, tally.traffic, len(received), self.config.round_timeout):
@@ -162,6 +207,25 @@ class FedDM:
                 log.warning("round=%d node=%s dropped: %s", number, name, failure)
             del reply
         return tally
+
+    def _aggregate(self, part: str, total: int, number: int, received: Values) -> Aggregate:
+        """The running aggregate of a part, by `server.aggregation`."""
+        s, size = self.config.server, self._parts.sent[part].layout.size
+        if s.aggregation == "mean":
+            return StreamingMean(size, total)
+
+        def updates(frame: mmap) -> Iterator[Values]:
+            start, base = 0, self._base(part, received)
+            for chunk in self._up[part].decode_chunks(frame, self.config.codec.target, number):
+                yield chunk if base is None else chunk - base[start : start + len(chunk)]
+                start += len(chunk)
+
+        trim = 0.5 if s.aggregation == "median" else s.trim_share
+        return RobustMean(size, trim, updates, Path(self.config.out_dir).expanduser())
+
+    def _base(self, part: str, received: Values) -> Values | None:
+        """What is subtracted from what nodes send to have their update."""
+        return self._parts.sent[part].take(received) if self.config.codec.target == "weights" else None
 
     def _contents(self, number: int, part: dict[str, str]) -> Callable[[str, bool], RecordDict]:
         """What each node is sent in a round; frames that several get are held once."""
@@ -195,7 +259,7 @@ class FedDM:
         node = self._roster.nodes[name]
         try:
             frame = reply.array_records["weights"]["frame"].data
-            tally.traffic.up[name] += len(frame)
+            tally.traffic.up[name] += sum(len(a.data) for r in reply.array_records.values() for a in r.values())
             tally.traffic.float32_up += 4 * self._up[tally.part[name]].size
             said = reply.config_records["report"]
             steps, train_loss, eval_loss = said["steps"], said["train-loss"], said["eval-loss"]
@@ -210,12 +274,25 @@ class FedDM:
             return Failure("malformed", clean(f"coding-error = {coding_error!r}, state-lost = {lost!r}"))
         if type(steps) is not int or not 0 < steps <= local_steps(self.config, node.images):
             return Failure("malformed", clean(f"steps = {steps!r}"))
+        part = tally.part[name]
         try:
-            tally.means[tally.part[name]].add(self._update(frame, number, tally.part[name], received), node.images)
+            update = self._up[part].decode(frame, self.config.codec.target, number)
         except FrameError as error:
             return Failure("bad-frame", clean(str(error)))
+        if (base := self._base(part, received)) is not None:
+            update -= base
+        try:
+            norm, scale = self._outliers.judge(part, update)
         except ValueError as error:
-            return Failure("bad-update", clean(str(error)))
+            return Failure("outlier", str(error))
+        if scale < 1:
+            update *= np.float32(scale)
+            log.info("round=%d node=%s: norm %.3g shortened to %.3g", number, name, norm, norm * scale)
+        try:
+            tally.means[part].add(update, node.images, frame, scale)
+        except ValueError as error:
+            return Failure("bad-update", str(error))
+        tally.norms.setdefault(part, []).append(norm)
         tally.loss.append((name, train_loss, node.images))
         tally.steps.append((name, steps, node.images))
         tally.error.append((name, coding_error, node.images))
@@ -228,11 +305,6 @@ class FedDM:
         log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
         return None
 
-    def _update(self, frame: bytes, number: int, part: str, received: Values) -> Values:
-        """What a node's frame says that its training changed."""
-        decoded = self._up[part].decode(frame, self.config.codec.target, number)
-        return decoded if self.config.codec.target == "delta" else decoded - self._parts.sent[part].take(received)
-
     def _commit(self, number: int, received: Values, tally: _Tally, asked: int, seconds: float) -> Round:
         """Apply the server step to the mean update."""
         delta = np.zeros_like(received)
@@ -244,20 +316,22 @@ class FedDM:
                 log.warning("round=%d: no reply covers the part %r; only momentum moves it", number, name)
         # Where weights are coded, what the server's coding lost is gone: the step starts from what the
         # nodes had. Where differences are, it is still owed to them: the step starts from the model.
-        base = received if self.config.codec.target == "weights" else self._weights
-        self._weights, self._state = self._optimizer.update(base, delta, self._state)
-        if not np.isfinite(self._weights).all():
+        base = received if self.config.codec.target == "weights" else self.weights
+        weights, state = self._optimizer.update(base, delta, self._state)
+        if not np.isfinite(weights).all():
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
         steps = round(_weighted(tally.steps))
         factor = ema_factor(self.config.server.ema_decay, self._steps, steps)
-        self._ema = ema_update(self._ema, self._weights, factor)
+        self.round, self.weights, self._state = number, weights, state
+        self.ema = ema_update(self.ema, weights, factor)
         self._steps += steps
+        self._outliers.commit(tally.norms)
         self._acked |= {(name, tally.part[name]): number for name, _, _ in tally.steps}
         traffic = tally.traffic
         done = Round(
             round=number,
-            weights=self._weights,
-            ema=self._ema,
+            weights=self.weights,
+            ema=self.ema,
             train_loss=_weighted(tally.loss),
             eval_loss=_weighted(tally.eval) if tally.eval else float("nan"),
             clients_ok=tally.count,

@@ -4,41 +4,75 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from filelock import FileLock, Timeout
 from tensorboardX import SummaryWriter
 
+from feddm_flwr.whole_file import whole_file
+
 Row = dict[str, Any]
+
+
+class RunInUseError(RuntimeError):
+    """Another process writes to the run's folder."""
 
 
 class RunDirectory:
     """`<out-dir>/<run-name>/`; everything that a run leaves behind is in here."""
 
-    def __init__(self, path: Path, config: Mapping[str, object]) -> None:
-        """Create the folder and write `config.toml`, which `feddm run -c` and `flwr run -c` take.
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        """Create the folder, or take over that of a run to resume; nothing in it is changed yet.
 
         Raises:
             FileExistsError: the folder exists; a run never writes over another.
+            FileNotFoundError: there is no run of that name to resume.
+            RunInUseError: the run still goes on.
         """
-        path.mkdir(parents=True)
-        self.path = path
-        (path / "samples").mkdir()
-        (path / "config.toml").write_text(tomli_w.dumps(nest(config)), encoding="utf-8")
-        self._board = SummaryWriter(str(path / "tensorboard"))
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self.reason = ""  # that a run which completed gives, for what it did not write
+        self._resumed: list[int] = []
+        if not resume:
+            path.mkdir(parents=True)
+        elif not (path / "config.toml").is_file():
+            raise FileNotFoundError(f"{path} is not a run's folder")
+        self._lock = FileLock(path / ".lock")  # ends with the process, however that ends
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunInUseError(f"{path} is in use by another process: is the run still going on?") from None
+
+    def begin(self, config: Mapping[str, object], after: int | None) -> None:
+        """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
+        forget the figures of later ones, which are made again."""
+        with whole_file(self.path / "config.toml") as file:
+            tomli_w.dump(nest(config), file)
+        (self.path / "samples").mkdir(exist_ok=True)
+        if after is not None:
+            before = _read_status(self.path).get("resumed_after", [])
+            self._resumed = [*before, after]
+            with whole_file(self.path / "metrics.jsonl") as file:
+                for row in read_metrics(self.path):
+                    if row["round"] <= after:
+                        file.write(_line(row))
+        self._status("running")
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=after and after + 1)
 
     def log_nodes(self, nodes: list[Row]) -> None:
         """Write `nodes.json`: name, images, held_out, class_counts of each node."""
         (self.path / "nodes.json").write_text(json.dumps(nodes, indent=1), encoding="utf-8")
 
     def log_round(self, row: Row) -> None:
-        """Append a line to `metrics.jsonl`, NaN as null, and the numbers to TensorBoard."""
+        """Append a line to `metrics.jsonl`, durably, NaN as null, and the numbers to TensorBoard."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        with (self.path / "metrics.jsonl").open("ab") as file:
+            file.write(_line(clean))
+            file.flush()
+            os.fsync(file.fileno())
         for key, value in clean.items():
             if isinstance(value, int | float) and key != "round":
                 self._board.add_scalar(key, value, row["round"])
@@ -50,22 +84,32 @@ class RunDirectory:
         image.save(path)
         return path
 
-    def replace_folder(self, name: str, written: Path) -> Path:
-        """Put a finished folder in place under its name, so that a half-written one is never seen."""
-        target = self.path / name
-        if target.exists():
-            shutil.rmtree(target)
-        return written.rename(target)
+    def has_grid(self, number: int) -> bool:
+        """Whether a round's grid was drawn already."""
+        return (self.path / "samples" / f"round-{number:04d}.png").exists()
 
     def finish(self, status: str, reason: str = "") -> None:
-        """Write the status (`completed` or `failed`) and close the event file."""
-        write_status(self.path, status, reason)
+        """Write the status (`completed` or `failed`), close the event file and let others resume the run."""
+        self._status(status, reason)
         self._board.close()
+        self._lock.release()
+
+    def _status(self, status: str, reason: str = "") -> None:
+        write_status(self.path, status, reason, self._resumed)
 
 
-def write_status(path: Path, status: str, reason: str = "") -> None:
-    """Write a run's `status.json`."""
-    (path / "status.json").write_text(json.dumps({"status": status, "reason": reason}), encoding="utf-8")
+def write_status(path: Path, status: str, reason: str = "", resumed_after: list[int] | None = None) -> None:
+    """Write a run's `status.json`: how it stands, why, and the rounds after which it was resumed (by default
+    as before)."""
+    resumed = _read_status(path).get("resumed_after", []) if resumed_after is None else resumed_after
+    with whole_file(path / "status.json") as file:
+        file.write(json.dumps({"status": status, "reason": reason, "resumed_after": resumed}).encode())
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    file = path / "status.json"
+    read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read
 
 
 def nest(flat: Mapping[str, object]) -> dict[str, Any]:
@@ -81,6 +125,17 @@ def nest(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The lines of a run's `metrics.jsonl`, none where there is no such file yet."""
+    """The lines of a run's `metrics.jsonl`, none where there is no such file yet; of one that a killed run
+    was writing, those before."""
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows: list[Row] = []
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row).encode() + b"\n"

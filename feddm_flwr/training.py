@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ def train(
     optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
     steps = local_steps(config, len(images))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
-    total = torch.zeros((), device=device)
+    total, done = torch.zeros((), device=device), 0
+    deadline = time.monotonic() + (t.max_seconds or math.inf)
     with _seeded_dropout(config, name, progress, device):
         for step, batch in zip(range(steps), _batches(len(images), t.batch_size, random), strict=False):
             optimizer.param_groups[0]["lr"] = learning_rate(config, progress, step, steps)
@@ -124,10 +126,13 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss.detach()
-    mean = float(total) / steps  # the one synchronization with the device; NaN and inf survive the sum
+            done += 1
+            if time.monotonic() > deadline:
+                break
+    mean = float(total) / done  # the one synchronization with the device; NaN and inf survive the sum
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
-    return Trained(mean, steps)
+    return Trained(mean, done)
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

@@ -16,8 +16,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from mmap import mmap
 
 import zstandard
+
+#: A frame in memory, or in a file.
+Frame = bytes | mmap
 
 MAGIC = b"FDDM"
 VERSION = 2
@@ -70,7 +74,7 @@ def write(header: Header, chunks: Iterable[Iterable[bytes]]) -> bytes:
     return b"".join(parts)
 
 
-def read_header(frame: bytes) -> tuple[Header, int]:
+def read_header(frame: Frame) -> tuple[Header, int]:
     """The header and the offset of the first chunk.
 
     Raises:
@@ -100,7 +104,7 @@ def read_header(frame: bytes) -> tuple[Header, int]:
     return header, end + _CRC.size
 
 
-def read_chunks(frame: bytes, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
+def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
     """The planes of each chunk of a vector of `size` values, one chunk at a time.
 
     `limits(n)` has the most bytes that each plane of n values can have. `size` must have been checked

@@ -250,8 +250,18 @@ def test_a_run_whose_nodes_all_fail_is_a_failed_run(folder: Path) -> None:
 
 def start(folder: Path, name: str, config: str, *arguments: str) -> subprocess.Popen[str]:
     command = [BIN / "feddm", "run", *arguments, "-c", QUICK, "-c", f'run-name="{name}" {config}']
-    env = own_environment(folder)
-    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=own_environment(folder),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def actor_at_work(process: subprocess.Popen[str]) -> psutil.Process:

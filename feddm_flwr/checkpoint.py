@@ -1,0 +1,121 @@
+"""A run's checkpoints: one file for each of its newest rounds, whole or absent, verified by checksum.
+
+A checkpoint is a safetensors file; its metadata have the other facts as JSON, and a checksum over
+everything. It is written straight from the arrays, tensor by tensor, without a second copy of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from feddm_flwr.whole_file import whole_file
+
+log = logging.getLogger("feddm")
+
+Tensors = Mapping[str, NDArray[Any]]
+
+FORMAT = 1
+_DTYPES = {"float32": "F32", "uint8": "U8"}
+
+
+class NoCheckpointError(RuntimeError):
+    """There is no checkpoint to resume from; the message says where it was looked for."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as of the end of a round."""
+
+    round: int
+    tensors: dict[str, NDArray[Any]]  # float32 or uint8
+    facts: dict[str, Any]  # whatever JSON can hold
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint and remove all but the `keep` newest.
+
+    Raises:
+        OSError: the disk is full, say; those written before are untouched then.
+    """
+    folder.mkdir(exist_ok=True)
+    facts = json.dumps({"format": FORMAT, "round": checkpoint.round, **checkpoint.facts}, sort_keys=True)
+    header: dict[str, Any] = {"__metadata__": {"feddm": facts, "sha256": _checksum(facts, checkpoint.tensors)}}
+    end = 0
+    for name, tensor in _ordered(checkpoint.tensors):
+        span = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": _DTYPES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": span}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    path = folder / f"round-{checkpoint.round:05d}.safetensors"
+    with whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in _ordered(checkpoint.tensors):
+            file.write(_bytes(tensor))
+    for _, old in _numbered(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def newest(folder: Path) -> Checkpoint:
+    """The newest checkpoint that is intact; others are passed over with a warning.
+
+    Raises:
+        NoCheckpointError: there is none.
+    """
+    found = _numbered(folder)
+    for number, path in reversed(found):
+        try:
+            return _read(path, number)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            log.warning("checkpoint %s is of no use: %s", path, error)
+    raise NoCheckpointError(f"{folder}: " + (f"none of its {len(found)} checkpoints is intact" if found else "empty"))
+
+
+def _read(path: Path, number: int) -> Checkpoint:
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    facts = json.loads(metadata["feddm"])
+    if facts["format"] != FORMAT:
+        raise ValueError(f"its format is {facts['format']!r}; this software reads {FORMAT}")
+    if metadata["sha256"] != _checksum(metadata["feddm"], tensors):
+        raise ValueError("its checksum is wrong")
+    if facts["round"] != number:
+        raise ValueError(f"it is of round {facts['round']}")
+    return Checkpoint(number, tensors, facts)
+
+
+def _checksum(facts: str, tensors: Tensors) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in _ordered(tensors):
+        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _ordered(tensors: Tensors) -> Iterator[tuple[str, NDArray[Any]]]:
+    yield from sorted(tensors.items())
+
+
+def _bytes(tensor: NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array, little-endian as the format has them, not copied."""
+    return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a folder by round, none where there is no folder."""
+    paths = folder.glob("round-*.safetensors")
+    matches = ((re.fullmatch(r"round-(\d{5,9})\.safetensors", path.name), path) for path in paths)
+    return sorted((int(match[1]), path) for match, path in matches if match)

@@ -1,0 +1,30 @@
+"""Whether a checkpoint fits the configuration that a run is to go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from feddm_flwr.config import ConfigError, RunConfig, flatten
+
+#: Keys that may change when a run is resumed, since the weights do not depend on them.
+_FREE = {
+    "run-name", "out-dir", "resume", "keep-checkpoints", "min-nodes", "min-replies", "max-round-retries",
+    "round-timeout", "wait-timeout", "eval.every", "eval.images", "sample.every", "sample.count", "sample.steps",
+}  # fmt: skip
+
+
+def check_same_run(config: RunConfig, before: Mapping[str, object]) -> None:
+    """Compare a configuration with the flat one of a checkpoint.
+
+    Raises:
+        ConfigError: one line for each key that is not the same and decides what the weights become.
+    """
+    now = flatten(config)
+    free = _FREE | ({"num-server-rounds"} if config.train.lr_schedule == "constant" else set())
+    problems = [
+        f"{name} = {now.get(name)!r}: was {before.get(name)!r} in the run to resume, and must stay so"
+        for name in sorted({*now, *before} - free)
+        if now.get(name) != before.get(name)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))

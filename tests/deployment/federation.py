@@ -1,0 +1,224 @@
+"""A federation of real processes on loopback: a SuperLink and SuperNodes with TLS and authentication."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parent.parent.parent
+#: A model that trains in a moment.
+QUICK: dict[str, Any] = {
+    "data.name": "shirts", "data.image-size": 16, "data.channels": 1, "model.preset": "tiny", "train.local-steps": 3,
+    "train.batch-size": 8, "train.threads": 1, "sample.count": 4, "sample.steps": 4, "sample.every": 0,
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait(condition: Callable[[], Any], what: str, seconds: float = 180.0) -> Any:
+    """The first true value of a condition."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(psutil.Error, OSError):
+            if value := condition():
+                return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds:g} s for {what}")
+
+
+class Federation:
+    """Its processes, folders and logs; `close` ends all of them."""
+
+    def __init__(self, folder: Path, sites: tuple[str, ...] = ("north", "south", "east"), *, tls: bool = True) -> None:
+        self.folder, self.sites, self.tls = folder, sites, tls
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.out, self.keys, self.home = folder / "out", folder / "keys", folder / "home"
+        self.home.mkdir(parents=True)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(self.home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        trust = f'root-certificates = "{self.keys / "ca.crt"}"' if tls else "insecure = true"
+        (self.home / "config.toml").write_text(f'[superlink.site]\naddress = "{self.address}"\n{trust}\n')
+        self.processes: dict[str, psutil.Popen] = {}
+        if tls:
+            self.command("feddm", "certs", self.keys, "--host", "127.0.0.1", *(f"--node={site}" for site in sites))
+        for index, site in enumerate(sites):
+            self.make_images(site, index)
+        self.start_superlink()
+        for site in sites:
+            if tls:
+                self.command("flwr", "supernode", "register", self.keys / "nodes" / f"{site}.pub", "site", "--name", site)
+            self.start_node(site)
+
+    def make_images(self, site: str, seed: int) -> None:
+        """Twenty images of coarse patterns."""
+        (self.folder / site / "images").mkdir(parents=True)
+        random = np.random.default_rng(seed)
+        for i in range(20):
+            pixels = np.kron(random.integers(0, 256, (4, 4)), np.ones((4, 4))).astype(np.uint8)
+            Image.fromarray(pixels).save(self.folder / site / "images" / f"{i}.png")
+
+    def command(self, *line: object) -> str:
+        """What a command prints that must succeed."""
+        done = subprocess.run(
+            [*map(str, line)], env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def spawn(self, name: str, *line: object, **environment: str) -> psutil.Popen:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = psutil.Popen(
+                [*map(str, line)],
+                env={**self.environment, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,
+            )
+        return self.processes[name]
+
+    def start_superlink(self) -> None:
+        secured = (
+            *("--ssl-ca-certfile", self.keys / "ca.crt", "--ssl-certfile", self.keys / "server.pem"),
+            *("--ssl-keyfile", self.keys / "server.key", "--enable-supernode-auth"),
+        )
+        self.spawn(
+            *("superlink", "flower-superlink", "--host", "127.0.0.1", "--port", self.port, "--database", "state.db"),
+            *("--disable-runtime-dependency-installation", *(secured if self.tls else ["--insecure"])),
+        )
+        wait(self._listens, "the SuperLink")
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    def start_node(self, site: str, *, port: int = 0, ca: Path | None = None, key: str = "", own: str = "") -> None:
+        """A SuperNode, which reaches the SuperLink by `port` where that is not its own."""
+        secured = (
+            *("--root-certificates", ca or self.keys / "ca.crt"),
+            *("--auth-supernode-private-key", self.keys / "nodes" / (key or site)),
+        )
+        state = self.folder / f"{site}-state"
+        node_config = f'node-name="{site}" data-path="{self.folder / site / "images"}" state-path="{state}" {own}'
+        self.spawn(
+            *(site, "flower-supernode", "--superlink", f"127.0.0.1:{port or self.port}", "--port", free_port()),
+            *("--node-config", node_config, *(secured if self.tls else ["--insecure"])),
+            FLWR_HOME=str(self.folder / f"{site}-home"),
+        )
+
+    def run(self, *arguments: object, app: Path = ROOT, **keys: Any) -> tuple[int, str]:
+        """`feddm run` to its end: the exit code and what it said."""
+        process = self.start_run(*arguments, app=app, **keys)
+        output, _ = process.communicate(timeout=400)
+        return process.returncode, str(output)
+
+    def start_run(self, *arguments: object, app: Path = ROOT, **keys: Any) -> subprocess.Popen[str]:
+        own = {name.replace("__", ".").replace("_", "-"): value for name, value in keys.items()}
+        resumed = "--resume" in arguments
+        config = own if resumed else QUICK | {"out-dir": str(self.out)} | own
+        text = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
+        line = ["feddm", "run", "site", "--app", app, *arguments, *(["-c", text] if text else [])]
+        process = subprocess.Popen(
+            [*map(str, line)],
+            env=self.environment,
+            cwd=self.folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.processes["run"] = psutil.Process(process.pid)
+        return process
+
+    def server_app(self) -> psutil.Process:
+        """The process of the run's ServerApp."""
+
+        def find() -> psutil.Process | None:
+            for process in psutil.process_iter():
+                line = process.cmdline()
+                if any("flwr-serverapp" in part for part in line) and any(str(self.port) in part for part in line):
+                    return process
+            return None
+
+        found: psutil.Process = wait(find, "the ServerApp")
+        return found
+
+    def client_app(self, site: str) -> psutil.Process:
+        """The process of a node that trains (an introduction needs no torch, and so less memory)."""
+
+        def find() -> psutil.Process | None:
+            for process in self.processes[site].children(recursive=True):
+                if process.memory_info().rss > 250e6:
+                    return process
+            return None
+
+        found: psutil.Process = wait(find, f"{site}'s ClientApp")
+        return found
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and what it had started with it, as where a machine loses its power."""
+        kill_family(self.processes.pop(name))
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        file = self.out / name / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def wait_for_round(self, name: str, number: int) -> None:
+        wait(lambda: len(self.rows(name)) >= number, f"round {number} of {name}")
+
+    def checksum(self, name: str) -> str:
+        file = self.out / name / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        status: Mapping[str, Any] = json.loads((self.out / name / "status.json").read_text())
+        return status
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def close(self) -> None:
+        for process in [*self.processes.values()]:
+            kill_family(process)
+        for process in psutil.process_iter():  # those whose parent was killed
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME", "").startswith(str(self.folder)):
+                    process.kill()
+
+
+def kill_family(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [process, *process.children(recursive=True)]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGKILL)
+        psutil.wait_procs(family, timeout=10)

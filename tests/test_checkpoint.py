@@ -1,0 +1,206 @@
+"""Checkpoints are whole or absent, and a run that goes on from one has the bits of one that never stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from hypothesis import given
+from hypothesis import strategies as st
+from local_grid import LocalGrid, config, feddm, nodes, on_train
+from safetensors.numpy import load_file
+
+from feddm_flwr import checkpoint
+from feddm_flwr.checkpoint import Checkpoint, NoCheckpointError, newest, save
+from feddm_flwr.config import ConfigError, RunConfig, flatten
+from feddm_flwr.resume import check_same_run
+from feddm_flwr.strategy import Round
+
+
+def some(number: int, size: int = 1000) -> Checkpoint:
+    random = np.random.default_rng(number)
+    tensors = {
+        "weights": random.normal(size=size).astype(np.float32),
+        "frame": random.integers(0, 256, 77).astype(np.uint8),
+        "empty": np.zeros(0, np.float32),
+    }
+    return Checkpoint(number, tensors, {"acked": [["north", "all", number]], "text": "ä\n"})
+
+
+def test_a_checkpoint_is_read_as_it_was_written_and_is_a_safetensors_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "new", some(7), keep=1)
+    read = newest(tmp_path / "new")
+    assert read.round == 7
+    assert read.facts["acked"] == [["north", "all", 7]]
+    assert read.facts["text"] == "ä\n"
+    for tensors in (read.tensors, load_file(path)):
+        assert {name: (t.dtype, t.tobytes()) for name, t in tensors.items()} == {
+            name: (t.dtype, t.tobytes()) for name, t in some(7).tensors.items()
+        }
+
+
+def test_the_newest_are_kept_and_nothing_else_is_left(tmp_path: Path) -> None:
+    for number in (0, 1, 2, 9, 10, 100_000):
+        save(tmp_path, some(number), keep=3)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["round-00009.safetensors", "round-00010.safetensors", "round-100000.safetensors"]
+    assert newest(tmp_path).round == 100_000
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "torn": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "zeros": lambda content: bytes(len(content)),
+    "absurd header": lambda content: struct.pack("<Q", 2**62) + content[8:],
+    "another software's": lambda content: content.replace(b'\\"format\\": 1', b'\\"format\\": 2'),
+    "a round too new": lambda content: content.replace(b'\\"round\\": 2', b'\\"round\\": 3'),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, some(1), keep=2)
+    path = save(tmp_path, some(2), keep=2)
+    assert DAMAGE[damage](path.read_bytes()) != path.read_bytes()
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    assert newest(tmp_path).round == 1
+    assert "round-00002.safetensors is of no use" in caplog.text
+
+
+@given(st.data())
+def test_no_flipped_bit_goes_unnoticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("flip")
+    path = save(folder, some(3, size=50), keep=1)
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        read = newest(folder)
+    except NoCheckpointError:
+        return
+    # JSON has bytes that mean nothing: white space may become other white space.
+    assert read.facts == {"format": 1, "round": 3, **some(3).facts}
+    assert all(read.tensors[name].tobytes() == t.tobytes() for name, t in some(3, size=50).tensors.items())
+
+
+def test_where_nothing_is_intact_the_run_does_not_start_from_scratch(tmp_path: Path) -> None:
+    with pytest.raises(NoCheckpointError, match="empty"):
+        newest(tmp_path)
+    save(tmp_path, some(1), keep=1).write_bytes(b"no")
+    with pytest.raises(NoCheckpointError, match="none of its 1 checkpoints is intact"):
+        newest(tmp_path)
+
+
+class FullDisk:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, content: Any) -> None:
+        self.room -= len(content)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.file.write(content)
+
+
+@pytest.mark.parametrize("room", [0, 500, 4000])
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    save(tmp_path, some(1), keep=1)
+    whole = checkpoint.whole_file
+
+    @contextmanager
+    def full(path: Path) -> Any:
+        with whole(path) as file:
+            yield FullDisk(file, room)
+
+    monkeypatch.setattr(checkpoint, "whole_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, some(2), keep=1)
+    assert newest(tmp_path).round == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def train(c: RunConfig, folder: Path, stops: tuple[int, ...], fate: dict[int, Any]) -> list[Round]:
+    """A run that is killed in the round after each of `stops`, once its nodes have trained, and resumed from
+    its checkpoint; `fate` replaces nodes."""
+    done: list[Round] = []
+    save(folder, feddm(c).checkpoint(), keep=2)
+
+    class KilledError(BaseException):
+        pass
+
+    for stop in (*stops, None):
+        server = feddm(c)
+        server.restore(newest(folder))
+        heard = 0
+
+        def kill(message: Message, reply: Message, stop: int | None = stop) -> Message:
+            nonlocal heard
+            if message.content.config_records["task"]["round"] == (stop or -2) + 1:
+                heard += 1
+                if heard == 3:
+                    raise KilledError
+            return reply
+
+        handlers = {i: on_train(handle, kill) for i, handle in (nodes(c) | fate).items()}
+        try:
+            for one in server.run(LocalGrid(handlers)):
+                save(folder, server.checkpoint(), keep=2)
+                done.append(one)
+        except KilledError:
+            continue
+    return done
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"strategy": "feddm-vanilla", "server__optimizer": "adam"},
+        {"strategy": "feddm-quant"},
+        {"strategy": "feddm-lean"},
+        {"strategy": "feddm-slow-link", "fraction_train": 0.75, "server__clip_norm": 1.0},
+        {"strategy": "feddm-lean", "exchange__parts": "usplit", "server__aggregation": "median"},
+        {"strategy": "feddm-lean", "exchange__parts": "udec"},
+    ],
+    ids=lambda keys: "-".join(map(str, keys.values())),
+)
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(keys: dict[str, Any], tmp_path: Path) -> None:
+    c = config(num_server_rounds=4, out_dir=str(tmp_path), **keys)
+    whole, resumed = train(c, tmp_path / "whole", (), {}), train(c, tmp_path / "resumed", (1, 2), {})
+    assert [one.round for one in resumed] == [1, 2, 3, 4]
+    for one, other in zip(whole, resumed, strict=True):
+        assert one.weights.tobytes() == other.weights.tobytes()
+        assert one.ema.tobytes() == other.ema.tobytes()
+        timeless = [{k: v for k, v in o.figures().items() if k != "seconds"} for o in (one, other)]
+        assert json.dumps(timeless[0]) == json.dumps(timeless[1])  # NaN is not equal to itself
+
+
+def test_a_configuration_that_contradicts_the_checkpoint_is_refused_with_the_difference() -> None:
+    before = flatten(config())
+    check_same_run(config(run_name="x", resume=True, round_timeout=5.0, sample__every=0, keep_checkpoints=9), before)
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(config(seed=1, train__local_steps=9, num_server_rounds=7), before)
+    assert str(caught.value).splitlines() == [
+        "num-server-rounds = 7: was 2 in the run to resume, and must stay so",
+        "seed = 1: was 0 in the run to resume, and must stay so",
+        "train.local-steps = 9: was 3 in the run to resume, and must stay so",
+    ]
+    steady = {"train__lr_schedule": "constant"}
+    check_same_run(config(num_server_rounds=7, **steady), flatten(config(**steady)))

@@ -1,0 +1,126 @@
+"""Robust rules and the judgement of norms: what a few bad nodes can do, and that good ones lose nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from hypothesis import given
+from hypothesis import strategies as st
+from local_grid import config, nodes, on_train, run
+from numpy.typing import NDArray
+
+from feddm_flwr import wire
+from feddm_flwr.config import RunConfig
+from feddm_flwr.exchange import Channel, channel
+from feddm_flwr.outliers import Outliers
+from feddm_flwr.robust import RobustMean
+
+SIZE = wire.CHUNK + 3  # two chunks
+
+
+def coded(codec: str, size: int) -> Channel:
+    return channel(codec, OPTIONS, "layout", size)
+
+
+OPTIONS = config(strategy="feddm-lean").codec
+
+
+def robust(updates: NDArray[np.float32], trim: float, codec: str = "none", scale: float = 1.0) -> NDArray[np.float32]:
+    size = updates.shape[1]
+    up = coded(codec, size)
+    with tempfile.TemporaryDirectory() as folder:
+        mean = RobustMean(size, trim, lambda frame: up.decode_chunks(frame, "delta", 1), Path(folder))
+        for update in updates:
+            mean.add(update, 1, up.encode(update, "delta", 1), scale)
+        assert mean.count == len(updates)
+        assert list(Path(folder).iterdir()) == []  # a run that is killed leaves nothing behind
+        return mean.mean()
+
+
+@given(st.integers(1, 9), st.sampled_from([0.1, 0.2, 0.4]), st.integers(0, 2**32))
+def test_the_rules_are_those_of_the_textbook(count: int, trim: float, seed: int) -> None:
+    updates = np.random.default_rng(seed).normal(size=(count, 20)).astype(np.float32)
+    np.testing.assert_allclose(robust(updates, 0.5), np.median(updates, axis=0), rtol=1e-6, atol=1e-7)
+    dropped = int(trim * count)
+    expected = np.sort(updates, axis=0)[dropped : count - dropped].mean(axis=0)
+    np.testing.assert_allclose(robust(updates, trim), expected, rtol=1e-5, atol=1e-6)
+    shuffled = np.random.default_rng(seed + 1).permutation(updates)
+    assert robust(updates, trim).tobytes() == robust(shuffled, trim).tobytes()
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "int2"])
+def test_frames_of_many_chunks_are_decoded_chunk_by_chunk(codec: str) -> None:
+    updates = np.random.default_rng(0).normal(size=(3, SIZE)).astype(np.float32)
+    up = coded(codec, SIZE)
+    decoded = [up.decode(up.encode(update, "delta", 1), "delta", 1) for update in updates]
+    expected = np.median(0.5 * np.stack(decoded), axis=0)
+    np.testing.assert_array_equal(robust(updates, 0.5, codec, scale=0.5), expected.astype(np.float32))
+
+
+def test_one_hostile_node_cannot_move_the_median_out_of_the_others_range() -> None:
+    honest = np.random.default_rng(0).normal(size=(4, 100)).astype(np.float32)
+    for lie in (1e20, -1e20, 0.0):
+        result = robust(np.vstack([honest, np.full((1, 100), lie, np.float32)]), 0.5)
+        assert (result >= honest.min(axis=0)).all()
+        assert (result <= honest.max(axis=0)).all()
+
+
+def test_norms_are_judged_by_earlier_rounds_only() -> None:
+    outliers = Outliers(limit=10.0, clip=2.0)
+    one = np.ones(100, np.float32)  # norm 10
+    assert outliers.judge("all", one) == (10.0, 1.0)
+    with pytest.raises(ValueError, match="norm 20: in the first round at most 10, 1 for a parameter"):
+        outliers.judge("all", 2 * one)
+    outliers.commit({"all": [1.0, 2.0, 9.0]})
+    assert outliers.judge("all", one) == (10.0, 0.4)
+    with pytest.raises(ValueError, match=r"norm 30: more than server.norm-limit = 10 times the median of 2 in earlier"):
+        outliers.judge("all", 3 * one)
+    assert outliers.judge("encoder", one) == (10.0, 1.0)  # each part has norms of its own
+    again = Outliers(10.0, 2.0)
+    again.restore(outliers.state())
+    assert again.judge("all", one) == (10.0, 0.4)
+    for _ in range(5):
+        outliers.commit({"all": [100.0]})
+    assert outliers.judge("all", 3 * one) == (30.0, 1.0)  # rounds long past do not count
+    assert Outliers(0.0, 0.0).judge("all", 1000 * one) == (10000.0, 1.0)
+
+
+def liar(c: RunConfig, factor: float, first: int) -> dict[int, object]:
+    """Four nodes, one of which sends `factor` times its update from round `first` on."""
+    up = channel(c.codec.uplink, c.codec, "", 1)
+
+    def lie(message: Message, reply: Message) -> Message:
+        number = int(message.content.config_records["task"]["round"])
+        if number >= first:
+            array = reply.content.array_records["weights"]["frame"]
+            header, _ = wire.read_header(array.data)
+            exact = Channel(up.codec, header.layout, header.size)
+            array.data = exact.encode(factor * exact.decode(array.data, "delta", number), "delta", number)
+        return reply
+
+    handlers = nodes(c)
+    last = min(handlers)
+    return handlers | {last: on_train(handlers[last], lie)}
+
+
+def test_an_update_that_is_far_too_long_is_dropped_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    c = config(num_server_rounds=3, strategy="feddm-prox", codec__uplink="fp16", codec__target="delta")
+    rounds = run(c, liar(c, 50.0, first=2))  # type: ignore[arg-type]
+    assert [one.failures for one in rounds] == [{}, {"outlier": 1}, {"outlier": 1}]
+    assert [one.clients_ok for one in rounds] == [4, 3, 3]
+    assert "node=node-3 dropped: outlier: norm" in caplog.text
+
+
+def test_the_median_stands_what_ruins_the_mean(tmp_path: Path) -> None:
+    keys = {"strategy": "feddm-prox", "codec__uplink": "fp16", "codec__target": "delta", "server__norm_limit": 0.0}
+    goal = run(config(**keys))[-1].weights
+    moved = {}
+    for rule in ("mean", "median", "trimmed-mean"):
+        c = config(**keys, server__aggregation=rule, server__trim_share=0.25, out_dir=str(tmp_path))
+        moved[rule] = float(np.linalg.norm(run(c, liar(c, -100.0, first=1))[-1].weights - goal))  # type: ignore[arg-type]
+    assert moved["median"] < moved["mean"] / 20
+    assert moved["trimmed-mean"] < moved["mean"] / 20
