@@ -151,8 +151,8 @@ def _run(options: argparse.Namespace) -> int:
     if code == launch.STOPPED and place is launch.Simulation and folder.is_dir():
         tracking.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
-    if code and place is launch.Simulation and (folder / "checkpoints").is_dir():
-        print(f"  to go on: feddm run --resume {folder}")
+    if code and (folder / "checkpoints").is_dir():
+        print(f"  to go on: feddm run {options.superlink or ''} --resume {folder}")
     return code
 
 

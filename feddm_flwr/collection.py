@@ -16,6 +16,7 @@ from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.messages import Failure, pull, push
+from feddm_flwr.probes import Probes
 
 log = logging.getLogger("feddm")
 
@@ -50,13 +51,14 @@ def collect(
     traffic: Traffic,
     size: int,
     timeout: float,
+    probes: Probes,
 ) -> Iterator[tuple[int, RecordDict | Failure]]:
     """Ask the nodes (id -> name) to train; their replies as they come, one pulled at a time.
 
     `content(name, whole)` is what a node is sent, of `size` parameters. A node that says it lost what it should hold is
     asked again, once, with the whole of it. A node whose process died is asked again for as long as
     others get through: in a simulation the dead process stays in Flower's pool and fails whatever it
-    is handed.
+    is handed. So is a real node that was restarted.
     """
     deadline = time.monotonic() + timeout
     died: dict[int, Failure] = {}
@@ -78,7 +80,13 @@ def collect(
         while pending and time.monotonic() < deadline:
             time.sleep(pause)
             pause = min(pause * 1.2, 1.0)
+            restarted = probes.restarted(pending.values())
             for message, node_id in list(pending.items()):
+                if node_id in restarted:
+                    del pending[message]
+                    died[node_id] = Failure("restarted", "the node was restarted and lost its task")
+                    again.append(node_id)
+                    continue
                 if (reply := pull(grid, message)) is None:
                     continue
                 del pending[message]

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-#: Flower's error codes in the words of `metrics.jsonl`. 0 (simulation) and 8: the client's process died.
-_REASONS = {0: "process-died", 8: "process-died", 5: "node-offline", 2: "exception", 1: "app-not-loaded"}
+#: Flower's error codes in the words of `metrics.jsonl`. 0 (simulation) and 8: the client's process died;
+#: 3 and 4: the message, or the reply, was not fetched while it was valid.
+_REASONS = {
+    0: "process-died",
+    1: "app-not-loaded",
+    2: "exception",
+    3: "timeout",
+    4: "timeout",
+    5: "node-offline",
+    8: "process-died",
+}
 
 
 @dataclass(frozen=True)

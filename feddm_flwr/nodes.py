@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig
 from feddm_flwr.messages import Failure, clean, pull, push
+from feddm_flwr.probes import process_of
 
 log = logging.getLogger("feddm")
 
@@ -48,6 +49,7 @@ class Roster:
         self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
+        self.processes: dict[int, str] = {}  # by id: which process of the node's machine it is
 
     def wait(self, grid: Grid, *, first: bool) -> dict[str, int]:
         """Name -> id of the nodes that are online, once they are enough for a round.
@@ -124,6 +126,8 @@ class Roster:
                     self._leave_out(i, f"a node did not introduce itself: {answer}")
                 continue
             node, problem = answer
+            assert isinstance(reply, RecordDict)
+            self.processes[i] = process_of(reply)
             namesakes = [other for other in ids if self._ids.get(other) == node.name]
             if first and namesakes and not problem:
                 problem = "two nodes have this name; give each its own node-name, or wait until a restarted one is gone"

@@ -29,6 +29,7 @@ from feddm_flwr.messages import Failure, clean
 from feddm_flwr.nodes import Node, Roster, RunFailedError
 from feddm_flwr.outliers import Outliers
 from feddm_flwr.parts import Parts, assign
+from feddm_flwr.probes import Probes
 from feddm_flwr.robust import RobustMean
 
 log = logging.getLogger("feddm")
@@ -199,7 +200,8 @@ class FedDM:
         tally = _Tally({name: self._aggregate(name, total, number, received) for name in self._parts.sent}, part)
         log.info("round=%d/%d asked=%d", number, self.config.num_server_rounds, len(chosen))
         content = self._contents(number, part)
-        for node_id, reply in collect(grid, chosen, content, tally.traffic, len(received), self.config.round_timeout):
+        timeout, probes = self.config.round_timeout, Probes(grid, self._roster.processes)
+        for node_id, reply in collect(grid, chosen, content, tally.traffic, len(received), timeout, probes):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else self._take(tally, number, name, reply, received)
             if failure:

@@ -20,6 +20,9 @@ from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.data import Images
 from feddm_flwr.model import Vector, load_vector
 
+#: torch's own choice: the cores that this process may use.
+_CORES = torch.get_num_threads()
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -44,11 +47,10 @@ def prepare_process(config: RunConfig) -> torch.device:
     """
     ray = sys.modules.get("ray")
     simulated = ray is not None and ray.is_initialized()
-    if threads := config.train.threads or int(simulated):
-        torch.set_num_threads(threads)  # else torch's own choice: the cores this process may use
+    torch.set_num_threads(config.train.threads or (1 if simulated else _CORES))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(config.train.deterministic)  # set or reset: the process may have served others
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -41,11 +41,15 @@ ALLOWED: dict[str, set[str]] = {
     "resume": {"config"},
     "parts": {"config", "exchange", "model"},
     "node_link": {"config", "exchange", "node_state", "parts"},
+    "node_config": {"config", "data", "state_folder"},
+    "node_round": {"config", "data", "model", "node_link", "node_state", "parts", "training"},
+    "worker": {"config", "node_config", "node_round"},
     "training": {"config", "data", "diffusion", "model"},
     "evaluation": {"config", "data", "diffusion", "model"},
     "messages": set(),
-    "nodes": {"config", "messages"},
-    "collection": {"messages"},
+    "probes": {"messages"},
+    "nodes": {"config", "messages", "probes"},
+    "collection": {"messages", "probes"},
     "strategy": {
         *(
             "aggregation",
@@ -58,15 +62,15 @@ ALLOWED: dict[str, set[str]] = {
             "nodes",
             "outliers",
         ),
-        *("parts", "robust"),
+        *("parts", "probes", "robust"),
     },
     "display": {"config"},
     "launch": {"config", "display", "tracking"},
 }
 TOP = {"server_app", "client_app", "cli"}
-FLWR = {"messages", "collection", "nodes", "strategy", "server_app", "client_app", "cli"}
+FLWR = {"messages", "collection", "probes", "nodes", "strategy", "server_app", "client_app", "cli"}
 CODING = {"packing", "grid_codec", "sparse_codec", "codec", "exchange", "node_link"}
-ABOUT_TENSORS = CODING | {"diffusion", "model", "training", "evaluation"}
+ABOUT_TENSORS = CODING | {"diffusion", "model", "training", "evaluation", "node_round"}
 #: No torch at all, not even inside a function.
 NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.

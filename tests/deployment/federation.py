@@ -72,8 +72,14 @@ class Federation:
         self.start_superlink()
         for site in sites:
             if tls:
-                self.command("flwr", "supernode", "register", self.keys / "nodes" / f"{site}.pub", "site", "--name", site)
+                self.command(
+                    "flwr", "supernode", "register", self.keys / "nodes" / f"{site}.pub", "site", "--name", site
+                )
             self.start_node(site)
+
+    def register(self, site: str) -> None:
+        key = self.keys / "nodes" / f"{site}.pub"
+        self.command("flwr", "supernode", "register", key, "site", "--name", site)
 
     def make_images(self, site: str, seed: int) -> None:
         """Twenty images of coarse patterns."""
@@ -85,9 +91,8 @@ class Federation:
 
     def command(self, *line: object) -> str:
         """What a command prints that must succeed."""
-        done = subprocess.run(
-            [*map(str, line)], env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False
-        )  # fmt: skip
+        options: Any = {"env": self.environment, "cwd": self.folder, "capture_output": True, "text": True}
+        done = subprocess.run([*map(str, line)], timeout=120, check=False, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -123,7 +128,8 @@ class Federation:
         return False
 
     def start_node(self, site: str, *, port: int = 0, ca: Path | None = None, key: str = "", own: str = "") -> None:
-        """A SuperNode, which reaches the SuperLink by `port` where that is not its own."""
+        """A SuperNode, which reaches the SuperLink by `port` where that is not its own, and is started again
+        when it ends, as a service manager does."""
         secured = (
             *("--root-certificates", ca or self.keys / "ca.crt"),
             *("--auth-supernode-private-key", self.keys / "nodes" / (key or site)),
@@ -131,7 +137,18 @@ class Federation:
         state = self.folder / f"{site}-state"
         node_config = f'node-name="{site}" data-path="{self.folder / site / "images"}" state-path="{state}" {own}'
         self.spawn(
-            *(site, "flower-supernode", "--superlink", f"127.0.0.1:{port or self.port}", "--port", free_port()),
+            *(
+                site,
+                "bash",
+                "-c",
+                'while :; do "$@"; sleep 3; done',
+                "bash",
+                "flower-supernode",
+                "--superlink",
+                f"127.0.0.1:{port or self.port}",
+                "--port",
+                free_port(),
+            ),
             *("--node-config", node_config, *(secured if self.tls else ["--insecure"])),
             FLWR_HOME=str(self.folder / f"{site}-home"),
         )
@@ -172,21 +189,25 @@ class Federation:
         found: psutil.Process = wait(find, "the ServerApp")
         return found
 
-    def client_app(self, site: str) -> psutil.Process:
-        """The process of a node that trains (an introduction needs no torch, and so less memory)."""
-
-        def find() -> psutil.Process | None:
-            for process in self.processes[site].children(recursive=True):
-                if process.memory_info().rss > 250e6:
-                    return process
-            return None
-
-        found: psutil.Process = wait(find, f"{site}'s ClientApp")
-        return found
+    def wait_for_task(self, site: str, before: str) -> None:
+        """Wait until a node was given a task that it had not in its log `before`."""
+        given = "Receiving: train message"
+        wait(lambda: self.log(site).count(given) > before.count(given), f"a task for {site}")
 
     def kill(self, name: str) -> None:
         """SIGKILL, and what it had started with it, as where a machine loses its power."""
         kill_family(self.processes.pop(name))
+
+    def crash(self, site: str) -> None:
+        """SIGKILL to a SuperNode; its service manager stays."""
+        for child in self.processes[site].children():
+            kill_family(child)
+
+    def workers(self, site: str) -> list[psutil.Process]:
+        """The warm processes of a node."""
+        nodes = {str(child.pid) for child in self.processes[site].children()}
+        found = [p for p in psutil.process_iter(["cmdline"]) if "feddm_flwr.worker" in (p.info["cmdline"] or [])]
+        return [process for process in found if nodes & {*process.info["cmdline"]}]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         file = self.out / name / "metrics.jsonl"

@@ -1,0 +1,59 @@
+"""Finding out that a node was restarted in the middle of a task.
+
+A SuperNode that comes back with its key has the same id, and Flower goes on waiting for the reply to
+what the one before had been given, which nobody will ever send. So nodes that are late are asked now and
+then which process they are; one that is not the same as before has lost its task.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from flwr.app import ConfigRecord, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from feddm_flwr.messages import Failure, clean, pull, push
+
+_FIRST = 20.0  # seconds until a node is asked; then twice as long each time
+_LONGEST = 600.0
+
+
+class Probes:
+    """The questions of one round; `processes` (id -> what a node last said) is kept up to date."""
+
+    def __init__(self, grid: Grid, processes: dict[int, str]) -> None:
+        self._grid, self._processes = grid, processes
+        self._due: dict[int, tuple[float, float]] = {}  # by node: when it is asked next, and how much later again
+        self._asked: dict[str, int] = {}  # message -> node
+
+    def restarted(self, waiting: Collection[int]) -> set[int]:
+        """Which of the nodes that a reply is waited for were started anew since they were last heard."""
+        now = time.monotonic()
+        for node in waiting:
+            when, interval = self._due.setdefault(node, (now + _FIRST, _FIRST))
+            if now < when or node in self._asked.values() or not self._processes.get(node):
+                continue  # simulated nodes have no process of their own
+            content = RecordDict({"probe": ConfigRecord({})})
+            if message := push(self._grid, content, node, MessageType.QUERY, _LONGEST):
+                self._asked[message] = node
+            interval = min(2 * interval, _LONGEST)
+            self._due[node] = (now + interval, interval)
+        found = set()
+        for message, node in list(self._asked.items()):
+            if (reply := pull(self._grid, message)) is None:
+                continue
+            del self._asked[message]
+            said = "" if isinstance(reply, Failure) else process_of(reply)
+            if said and said != self._processes[node]:
+                self._processes[node] = said
+                found.add(node)
+        return found & {*waiting}
+
+
+def process_of(reply: RecordDict) -> str:
+    """Which process a node says that it is; "" where it does not say."""
+    try:
+        return clean(str(reply.config_records["report"]["process"]), 100)
+    except (KeyError, TypeError, AttributeError):
+        return ""

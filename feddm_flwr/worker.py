@@ -1,0 +1,220 @@
+"""A real node's warm process: it keeps torch, diffusers and the images between messages.
+
+Flower starts a fresh process for every message to a node, which would spend most of a short round on
+imports. That process hands the job to a worker, over a socket in a folder of the user's own, and starts
+the worker where there is none. The worker belongs to the SuperNode that it was started below, and ends
+with it, or when it had nothing to do for a while. Whatever is wrong with it, the job is done all the
+same, in the process that has it. The node config's `worker=false` turns it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from feddm_flwr.config import parse
+from feddm_flwr.node_config import node_data, node_name, node_state_root, wants_worker
+
+log = logging.getLogger("feddm")
+
+_START = 60.0  # seconds that a worker may take to start
+_BUSY = 3.0  # seconds to wait for one that works for another run
+_IDLE = 600.0  # seconds after which one ends that has nothing to do
+_LONGEST_PATH = 100  # bytes of a socket's path that every system takes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task of the server's as it came; scalars and bytes only."""
+
+    run_config: dict[str, Any]
+    node_config: dict[str, Any]
+    task: dict[str, Any]
+    frames: dict[str, bytes]
+
+
+Result = tuple[dict[str, Any], bytes]  # what the server is told, and the frame
+
+
+class JobFailedError(RuntimeError):
+    """The job raised an error in the worker, which logged it; the message is the error's."""
+
+
+def do(job: Job) -> Result:
+    """Do a job, in the node's worker where there is one to be had, else here.
+
+    Raises:
+        JobFailedError: the worker could not; in this process, whatever the job raised.
+    """
+    if owner := _super_node() if wants_worker(job.node_config) else None:
+        try:
+            with _connected(owner) as connection:
+                _send(connection, {**asdict(job), "frames": [*job.frames]}, [*job.frames.values()])
+                answer = json.loads(connection.recv_bytes())
+                if "error" in answer:
+                    raise JobFailedError(answer["error"])
+                return answer["report"], connection.recv_bytes()
+        except (OSError, EOFError, ValueError) as error:
+            log.warning("no worker did the job (%s: %s); it is done without", type(error).__name__, error)
+    return _do_here(job)
+
+
+def _do_here(job: Job) -> Result:
+    from feddm_flwr import node_round
+
+    config, own = parse(job.run_config), job.node_config
+    data = node_data(config, own)
+    outcome = node_round.do(config, node_name(own), data, node_state_root(own), job.task, job.frames)
+    return outcome.report, outcome.frame
+
+
+def process() -> str:
+    """Which process the SuperNode is, for the server to notice when it was started anew; "" where there is none."""
+    owner = _super_node()
+    return f"{owner.pid} {owner.create_time()}" if owner else ""
+
+
+def _super_node() -> psutil.Process | None:
+    """The SuperNode that this process was started by; none in a simulation, whose processes stay anyway."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            if any(Path(part).name == "flower-supernode" for part in process.cmdline()[:3]):
+                return process
+    return None
+
+
+@contextlib.contextmanager
+def _connected(owner: psutil.Process) -> Iterator[Connection]:
+    """A connection to the node's worker, which waits for a job.
+
+    Raises:
+        OSError: there is none to be had: it does not start, is at work, or is of another user.
+    """
+    address = str(_folder() / f"{owner.pid}-{_code()}.sock")
+    if len(address.encode()) > _LONGEST_PATH:
+        raise OSError(f"{address!r} is too long for a socket")
+    with FileLock(f"{address}.lock", timeout=_START):  # one of several processes starts it
+        connection = _connect(address) or _start(address, owner)
+    with connection:
+        if not connection.poll(_BUSY):
+            raise OSError("the worker is busy")
+        connection.recv_bytes()  # that it is ready
+        yield connection
+
+
+def _folder() -> Path:
+    """Where sockets lie; nobody else may write, or read, there.
+
+    Raises:
+        PermissionError: somebody else made it.
+    """
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"feddm-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077 or not folder.is_dir() or folder.is_symlink():
+        raise PermissionError(f"{folder} is not this user's alone")
+    return folder
+
+
+def _code() -> str:
+    """What tells this code from another app's, or another version's: Flower has a folder for each."""
+    from hashlib import sha256
+
+    here = Path(__file__).parent
+    newest = max(path.stat().st_mtime_ns for path in here.glob("*.py"))
+    return sha256(f"{sys.executable} {here} {newest}".encode()).hexdigest()[:16]
+
+
+def _connect(address: str) -> Connection | None:
+    try:
+        return Client(address, "AF_UNIX")
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+
+
+def _start(address: str, owner: psutil.Process) -> Connection:
+    """Start a worker and wait until it listens."""
+    Path(address).unlink(missing_ok=True)  # of one that was killed
+    parts = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "feddm_flwr.worker", address, str(owner.pid), str(owner.create_time())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(parts)},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # it outlives the process that starts it
+    )
+    deadline = time.monotonic() + _START
+    while not (connection := _connect(address)):
+        if process.poll() is not None:
+            raise OSError(f"the worker ended at once, with exit code {process.returncode}")
+        if time.monotonic() > deadline:
+            process.kill()
+            raise OSError(f"the worker did not start within {_START:g} s")
+        time.sleep(0.05)
+    return connection
+
+
+def _send(connection: Connection, header: dict[str, Any], blobs: list[bytes]) -> None:
+    connection.send_bytes(json.dumps(header).encode())
+    for blob in blobs:
+        connection.send_bytes(blob)
+
+
+class _Life:
+    """Ends this process with its owner, or when it was idle for too long."""
+
+    def __init__(self, pid: int, created: float, address: str) -> None:
+        self.address, self.since, self.working = address, time.monotonic(), False
+        self._pid, self._created = pid, created
+        Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while self._owned() and (self.working or time.monotonic() - self.since < _IDLE):
+            time.sleep(1.0)
+        for path in (self.address, f"{self.address}.lock"):
+            Path(path).unlink(missing_ok=True)
+        os._exit(0)  # even in the middle of a job: its node is gone
+
+    def _owned(self) -> bool:
+        try:
+            return bool(abs(psutil.Process(self._pid).create_time() - self._created) < 1)
+        except psutil.Error:
+            return False
+
+
+def serve(address: str, pid: int, created: float) -> None:
+    """Do jobs one after the other for the processes of the SuperNode `pid`."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    with Listener(address, "AF_UNIX", backlog=8) as listener:
+        life = _Life(pid, created, address)
+        while True:
+            with contextlib.suppress(OSError, EOFError, ValueError), listener.accept() as connection:
+                connection.send_bytes(b"ready")
+                job = json.loads(connection.recv_bytes())
+                job["frames"] = {name: connection.recv_bytes() for name in job["frames"]}
+                life.working = True
+                try:
+                    report, frame = _do_here(Job(**job))
+                    _send(connection, {"report": report}, [frame])
+                except Exception as error:
+                    log.exception("the job failed")
+                    _send(connection, {"error": f"{type(error).__name__}: {error}"}, [])
+            life.working, life.since = False, time.monotonic()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

@@ -1,0 +1,63 @@
+"""A network that can fail: a TCP proxy on loopback that delays, cuts and swallows."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+
+class Proxy:
+    """Forwards connections to a port, as long as `mode` says so.
+
+    `pass`; `delay`: every piece comes 0.2 s late; `cut`: connections are reset and refused; `freeze`:
+    they stay open and nothing comes through, as behind a firewall that forgot them.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.mode, self._target = "pass", target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._open: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Reset every connection, and those to come."""
+        self.mode = "cut"
+        for one in list(self._open):
+            _end(one)
+
+    def close(self) -> None:
+        self.cut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if self.mode == "cut":
+                    _end(near)
+                    continue
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._open |= {near, far}
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                if self.mode == "delay":
+                    time.sleep(0.2)
+                while self.mode == "freeze":
+                    time.sleep(0.05)
+                sink.sendall(piece)
+        _end(source)
+        _end(sink)
+        self._open -= {source, sink}
+
+
+def _end(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
