@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-deployment check docs clean
 
 demo: $(VENV)/installed  ## train on handwritten digits with four simulated nodes, a few minutes on two cores
 	$(BIN)/feddm run local
 
 test: $(VENV)/installed  ## the whole suite, real runs included
 	$(BIN)/python -m pytest
+
+test-deployment: $(VENV)/installed  ## real SuperNodes with TLS, killed, cut off and lied to; a quarter of an hour
+	$(BIN)/python -m pytest tests/deployment
 
 check: $(VENV)/installed  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

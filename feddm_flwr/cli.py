@@ -152,7 +152,7 @@ def _run(options: argparse.Namespace) -> int:
         tracking.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
     if code and (folder / "checkpoints").is_dir():
-        print(f"  to go on: feddm run {options.superlink or ''} --resume {folder}")
+        print("  to go on:", *filter(None, ["feddm run", options.superlink]), "--resume", folder)
     return code
 
 

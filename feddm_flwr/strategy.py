@@ -302,7 +302,7 @@ class FedDM:
         if lost:
             tally.lost += 1
             log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)
-        if 0 <= eval_loss <= _ABSURD:  # NaN where there was nothing to evaluate on
+        if node.held_out and 0 <= eval_loss <= _ABSURD:  # NaN where it was not evaluated
             tally.eval.append((name, eval_loss, min(node.held_out, self.config.eval.images)))
         log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
         return None

@@ -13,8 +13,6 @@ import subprocess
 import sys
 import time
 import tomllib
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +200,12 @@ def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Pat
         (["run", "--app", "."], "--app = '.': no pyproject.toml of this app there"),
         (["run", "--num-supernodes", "0"], "argument --num-supernodes: invalid positive integer value: '0'"),
         (["sample", "nothing"], "MODEL_OR_RUN = 'nothing': no run with a model/"),
+        (["run", "--resume", "nothing"], "--resume 'nothing': not a run's folder"),
+        (["run", "-c", "resume=true"], "run-name = '' with resume = true: must name the run to go on with"),
+        (["run", "-c", 'resume=true run-name="x"'], "run-name = 'x' with resume = true: there is no "),
+        (["certs", "keys"], "certs: name the SuperLink with --host, and nodes with --node"),
+        (["certs", "keys", "--host", "a b"], "--host 'a b' is not allowed: must be a host name or an IP address"),
+        (["certs", "keys", "--node", "../x"], "--node '../x' is not allowed"),
         (["report", "nothing"], "RUN = 'nothing': not a run's folder"),
     ],
 )
@@ -298,6 +302,30 @@ def test_killing_the_only_client_process_fails_the_run(folder: Path) -> None:
     assert not (folder / "runs" / "killed-all" / "model").exists()
 
 
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folder: Path) -> None:
+    job = 'strategy="feddm-lean" num-server-rounds=8 sample.every=0'
+    done, whole = train(folder, "whole", job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = folder / "runs" / "resumed"
+    process = start(folder, "resumed", job)
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"to go on: feddm run --resume {run}" in output
+    done = feddm("run", "--resume", "runs/resumed", "-c", "seed=1", cwd=folder)
+    assert done.returncode == 1
+    assert "seed = 1: was 0 in the run to resume, and must stay so" in done.stderr
+    done = feddm("run", "--resume", "runs/resumed", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["round"] for line in rows(run)] == [*range(1, 9)]
+    (after,) = json.loads((run / "status.json").read_text())["resumed_after"]
+    assert 1 <= after < 8
+    assert checksum(run) == checksum(whole)
+
+
 def test_ctrl_c_stops_the_run_and_leaves_no_process(folder: Path) -> None:
     process = start(folder, "stopped", "num-server-rounds=500")
     actor_at_work(process)
@@ -309,80 +337,3 @@ def test_ctrl_c_stops_the_run_and_leaves_no_process(folder: Path) -> None:
     assert "stopped" in output
     assert json.loads((folder / "runs" / "stopped" / "status.json").read_text())["status"] == "stopped"
     assert psutil.wait_procs(family, timeout=10)[1] == []
-
-
-@pytest.fixture
-def federation(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink and two SuperNodes on loopback, each with an image folder of its own."""
-    env = private_flower(tmp_path / "home")
-    env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
-    port = free_port()
-    address = f"127.0.0.1:{port}"
-    (tmp_path / "home" / "config.toml").write_text(f'[superlink.own]\naddress = "{address}"\ninsecure = true\n')
-    commands = [["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]]
-    random = np.random.default_rng(0)
-    for site in ("north", "south"):
-        images = tmp_path / site / "images"
-        images.mkdir(parents=True)
-        for i in range(20):
-            pixels = np.kron(random.integers(0, 256, (4, 4)), np.ones((4, 4))).astype(np.uint8)
-            Image.fromarray(pixels).save(images / f"{i}.png")
-        own = f'node-name="{site}" data-path="{images}" state-path="{tmp_path / site}-state"'
-        commands.append(
-            ["flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()), "--node-config", own]
-        )
-    processes = []
-    try:
-        for i, command in enumerate(commands):
-            log = (tmp_path / f"{i}.log").open("wb")
-            processes.append(psutil.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
-            if i == 0:
-                wait_for(f"http://{address}/health")
-        yield env
-    finally:
-        for process in processes:
-            end(process)
-
-
-def wait_for(url: str) -> None:
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"{url} does not answer")
-
-
-def on_real_nodes(folder: Path, env: dict[str, str], strategy: str, rounds: int) -> tuple[Path, dict[str, int]]:
-    """A run on the two nodes; its folder, and the bytes that Flower counted of it."""
-    done = feddm(
-        "run", "own", "-c", QUICK, "-c", f'data.image-size=16 out-dir="{folder / "out"}" run-name="{strategy}"',
-        "-c", f'data.name="own" data.channels=1 strategy="{strategy}" num-server-rounds={rounds}',
-        cwd=folder, env=env,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    listed = subprocess.run(
-        [BIN / "flwr", "ls", "own", "--format=json"], env=env, cwd=folder, capture_output=True, text=True, check=True
-    )
-    newest = max(json.loads(listed.stdout)["runs"], key=lambda run: str(run["pending-at"]))
-    return folder / "out" / strategy, newest["network-traffic"]
-
-
-def test_the_same_app_runs_on_real_nodes_with_their_own_images_and_counts_as_flower_counts(
-    federation: dict[str, str], tmp_path: Path
-) -> None:
-    for strategy, rounds in (("feddm-vanilla", 1), ("feddm-lean", 2)):
-        run, metered = on_real_nodes(tmp_path, federation, strategy, rounds)
-        images = {node["name"]: node["images"] for node in json.loads((run / "nodes.json").read_text())}
-        assert images == {"north": 18, "south": 18}
-        lines = rows(run)
-        assert [line["clients_ok"] for line in lines] == [2] * rounds
-        assert (run / "model" / "unet").is_dir()
-        # Flower adds about 1.5 kB to a message, whatever is in it; each node gets one more, to introduce itself.
-        messages = 2 * (rounds + 1)
-        for ours, flowers in (("bytes_up", "inbound-bytes"), ("bytes_down", "outbound-bytes")):
-            payload = sum(line[ours] for line in lines)
-            assert 0 < metered[flowers] - payload < 0.01 * payload + 2000 * messages
-    (state,) = {path.parent.parent for path in (tmp_path / "north-state").glob("*/north/residual-*.frame")}
-    assert sorted(path.name.split("-")[0] for path in state.iterdir()) == ["north", "shadow", "shadow"]

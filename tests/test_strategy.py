@@ -12,6 +12,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_train, run
 
+from feddm_flwr import probes
 from feddm_flwr.client_app import app
 from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.nodes import Roster, RunFailedError
@@ -175,6 +176,31 @@ def failing(count: int, times: int) -> dict[int, Handler]:
     return {i: on_train(h, fail(i)) if i in left else h for i, h in handlers.items()}
 
 
+def test_a_node_that_was_restarted_in_the_middle_of_its_task_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower waits for the reply of the process that is gone, since the new one has its id."""
+    monkeypatch.setattr(probes, "_FIRST", 0.1)
+    c = config(num_server_rounds=1)
+    handlers = nodes(c)
+    unlucky, trained = min(handlers), 0
+
+    def handle(message: Message) -> Message | None:
+        nonlocal trained
+        if message.metadata.message_type == "train":
+            trained += 1
+            if trained == 1:
+                return None  # the process that was given it is gone
+        reply = handlers[unlucky](message)
+        assert reply
+        if "report" in reply.content.config_records and message.metadata.message_type == "query":
+            reply.content.config_records["report"]["process"] = f"process {min(trained, 1)}"
+        return reply
+
+    (done,) = run(c, {**handlers, unlucky: handle})
+    assert trained == 2
+    assert done.clients_ok == 4
+    assert done.weights.tobytes() == run(c)[-1].weights.tobytes()
+
+
 def test_a_round_with_too_few_replies_is_repeated_and_its_bytes_are_counted() -> None:
     c = config(num_server_rounds=1, max_round_retries=1)
     (done,) = run(c, failing(3, 1))
@@ -312,6 +338,17 @@ def test_sampling_takes_a_share_by_name_and_seed() -> None:
     assert all(len(set(s)) == 5 for s in chosen)
     assert chosen == [feddm(c)._sample(names, r, 0) for r in range(20)]
     assert len({tuple(s) for s in chosen}) > 10
+
+
+def test_a_held_out_loss_of_no_images_counts_nothing() -> None:
+    def lie(message: Message, reply: Message) -> Message:
+        reply.content.config_records["report"]["eval-loss"] = 1.0
+        return reply
+
+    c = config(data__eval_fraction=0.0)
+    (first, _) = run(c, {i: on_train(handle, lie) for i, handle in nodes(c).items()})
+    assert first.clients_ok == 4
+    assert np.isnan(first.eval_loss)
 
 
 def test_ema_and_evaluation_are_reported() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import yaml
 from PIL import Image
 
 BIN = Path(sys.executable).parent
@@ -26,6 +28,18 @@ QUICK: dict[str, Any] = {
     "data.name": "shirts", "data.image-size": 16, "data.channels": 1, "model.preset": "tiny", "train.local-steps": 3,
     "train.batch-size": 8, "train.threads": 1, "sample.count": 4, "sample.steps": 4, "sample.every": 0,
 }  # fmt: skip
+
+
+def compose_command(service: str, values: Mapping[str, object], paths: Mapping[str, object]) -> list[str]:
+    """The command line of a service in `docker/`, with the values of its variables and paths of this machine."""
+    described = yaml.safe_load((ROOT / "docker" / f"{service}.compose.yaml").read_text())["services"][service]
+    line = []
+    for part in described["command"]:
+        text = re.sub(r"\$\{(\w+)[^}]*\}", lambda found: str(values[found[1]]), part)
+        for path, here in paths.items():
+            text = text.replace(path, str(here))
+        line.append(text)
+    return line
 
 
 def free_port() -> int:
@@ -48,8 +62,8 @@ def wait(condition: Callable[[], Any], what: str, seconds: float = 180.0) -> Any
 class Federation:
     """Its processes, folders and logs; `close` ends all of them."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...] = ("north", "south", "east"), *, tls: bool = True) -> None:
-        self.folder, self.sites, self.tls = folder, sites, tls
+    def __init__(self, folder: Path, sites: tuple[str, ...] = ("north", "south", "east")) -> None:
+        self.folder, self.sites = folder, sites
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.out, self.keys, self.home = folder / "out", folder / "keys", folder / "home"
@@ -62,22 +76,20 @@ class Federation:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        trust = f'root-certificates = "{self.keys / "ca.crt"}"' if tls else "insecure = true"
+        trust = f'root-certificates = "{self.keys / "ca.crt"}"'
         (self.home / "config.toml").write_text(f'[superlink.site]\naddress = "{self.address}"\n{trust}\n')
         self.processes: dict[str, psutil.Popen] = {}
-        if tls:
-            self.command("feddm", "certs", self.keys, "--host", "127.0.0.1", *(f"--node={site}" for site in sites))
+        hosts = ("--host", "127.0.0.1", "--host", "superlink")
+        self.command("feddm", "certs", self.keys, *hosts, *(f"--node={site}" for site in sites))
         for index, site in enumerate(sites):
             self.make_images(site, index)
         self.start_superlink()
         for site in sites:
-            if tls:
-                self.command(
-                    "flwr", "supernode", "register", self.keys / "nodes" / f"{site}.pub", "site", "--name", site
-                )
+            self.register(site)
             self.start_node(site)
 
     def register(self, site: str) -> None:
+        """Let the SuperLink know a node's key."""
         key = self.keys / "nodes" / f"{site}.pub"
         self.command("flwr", "supernode", "register", key, "site", "--name", site)
 
@@ -112,14 +124,9 @@ class Federation:
         return self.processes[name]
 
     def start_superlink(self) -> None:
-        secured = (
-            *("--ssl-ca-certfile", self.keys / "ca.crt", "--ssl-certfile", self.keys / "server.pem"),
-            *("--ssl-keyfile", self.keys / "server.key", "--enable-supernode-auth"),
-        )
-        self.spawn(
-            *("superlink", "flower-superlink", "--host", "127.0.0.1", "--port", self.port, "--database", "state.db"),
-            *("--disable-runtime-dependency-installation", *(secured if self.tls else ["--insecure"])),
-        )
+        paths = {"/run/secrets": self.keys, "/var/lib/feddm": self.folder / "superlink"}
+        line = compose_command("superlink", {}, {**paths, "0.0.0.0": "127.0.0.1", "8000": self.port})
+        self.spawn("superlink", "flower-superlink", *line)
         wait(self._listens, "the SuperLink")
 
     def _listens(self) -> bool:
@@ -130,33 +137,22 @@ class Federation:
     def start_node(self, site: str, *, port: int = 0, ca: Path | None = None, key: str = "", own: str = "") -> None:
         """A SuperNode, which reaches the SuperLink by `port` where that is not its own, and is started again
         when it ends, as a service manager does."""
-        secured = (
-            *("--root-certificates", ca or self.keys / "ca.crt"),
-            *("--auth-supernode-private-key", self.keys / "nodes" / (key or site)),
-        )
-        state = self.folder / f"{site}-state"
-        node_config = f'node-name="{site}" data-path="{self.folder / site / "images"}" state-path="{state}" {own}'
-        self.spawn(
-            *(
-                site,
-                "bash",
-                "-c",
-                'while :; do "$@"; sleep 3; done',
-                "bash",
-                "flower-supernode",
-                "--superlink",
-                f"127.0.0.1:{port or self.port}",
-                "--port",
-                free_port(),
-            ),
-            *("--node-config", node_config, *(secured if self.tls else ["--insecure"])),
-            FLWR_HOME=str(self.folder / f"{site}-home"),
-        )
+        paths = {
+            "/run/secrets/ca.crt": ca or self.keys / "ca.crt",
+            "/run/secrets/node.key": self.keys / "nodes" / (key or site),
+            '"/data"': f'"{self.folder / site / "images"}" {own}',
+            "/var/lib/feddm/state": self.folder / f"{site}-state",
+            "9094": free_port(),
+        }
+        values = {"SUPERLINK": f"127.0.0.1:{port or self.port}", "NODE_NAME": site}
+        line = ["flower-supernode", *compose_command("supernode", values, paths)]
+        home = str(self.folder / f"{site}-home")
+        self.spawn(site, "bash", "-c", 'while :; do "$@"; sleep 3; done', "bash", *line, FLWR_HOME=home)
 
     def run(self, *arguments: object, app: Path = ROOT, **keys: Any) -> tuple[int, str]:
         """`feddm run` to its end: the exit code and what it said."""
         process = self.start_run(*arguments, app=app, **keys)
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=500)
         return process.returncode, str(output)
 
     def start_run(self, *arguments: object, app: Path = ROOT, **keys: Any) -> subprocess.Popen[str]:
@@ -180,8 +176,8 @@ class Federation:
         """The process of the run's ServerApp."""
 
         def find() -> psutil.Process | None:
-            for process in psutil.process_iter():
-                line = process.cmdline()
+            for process in psutil.process_iter(["cmdline"]):  # None where that cannot be had, as of a zombie
+                line = process.info["cmdline"] or []
                 if any("flwr-serverapp" in part for part in line) and any(str(self.port) in part for part in line):
                     return process
             return None

@@ -49,14 +49,14 @@ def test_whatever_is_killed_the_resumed_run_has_the_same_bits(federation: Federa
     # The ServerApp, in the middle of the next round.
     wait(lambda: len(list((federation.folder / "north-state").glob("*/north/residual-2.frame"))), "round 2 on north")
     federation.server_app().kill()
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=500)
     assert run.returncode == 1, said
     assert f"to go on: feddm run site --resume {federation.out / 'killed'}" in said
     run = federation.start_run("--resume", federation.out / "killed")
     federation.wait_for_round("killed", 2)
     # The SuperLink, and with it the log of the run; nodes find it again by themselves.
     federation.processes["superlink"].kill()
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=500)
     assert run.returncode == 1, said
     federation.start_superlink()
     code, said = federation.run("--resume", federation.out / "killed")
@@ -82,7 +82,7 @@ def test_a_network_that_fails_costs_time_and_nothing_else(federation: Federation
         proxy.cut()
         time.sleep(20)
         proxy.mode = "pass"
-        said, _ = run.communicate(timeout=300)
+        said, _ = run.communicate(timeout=500)
         assert run.returncode == 0, said
     finally:
         proxy.close()
@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_and_room_lets_it_go_o
     federation.wait_for_round("full", 1)
     server = federation.server_app()
     server.rlimit(psutil.RLIMIT_FSIZE, (500_000, 500_000))  # a checkpoint has over two megabytes
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=500)
     assert run.returncode == 1, said
     assert re.search(r"the checkpoint of round [23] cannot be written \(File too large\); make room in ", said)
     assert federation.status("full")["status"] == "failed"

@@ -1,0 +1,93 @@
+"""A federation as docker/ and docs/deployment.md describe it: started, used, and closed to everybody else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import yaml
+from federation import ROOT, Federation, free_port, wait
+
+DOCKER = ROOT / "docker"
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    one = Federation(tmp_path_factory.mktemp("federation"), ("north", "south"))
+    yield one
+    one.close()
+
+
+def test_nodes_train_on_their_own_images_and_bytes_are_counted_as_flower_counts_them(federation: Federation) -> None:
+    for strategy, rounds in (("feddm-vanilla", 1), ("feddm-lean", 2)):
+        code, said = federation.run(run_name=strategy, strategy=strategy, num_server_rounds=rounds)
+        assert code == 0, said
+        listed = json.loads(federation.command("flwr", "ls", "site", "--format=json"))
+        metered = max(listed["runs"], key=lambda run: str(run["pending-at"]))["network-traffic"]
+        described = json.loads((federation.out / strategy / "nodes.json").read_text())
+        assert {node["name"]: node["images"] for node in described} == {"north": 18, "south": 18}
+        rows = federation.rows(strategy)
+        assert [row["clients_ok"] for row in rows] == [2] * rounds
+        assert (federation.out / strategy / "model" / "unet").is_dir()
+        # Flower adds about 1.5 kB to a message, whatever is in it; each node gets one more, to introduce itself.
+        messages = 2 * (rounds + 1)
+        for ours, flowers in (("bytes_up", "inbound-bytes"), ("bytes_down", "outbound-bytes")):
+            payload = sum(row[ours] for row in rows)
+            assert 0 < metered[flowers] - payload < 0.01 * payload + 2000 * messages
+    (state,) = {path.parent.parent for path in (federation.folder / "north-state").glob("*/north/residual-*.frame")}
+    assert sorted(path.name.split("-")[0] for path in state.iterdir()) == ["north", "shadow", "shadow"]
+
+
+@pytest.fixture
+def gateway(federation: Federation) -> Iterator[int]:
+    """nginx with docker/gateway.conf before the SuperLink; its port."""
+    if not shutil.which("nginx"):
+        pytest.skip("nginx is not installed")
+    port, folder = free_port(), federation.folder / "gateway"
+    text = (DOCKER / "gateway.conf").read_text()
+    paths = {"superlink:8000": federation.address, "8443": str(port), "/run/secrets": str(federation.keys)}
+    for path, here in {**paths, " /tmp/": f" {folder}/"}.items():
+        assert path in text
+        text = text.replace(path, here)
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(text)
+    federation.spawn("gateway", "nginx", "-c", folder / "nginx.conf", "-p", folder, "-g", "daemon off;")
+    wait(lambda: psutil.Process(federation.processes["gateway"].pid).children(), "nginx")
+    yield port
+    federation.kill("gateway")
+
+
+def test_the_gateway_lets_nodes_through_and_nobody_else(federation: Federation, gateway: int) -> None:
+    federation.kill("south")
+    federation.start_node("south", port=gateway)
+    code, said = federation.run(run_name="through-the-gateway", num_server_rounds=1, min_nodes=2, min_replies=2)
+    assert code == 0, said
+    trusted = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
+    for path in ("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/pull-task-input", "/", "/health"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"https://127.0.0.1:{gateway}{path}", data=b"", context=trusted, timeout=10)
+    outside = f'[superlink.outside]\naddress = "127.0.0.1:{gateway}"\nroot-certificates = "{federation.keys}/ca.crt"\n'
+    with (federation.home / "config.toml").open("a") as file:
+        file.write(outside)
+    line = ["flwr", "run", str(ROOT), "outside"]
+    done = subprocess.run(line, env=federation.environment, capture_output=True, text=True, timeout=120, check=False)
+    assert "Successfully started run" not in done.stdout + done.stderr
+
+
+def test_what_runs_in_a_container_is_shut_in() -> None:
+    for file in ("superlink", "supernode"):
+        for name, service in yaml.safe_load((DOCKER / f"{file}.compose.yaml").read_text())["services"].items():
+            assert service["read_only"], name
+            assert service["cap_drop"] == ["ALL"], name
+            assert service["security_opt"] == ["no-new-privileges:true"], name
+            assert service["user"].startswith("${FEDDM_USER"), name
+            assert not any("insecure" in part for part in service.get("command", [])), name
+            assert all(re.match(r"127\.0\.0\.1:|8443:", port) for port in service.get("ports", [])), name
