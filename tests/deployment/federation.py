@@ -48,7 +48,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait(condition: Callable[[], Any], what: str, seconds: float = 180.0) -> Any:
+def wait(condition: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
     """The first true value of a condition."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

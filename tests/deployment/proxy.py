@@ -11,34 +11,31 @@ import time
 class Proxy:
     """Forwards connections to a port, as long as `mode` says so.
 
-    `pass`; `delay`: every piece comes 0.2 s late; `cut`: connections are reset and refused; `freeze`:
-    they stay open and nothing comes through, as behind a firewall that forgot them.
+    `pass`; `delay`: every piece comes 0.2 s late; `freeze`: they stay open and nothing comes through, as
+    behind a firewall that forgot them. Or it is `cut`, and later begins again.
     """
 
     def __init__(self, target: int) -> None:
-        self.mode, self._target = "pass", target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        self.mode, self._target, self.port = "pass", target, 0
         self._open: set[socket.socket] = set()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.begin()
+
+    def begin(self) -> None:
+        """Listen, on the same port as before."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def cut(self) -> None:
-        """Reset every connection, and those to come."""
-        self.mode = "cut"
+        """End every connection and refuse new ones."""
+        _end(self._listener)
         for one in list(self._open):
             _end(one)
 
-    def close(self) -> None:
-        self.cut()
-        self._listener.close()
-
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
-                near, _ = self._listener.accept()
-                if self.mode == "cut":
-                    _end(near)
-                    continue
+                near, _ = listener.accept()
                 far = socket.create_connection(("127.0.0.1", self._target))
                 self._open |= {near, far}
                 for source, sink in ((near, far), (far, near)):

@@ -81,11 +81,11 @@ def test_a_network_that_fails_costs_time_and_nothing_else(federation: Federation
         federation.wait_for_round("network", 2)
         proxy.cut()
         time.sleep(20)
-        proxy.mode = "pass"
+        proxy.begin()
         said, _ = run.communicate(timeout=500)
         assert run.returncode == 0, said
     finally:
-        proxy.close()
+        proxy.cut()
         federation.kill("south")
         federation.start_node("south")
     assert federation.checksum("network") == undisturbed
