@@ -52,6 +52,7 @@ class Data:
     label_column: str = key(PRESET, "column that holds the classes; only partitions need it")
     flip: bool = key(PRESET, "mirror training images left to right at random")
     eval_fraction: float = key(0.1, "share of its images that a node holds out for `eval_loss`", low=0, below=1)
+    max_broken: float = key(0.01, "share of a node's images that are skipped where they cannot be read", low=0, below=1)
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,17 @@ class NodeData:
     train: Images
     held_out: Images
     class_counts: dict[str, int]
+    skipped: int = 0  # images that cannot be read
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A data set before decoding: where it is (for messages), one row per image, a decoder of rows."""
+    """A data set before decoding: where it is (for messages), one row per image, and a decoder of rows, which
+    also says which of them could be read."""
 
     origin: str
     table: Dataset
-    decode: Callable[[Sequence[int]], Images]
+    decode: Callable[[Sequence[int]], tuple[Images, list[int]]]
 
     def classes(self, column: str) -> list[str]:
         """The class of every row, or nothing where there is no such column."""
@@ -83,7 +85,8 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
     else:
         raise ConfigError("the node has neither data-path nor partition-id and num-partitions in its --node-config")
     order = np.random.default_rng(derive_seed(config.seed, "held out", partition)).permutation(len(rows))
-    rows = [rows[i] for i in order]
+    asked = len(rows)
+    images, rows = source.decode([rows[i] for i in order])
     share = config.data.eval_fraction
     held_out = min(math.ceil(share * len(rows)), len(rows) - 1)
     if len(rows) < (2 if share else 1):
@@ -92,11 +95,11 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
             "and one to hold out where data.eval-fraction is above 0"
         )
     classes = source.classes(config.data.label_column)
-    images = source.decode(rows)
     return NodeData(
         train=images[held_out:],
         held_out=images[:held_out],
         class_counts=dict(sorted(Counter(classes[i] for i in rows).items())) if classes else {},
+        skipped=asked - len(rows),
     )
 
 
@@ -107,7 +110,9 @@ def load_all(config: RunConfig) -> tuple[Images, list[str]]:
         ConfigError: as `load_node`.
     """
     source = _open(config, config.data.name, f"data.name = {config.data.name!r}")
-    return source.decode(range(len(source.table))), source.classes(config.data.label_column)
+    images, rows = source.decode(range(len(source.table)))
+    classes = source.classes(config.data.label_column)
+    return images, [classes[i] for i in rows] if classes else []
 
 
 def _partition(config: RunConfig, source: _Source, index: int, count: int) -> list[int]:
@@ -190,10 +195,10 @@ def _open(config: RunConfig, name: str, origin: str, own: bool = False) -> _Sour
     if column not in table.column_names:
         raise ConfigError(f"data.image-column = {column!r}: no such column; {origin} has {table.column_names}")
 
-    def decode(rows: Sequence[int]) -> Images:
+    def decode(rows: Sequence[int]) -> tuple[Images, list[int]]:
         cells = table.select(rows)[column]
         files = [cell and (cell["bytes"] or Path(cell["path"])) for cell in cells]
-        return _decode(config, files, [f"row {row}" for row in rows], origin)
+        return _decode(config, rows, files, [f"row {row}" for row in rows], origin)
 
     return _Source(origin, table, decode)
 
@@ -212,8 +217,8 @@ def _digits(config: RunConfig, origin: str) -> _Source:
     images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
     table = Dataset.from_dict({"label": digits.target[rows]})
 
-    def decode(chosen: Sequence[int]) -> Images:
-        return np.stack([_fit(config, Image.fromarray(images[i])) for i in chosen])
+    def decode(chosen: Sequence[int]) -> tuple[Images, list[int]]:
+        return np.stack([_fit(config, Image.fromarray(images[i])) for i in chosen]), [*chosen]
 
     return _Source(origin, table, decode)
 
@@ -230,37 +235,42 @@ def _folder(config: RunConfig, path: Path, origin: str, own: bool) -> _Source:
     if all(len(part) > 1 for part in parts):
         columns[config.data.label_column] = [part[0] for part in parts]
 
-    def decode(rows: Sequence[int]) -> Images:
+    def decode(rows: Sequence[int]) -> tuple[Images, list[int]]:
         names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
-        return _decode(config, [files[i] for i in rows], names, origin)
+        return _decode(config, rows, [files[i] for i in rows], names, origin)
 
     return _Source(origin, Dataset.from_dict(columns), decode)
 
 
-def _decode(config: RunConfig, files: Sequence[bytes | Path | None], names: Sequence[str], origin: str) -> Images:
-    """Decode image files, all or none.
+def _decode(
+    config: RunConfig, rows: Sequence[int], files: Sequence[bytes | Path | None], names: Sequence[str], origin: str
+) -> tuple[Images, list[int]]:
+    """Decode image files; also the rows of those that can be read.
 
     Raises:
-        ConfigError: some cannot be read; the message counts them and names the first.
+        ConfigError: more cannot be read than `data.max-broken` allows; the message counts them and names the first.
     """
     images: list[Images] = []
+    kept: list[int] = []
     broken: list[str] = []
-    for file, name in zip(files, names, strict=True):
+    for row, file, name in zip(rows, files, names, strict=True):
         try:
             if file is None:
                 raise ValueError("no image")
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 images.append(_fit(config, image))
+            kept.append(row)
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
             log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else name, error)
             broken.append(f"{name} ({type(error).__name__})")
-    if broken:
+    if len(broken) > config.data.max_broken * len(names):
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ConfigError(
             f"{origin}: {len(broken)} of {len(names)} images cannot be read: {', '.join(broken[:3])}{more}; "
-            "repair or remove them (the node's own log has every name and cause)"
+            f"repair or remove them (the node's own log has every name and cause), or raise data.max-broken = "
+            f"{config.data.max_broken:g}, the share that is skipped"
         )
-    return np.stack(images)
+    return np.stack(images), kept
 
 
 def _fit(config: RunConfig, image: Image.Image) -> Images:

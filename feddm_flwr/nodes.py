@@ -36,6 +36,7 @@ class Node:
     images: int
     held_out: int
     class_counts: dict[str, int]
+    skipped: int = 0  # images that it cannot read
 
 
 class Roster:
@@ -148,7 +149,11 @@ class Roster:
             introduced.append(node)
         for node in sorted(introduced, key=lambda n: n.name):
             classes = " ".join(f"{c}:{n}" for c, n in node.class_counts.items()) or "unknown"
-            log.info("node %s: %d images, %d held out, classes %s", node.name, node.images, node.held_out, classes)
+            skipped = f", {node.skipped} skipped" if node.skipped else ""
+            log.info(
+                "node %s: %d images, %d held out%s, classes %s",
+                *(node.name, node.images, node.held_out, skipped, classes),
+            )
 
     def _leave_out(self, node_id: int, why: str, *, quiet: bool = False) -> None:
         self._left_out[node_id] = clean(why)
@@ -160,6 +165,7 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
     try:
         said = reply.config_records["report"]
         name, problem, images, held_out = said["name"], said["problem"], said["images"], said["held-out"]
+        skipped = said.get("skipped", 0)
         counts = json.loads(str(said["class-counts"])[: 100 * _MAX_CLASSES])
         if not (isinstance(images, int) and isinstance(held_out, int) and isinstance(counts, dict)):
             raise TypeError("counts must be integers")
@@ -167,12 +173,15 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
             raise ValueError(f"name = {name!r}")
         if not problem and not (1 <= images <= _MAX_IMAGES and 0 <= held_out <= _MAX_IMAGES):
             raise ValueError(f"images = {images}, held-out = {held_out}")
+        if type(skipped) is not int or not 0 <= skipped <= _MAX_IMAGES:
+            raise ValueError(f"skipped = {skipped!r}")
         if len(counts) > _MAX_CLASSES or not all(type(n) is int and 0 <= n <= 2 * _MAX_IMAGES for n in counts.values()):
             raise ValueError("class counts")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         return Failure("malformed", clean(repr(error)))
     lines = [clean(line, 500) for line in str(problem)[:10_000].splitlines()]
-    return Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}), "\n".join(lines)
+    node = Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}, skipped)
+    return node, "\n".join(lines)
 
 
 def _list(names: set[str], shown: int = 3) -> str:

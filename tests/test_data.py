@@ -150,6 +150,22 @@ def test_broken_images_are_counted_and_named(folder: Path) -> None:
     assert re.search(r"[12] of 7 images cannot be read: (cat/torn|dog/empty)", said)
 
 
+def test_a_few_broken_images_are_skipped_and_counted(tmp_path: Path) -> None:
+    for i in range(200):
+        Image.new("L", (16, 16), i).save(tmp_path / f"{i:03d}.png")
+    huge = b"P5 100000 100000 255 "  # a decompression bomb: ten gigabytes, it says
+    for name, content in (("007.png", b""), ("100.pgm", huge), ("150.png", b"no image")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    data = load_node(parse({**SHAPE, "data.max-broken": 0.02, "data.eval-fraction": 0.1}), None, str(tmp_path))
+    assert (data.skipped, len(data.train) + len(data.held_out)) == (3, 198)
+    assert {int(image.max()) for image in (*data.train, *data.held_out)} == {*range(200)} - {7, 150}
+    with pytest.raises(
+        ConfigError, match=r"3 of 201 images cannot be read: .* or raise data.max-broken = 0.01, the share"
+    ):
+        load_node(parse(SHAPE), None, str(tmp_path))
+
+
 def test_a_node_does_not_tell_the_names_of_its_files(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "cat" / "jane-doe.png").write_bytes(b"")
     pattern = r"1 of 13 images cannot be read: file 7 in order of name \(UnidentifiedImageError\)"
