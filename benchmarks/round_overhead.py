@@ -79,9 +79,8 @@ def empty(federation: Federation, rounds: int) -> list[float]:
 
 def ours(federation: Federation, rounds: int, name: str) -> list[float]:
     """Seconds of each round of ours."""
-    code, said = federation.run(
-        run_name=name, strategy="feddm-lean", num_server_rounds=rounds, train__local_steps=1, train__batch_size=4, min_replies=2
-    )  # fmt: skip
+    job = {"train__local_steps": 1, "train__batch_size": 4, "min_replies": 2}
+    code, said = federation.run(run_name=name, strategy="feddm-lean", num_server_rounds=rounds, **job)
     assert code == 0, said
     return [float(row["seconds"]) for row in federation.rows(name)]
 

@@ -26,8 +26,9 @@ Key = ec.EllipticCurvePrivateKey
 def make(folder: Path, hosts: list[str], nodes: list[str], days: int) -> list[Path]:
     """Make what is not there yet; returns the new files.
 
-    The CA and the keys of nodes are kept, so that more can be added later; the SuperLink's certificate
-    is made anew for `hosts` (names or addresses that nodes reach it by), valid for `days`, where there are any.
+    The CA and the keys of nodes are kept, so that more can be added later. Where there are `hosts` (names or
+    addresses that nodes reach the SuperLink by), its certificate is made anew, valid for `days`, for them, for those
+    that it had, and for what the SuperLink's own processes and the gateway call it.
     A node's key is made anew once its two files are removed.
 
     Raises:
@@ -36,7 +37,7 @@ def make(folder: Path, hosts: list[str], nodes: list[str], days: int) -> list[Pa
     for node in nodes:
         if not re.fullmatch(NODE_NAME, node):
             raise ConfigError(f"--node {node!r} is not allowed: must be 1 to 64 letters, digits, '.', '_' or '-'")
-    names = [_host(host) for host in hosts]
+    names = {_host(host) for host in hosts}
     if names and days > _CA_DAYS:
         raise ConfigError(f"--days {days} is not allowed: must be at most {_CA_DAYS}, as long as the CA is valid")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -48,7 +49,8 @@ def make(folder: Path, hosts: list[str], nodes: list[str], days: int) -> list[Pa
         written += [_secret(folder / "ca.key", key), _public(folder / "ca.crt", _pem(authority))]
     if names:
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _server(key, names, days, folder)
+        names |= {_host(host) for host in _OWN_HOSTS} | _names_of(folder / "server.pem")
+        certificate = _server(key, sorted(names, key=str), days, folder)
         written += [_secret(folder / "server.key", key), _public(folder / "server.pem", _pem(certificate))]
     for node in nodes:
         path = folder / "nodes" / node
@@ -64,6 +66,15 @@ def make(folder: Path, hosts: list[str], nodes: list[str], days: int) -> list[Pa
 
 
 _CA_DAYS = 3650
+_OWN_HOSTS = ("127.0.0.1", "localhost", "superlink")
+
+
+def _names_of(path: Path) -> set[x509.GeneralName]:
+    """The names in a certificate, none where there is no such file."""
+    if not path.exists():
+        return set()
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    return {*certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value}
 
 
 def _have(*paths: Path) -> bool:

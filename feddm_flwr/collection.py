@@ -77,17 +77,16 @@ def collect(
             else:
                 yield node_id, Failure("not-sent", "Flower did not take the message")
         again, through, pause = [], 0, _PAUSE
-        while pending and time.monotonic() < deadline:
+        while pending:
             time.sleep(pause)
             pause = min(pause * 1.2, 1.0)
             restarted = probes.restarted(pending.values())
             for message, node_id in list(pending.items()):
-                if node_id in restarted:
-                    del pending[message]
-                    died[node_id] = Failure("restarted", "the node was restarted and lost its task")
-                    again.append(node_id)
-                    continue
                 if (reply := pull(grid, message)) is None:
+                    if node_id in restarted:
+                        del pending[message]
+                        died[node_id] = Failure("restarted", "the node was restarted and lost its task")
+                        again.append(node_id)
                     continue
                 del pending[message]
                 pause = _PAUSE
@@ -104,6 +103,8 @@ def collect(
                     log.warning("%s has lost the shared weights; it gets the whole of them", names[node_id])
                     whole.add(node_id)
                     again.append(node_id)
+            if time.monotonic() >= deadline:
+                break
         for node_id in pending.values():
             yield node_id, Failure("timeout", f"no reply within round-timeout = {timeout:g} s")
         if not through or time.monotonic() >= deadline:

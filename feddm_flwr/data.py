@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from feddm_flwr.config import ConfigError, RunConfig, derive_seed
+from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,15 +62,30 @@ class _Source:
         return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
 
 
-@lru_cache(maxsize=8)
 def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None) -> NodeData:
     """The data of one node: all of `data_path`, or partition i of n of `data.name`.
 
-    Cached, since a simulated node comes back to the same process every round.
+    Cached, since a node comes back to the same process every round, by what the images depend on: other runs
+    share them, and a folder to which images were added, or from which some were taken, is read anew.
 
     Raises:
         ConfigError: a key does not fit the data, or images cannot be read.
     """
+    essence = replace(parse({}), data=config.data, seed=config.seed)
+    return _load_node(essence, partition, data_path, _stamp(data_path))
+
+
+def _stamp(data_path: str | None) -> int:
+    """When a folder, or a class in it, or a file last changed."""
+    path = Path(data_path).expanduser() if data_path else None
+    if not path or not path.exists():
+        return 0
+    below = [one for one in path.iterdir() if one.is_dir()] if path.is_dir() else []
+    return max(one.stat().st_mtime_ns for one in (path, *below))
+
+
+@lru_cache(maxsize=8)
+def _load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, stamp: int) -> NodeData:
     if data_path:
         if config.data.name == "digits":  # the default, whose size and channels would go unnoticed
             raise ConfigError(

@@ -45,7 +45,8 @@ def find_app(folder: Path | None) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    for candidate in [folder] if folder else [Path.cwd(), Path(__file__).parent.parent]:
+    own = [Path(os.environ["FEDDM_APP"])] if os.environ.get("FEDDM_APP") else []  # as in our images
+    for candidate in [folder] if folder else [Path.cwd(), *own, Path(__file__).parent.parent]:
         file = candidate / "pyproject.toml"
         if file.is_file() and "feddm_flwr.server_app:app" in file.read_text(encoding="utf-8"):
             return candidate.resolve()

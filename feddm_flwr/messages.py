@@ -7,6 +7,19 @@ from dataclasses import dataclass
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
+
+#: What Flower raises when it unpacks what a node made up.
+_UNPACKING = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RecursionError,
+    DecodeError,
+    MemoryError,
+)
 
 #: Flower's error codes in the words of `metrics.jsonl`. 0 (simulation) and 8: the client's process died;
 #: 3 and 4: the message, or the reply, was not fetched while it was valid.
@@ -42,7 +55,7 @@ def pull(grid: Grid, message_id: str) -> RecordDict | Failure | None:
     """The reply to a message, or None while there is none."""
     try:
         replies = list(grid.pull_messages([message_id]))
-    except (ValueError, LookupError, TypeError) as error:  # Flower unpacks what the node sent
+    except _UNPACKING as error:
         return Failure("malformed", f"Flower cannot unpack the reply: {clean(repr(error))}")
     if not replies:
         return None

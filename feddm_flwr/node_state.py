@@ -105,12 +105,13 @@ class NodeState:
             raise StateLostError(f"{path.name}: {error}") from error
 
     def write(self, kind: str, number: int, vector: Values, layout: str, acked: int) -> None:
-        """Keep a vector as of round `number`, and of those kept before only that of the `acked` round, to which
-        the server may go back, and the last one, which it may have acknowledged meanwhile. Later ones stay:
+        """Keep a vector as of round `number`, and of those kept before only that of the `acked` round and the two
+        newest: the server may have acknowledged the last one meanwhile, or go back a checkpoint. Later ones stay:
         a job that was overtaken must not take anything from those that overtook it."""
         _write(self.path / f"{kind}-{number}.frame", self._own(layout, len(vector)).encode(vector, kind, number))
-        for other, path in _numbered(self.path, kind):
-            if other < number - 1 and other != acked:
+        earlier = [one for one in _numbered(self.path, kind) if one[0] < number]
+        for other, path in earlier[:-2]:
+            if other != acked:
                 path.unlink(missing_ok=True)
 
     def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:

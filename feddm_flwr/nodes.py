@@ -50,6 +50,7 @@ class Roster:
         self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
+        self._expected: set[str] = set()  # those that took part before the run was resumed
         self.processes: dict[int, str] = {}  # by id: which process of the node's machine it is
 
     def wait(self, grid: Grid, *, first: bool) -> dict[str, int]:
@@ -69,23 +70,30 @@ class Roster:
             ids = sorted(grid.get_node_ids())
             self._introduce(grid, ids, first=first)
             online = {self._ids[i]: i for i in ids if i in self._ids}
-            settled = not first or (ids == before and not self._queries)
-            if first and settled and self._problems:
+            absent = sorted(self._expected - {*online}) if first else []
+            settled = not first or (ids == before and not self._queries and not absent)
+            if first and settled and self._problems and not self._expected:
                 raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
             late = time.monotonic() > deadline
             if (settled or late) and len(online) >= self._needed():
+                if absent:
+                    log.warning("the run goes on without %s", ", ".join(absent))
                 return online
             hopeless = first and settled and ids and all(i in self._left_out for i in ids)
             if late or hopeless:
                 raise RunFailedError(self._shortage(len(online), ids))
             before = ids
-            if (text := f"waiting for nodes: {len(online)} of {self._needed()}") != said and settled:
+            text = f"waiting for nodes: {len(online)} of {self._needed()}"
+            if absent:
+                text = f"waiting for nodes that took part before: {', '.join(absent)}"
+            if text != said and (settled or absent):
                 log.info("%s", said := text)
             time.sleep(_PAUSE)
 
     def expect(self, nodes: list[Node]) -> None:
         """Remember those who took part before the run was resumed."""
         self.nodes = {node.name: node for node in nodes}
+        self._expected = {*self.nodes}
 
     def asked(self, online: int) -> int:
         """How many of the online nodes train in a round."""
@@ -109,6 +117,9 @@ class Roster:
     def _introduce(self, grid: Grid, ids: list[int], *, first: bool) -> None:
         """Ask whoever is new, and take in the answers that are there."""
         self._queries = {message: i for message, i in self._queries.items() if i in ids}
+        # One that went away may come back, with what was wrong put right.
+        self._left_out = {i: why for i, why in self._left_out.items() if i in ids}
+        self._tries = Counter({i: tries for i, tries in self._tries.items() if i in ids})
         known = {*self._ids, *self._left_out, *self._queries.values()}
         for i in ids:
             if i in known:

@@ -1,7 +1,7 @@
 """Which updates are too long to be true, or to be taken as they are: judged by those of earlier rounds.
 
-The measure is the median norm of the updates that were accepted in the last rounds that were
-committed, so that no reply of a round can shift the measure for the others of that round.
+The measure is the median norm, for each local step, of the updates that were accepted in the last rounds
+that were committed, so that no reply of a round can shift the measure for the others of that round.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ class Outliers:
         self._limit, self._clip = limit, clip
         self._rounds: dict[str, list[list[float]]] = {}
 
-    def judge(self, part: str, update: Vector) -> tuple[float, float]:
-        """The norm of an update of a part, and the factor by which it is to be shortened.
+    def judge(self, part: str, update: Vector, steps: int = 1) -> tuple[float, float]:
+        """The norm of an update of a part that came of so many local steps, and the factor by which it is to be
+        shortened.
 
         Raises:
             ValueError: it is far longer than those of earlier rounds.
         """
         norm = float(np.linalg.norm(update.astype(np.float64)))
         earlier = [norm for norms in self._rounds.get(part, []) for norm in norms]
-        usual = median(earlier) if earlier else 0.0
+        usual = steps * median(earlier) if earlier else 0.0
         if not usual:
             cap = _FIRST * math.sqrt(len(update))
             if self._limit and norm > cap:
@@ -52,7 +53,7 @@ class Outliers:
         return norm, min(1.0, self._clip * usual / norm) if self._clip and norm else 1.0
 
     def commit(self, norms: Norms) -> None:
-        """Remember the norms that were accepted in a round, as they were before shortening."""
+        """Remember the norms for a step that were accepted in a round, as they were before shortening."""
         for part, values in norms.items():
             self._rounds[part] = [*self._rounds.get(part, []), sorted(values)][-_ROUNDS:]
 

@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from feddm_flwr.exchange import Values
 from feddm_flwr.parts import Parts, parts_of
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.state_folder import forget_run, state_root
-from feddm_flwr.strategy import FedDM
+from feddm_flwr.strategy import FedDM, Round
 from feddm_flwr.tracking import RunDirectory, read_metrics
 from feddm_flwr.whole_file import whole_folder
 
@@ -63,9 +63,7 @@ def main(grid: Grid, context: Context) -> None:
         if not incomplete:
             _show(run, network, config, feddm)  # what a run that was killed here still owes
         for done in feddm.run(grid):
-            run.log_nodes([asdict(node) for node in feddm.nodes])
-            run.log_round(done.figures())
-            _save(run, feddm, kept)
+            _save(run, feddm, kept, done)
             if not incomplete:
                 _show(run, network, config, feddm)
         if incomplete := incomplete or _never_sent(feddm):
@@ -88,17 +86,21 @@ def _finished(run: RunDirectory) -> Iterator[None]:
         yield
         run.finish("completed", run.reason)
     except BaseException as error:
-        run.finish("failed", f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # a full disk must not hide what went wrong
+            run.finish("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
         _report(run)
 
 
-def _save(run: RunDirectory, feddm: FedDM, config: RunConfig) -> None:
-    """Write a checkpoint; the round is not done before it is on the disk."""
+def _save(run: RunDirectory, feddm: FedDM, config: RunConfig, done: Round | None = None) -> None:
+    """Write a round's figures and a checkpoint; the round is not done before both are on the disk."""
     state = feddm.checkpoint()
     state.facts["config"] = flatten(config)
     try:
+        if done:
+            run.log_nodes([asdict(node) for node in feddm.nodes])
+            run.log_round(done.figures())
         checkpoint.save(run.checkpoints, state, config.keep_checkpoints)
     except OSError as error:
         raise RuntimeError(

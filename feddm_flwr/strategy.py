@@ -277,6 +277,8 @@ class FedDM:
         if type(steps) is not int or not 0 < steps <= local_steps(self.config, node.images):
             return Failure("malformed", clean(f"steps = {steps!r}"))
         part = tally.part[name]
+        if len(frame) > 1.25 * 4 * self._up[part].size + 100_000:
+            return Failure("oversized", f"a frame of {len(frame)} bytes for {self._up[part].size} values")
         try:
             update = self._up[part].decode(frame, self.config.codec.target, number)
         except FrameError as error:
@@ -284,7 +286,7 @@ class FedDM:
         if (base := self._base(part, received)) is not None:
             update -= base
         try:
-            norm, scale = self._outliers.judge(part, update)
+            norm, scale = self._outliers.judge(part, update, steps)
         except ValueError as error:
             return Failure("outlier", str(error))
         if scale < 1:
@@ -294,7 +296,7 @@ class FedDM:
             tally.means[part].add(update, node.images, frame, scale)
         except ValueError as error:
             return Failure("bad-update", str(error))
-        tally.norms.setdefault(part, []).append(norm)
+        tally.norms.setdefault(part, []).append(norm / steps)
         tally.loss.append((name, train_loss, node.images))
         tally.steps.append((name, steps, node.images))
         tally.error.append((name, coding_error, node.images))

@@ -64,7 +64,8 @@ class RunDirectory:
 
     def log_nodes(self, nodes: list[Row]) -> None:
         """Write `nodes.json`: name, images, held_out, class_counts of each node."""
-        (self.path / "nodes.json").write_text(json.dumps(nodes, indent=1), encoding="utf-8")
+        with whole_file(self.path / "nodes.json") as file:
+            file.write(json.dumps(nodes, indent=1).encode())
 
     def log_round(self, row: Row) -> None:
         """Append a line to `metrics.jsonl`, durably, NaN as null, and the numbers to TensorBoard."""
@@ -81,7 +82,8 @@ class RunDirectory:
     def save_grid(self, image: Any, number: int, kind: str = "") -> Path:
         """Write `samples/round-0005.png` (or `round-0005-raw.png`) from a Pillow image."""
         path = self.path / "samples" / f"round-{number:04d}{'-' + kind if kind else ''}.png"
-        image.save(path)
+        with whole_file(path) as file:
+            image.save(file, "PNG")
         return path
 
     def has_grid(self, number: int) -> bool:

@@ -141,7 +141,7 @@ def _decompress(body: bytes, limits: list[int], index: int) -> list[bytes]:
         try:
             if len(coded) < length or not 0 <= zstandard.frame_content_size(coded) <= limit:
                 raise FrameError(f"chunk {index} has a plane that is truncated or above its {limit} bytes")
-            planes.append(decompressor.decompress(coded, max_output_size=max(limit, 1)))
+            planes.append(decompressor.decompress(coded, max_output_size=max(limit, 1), allow_extra_data=False))
         except zstandard.ZstdError as error:
             raise FrameError(f"chunk {index} cannot be decompressed: {error}") from error
     if offset != len(body):

@@ -86,7 +86,17 @@ def _do_here(job: Job) -> Result:
 def process() -> str:
     """Which process the SuperNode is, for the server to notice when it was started anew; "" where there is none."""
     owner = _super_node()
-    return f"{owner.pid} {owner.create_time()}" if owner else ""
+    return _identity(owner.pid) if owner else ""
+
+
+def _identity(pid: int) -> str:
+    """What tells a process from every other of this machine: its start in ticks since boot, where the system has
+    that, since clocks are set."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return f"{pid} {stat.rpartition(')')[2].split()[19]}"
+    except FileNotFoundError:
+        return f"{pid} {psutil.Process(pid).create_time():.0f}"
 
 
 def _super_node() -> psutil.Process | None:
@@ -152,7 +162,7 @@ def _start(address: str, owner: psutil.Process) -> Connection:
     Path(address).unlink(missing_ok=True)  # of one that was killed
     parts = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "feddm_flwr.worker", address, str(owner.pid), str(owner.create_time())],
+        [sys.executable, "-P", "-m", "feddm_flwr.worker", address, _identity(owner.pid)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(parts)},
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # it outlives the process that starts it
@@ -177,30 +187,33 @@ def _send(connection: Connection, header: dict[str, Any], blobs: list[bytes]) ->
 class _Life:
     """Ends this process with its owner, or when it was idle for too long."""
 
-    def __init__(self, pid: int, created: float, address: str) -> None:
+    def __init__(self, owner: str, address: str) -> None:
         self.address, self.since, self.working = address, time.monotonic(), False
-        self._pid, self._created = pid, created
+        self._owner = owner
         Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while self._owned() and (self.working or time.monotonic() - self.since < _IDLE):
             time.sleep(1.0)
+        self.end()  # even in the middle of a job: its node is gone
+
+    def end(self) -> None:
         for path in (self.address, f"{self.address}.lock"):
             Path(path).unlink(missing_ok=True)
-        os._exit(0)  # even in the middle of a job: its node is gone
+        os._exit(0)
 
     def _owned(self) -> bool:
         try:
-            return bool(abs(psutil.Process(self._pid).create_time() - self._created) < 1)
+            return _identity(int(self._owner.split()[0])) == self._owner
         except psutil.Error:
             return False
 
 
-def serve(address: str, pid: int, created: float) -> None:
-    """Do jobs one after the other for the processes of the SuperNode `pid`."""
+def serve(address: str, owner: str) -> None:
+    """Do jobs one after the other for the processes of a SuperNode."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with Listener(address, "AF_UNIX", backlog=8) as listener:
-        life = _Life(pid, created, address)
+        life = _Life(owner, address)
         while True:
             with contextlib.suppress(OSError, EOFError, ValueError), listener.accept() as connection:
                 connection.send_bytes(b"ready")
@@ -213,8 +226,9 @@ def serve(address: str, pid: int, created: float) -> None:
                 except Exception as error:
                     log.exception("the job failed")
                     _send(connection, {"error": f"{type(error).__name__}: {error}"}, [])
+                    life.end()  # what it leaves on a GPU may spoil every later job
             life.working, life.since = False, time.monotonic()
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+    serve(sys.argv[1], sys.argv[2])

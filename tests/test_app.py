@@ -21,6 +21,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from feddm_flwr import cli
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 QUICK = (
@@ -96,24 +98,18 @@ def test_the_model_loads_with_diffusers_alone(vanilla: Path) -> None:
     assert done.stdout.strip() == "(8, 8) False"
 
 
-@pytest.mark.parametrize("strategy", ["feddm-prox", "feddm-quant", "feddm-lean"])
+@pytest.mark.parametrize("strategy", ["feddm-quant", "feddm-lean"])
 def test_strategies_are_swapped_by_run_config(strategy: str, vanilla: Path, folder: Path, tmp_path: Path) -> None:
     done, run = train(folder, strategy, f'strategy="{strategy}"')
     assert done.returncode == 0, done.stdout + done.stderr
     for line, of_vanilla in zip(rows(run), rows(vanilla), strict=True):
         assert line["train_loss"] == pytest.approx(of_vanilla["train_loss"], rel=0.05)
-        least = {"feddm-prox": 1.1, "feddm-quant": 3.9, "feddm-lean": 20}[strategy]
+        least = {"feddm-quant": 3.9, "feddm-lean": 20}[strategy]
         assert line["bytes_up_fp32"] >= least * line["bytes_up"]
         assert line["bytes_down_fp32"] >= least * line["bytes_down"]
     assert checksum(run) != checksum(vanilla)
     assert re.search(r"sent by the nodes: \S+ \S+, \S+x less than float32, \S+x less than gradients", done.stdout)
     assert not list(tmp_path.glob("xdg-state/feddm/*"))  # nodes of a simulation leave nothing behind
-
-
-def test_one_actor_gives_the_same_bits_as_two(vanilla: Path, folder: Path) -> None:
-    done, run = train(folder, "one-actor", "", "--client-cpus", str(os.cpu_count()))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert checksum(run) == checksum(vanilla)
 
 
 def test_flwr_run_works_alone_and_gives_the_same_bits(vanilla: Path, folder: Path) -> None:
@@ -209,18 +205,29 @@ def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Pat
         (["report", "nothing"], "RUN = 'nothing': not a run's folder"),
     ],
 )
-def test_wrong_input_is_refused_at_once(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = feddm(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_refused_at_once(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "no-flower-home"))
+    try:
+        code = cli.main(arguments)
+    except SystemExit as ended:  # argparse's way
+        code = int(ended.code or 0)
+    assert code == 2
+    assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_repeated_by_its_config_file(vanilla: Path, folder: Path) -> None:
+def test_a_run_is_repeated_by_its_config_file_to_the_same_bits_with_one_actor(vanilla: Path, folder: Path) -> None:
     again = folder / "again"
     again.mkdir()
-    done = feddm("run", "-c", str(vanilla / "config.toml"), "-c", f'out-dir="{again}"', cwd=folder)
+    one_actor = ("--client-cpus", str(os.cpu_count()))
+    done = feddm("run", *one_actor, "-c", str(vanilla / "config.toml"), "-c", f'out-dir="{again}"', cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = again.iterdir()
     assert run.name.startswith("feddm-vanilla-")
@@ -293,47 +300,22 @@ def test_a_client_process_that_is_killed_costs_nothing_where_others_are_left(fol
     assert [line["clients_ok"] for line in rows(folder / "runs" / "killed")] == [4, 4]
 
 
-def test_killing_the_only_client_process_fails_the_run(folder: Path) -> None:
-    process = start(folder, "killed-all", "train.local-steps=60", "--client-cpus", str(os.cpu_count()))
-    actor_at_work(process).kill()
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, output
-    assert re.search(r"[01] of 4 nodes gave a good reply, 3 are needed \([34] process-died\)", output)
-    assert not (folder / "runs" / "killed-all" / "model").exists()
-
-
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folder: Path) -> None:
-    job = 'strategy="feddm-lean" num-server-rounds=8 sample.every=0'
-    done, whole = train(folder, "whole", job)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = folder / "runs" / "resumed"
-    process = start(folder, "resumed", job)
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert f"to go on: feddm run --resume {run}" in output
-    done = feddm("run", "--resume", "runs/resumed", "-c", "seed=1", cwd=folder)
-    assert done.returncode == 1
-    assert "seed = 1: was 0 in the run to resume, and must stay so" in done.stderr
-    done = feddm("run", "--resume", "runs/resumed", cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line["round"] for line in rows(run)] == [*range(1, 9)]
-    (after,) = json.loads((run / "status.json").read_text())["resumed_after"]
-    assert 1 <= after < 8
-    assert checksum(run) == checksum(whole)
-
-
-def test_ctrl_c_stops_the_run_and_leaves_no_process(folder: Path) -> None:
-    process = start(folder, "stopped", "num-server-rounds=500")
+def test_ctrl_c_stops_the_run_leaves_no_process_and_the_run_goes_on_to_the_same_bits(
+    vanilla: Path, folder: Path
+) -> None:
+    process, run = start(folder, "stopped", ""), folder / "runs" / "stopped"
     actor_at_work(process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 3
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "stopped" in output
-    assert json.loads((folder / "runs" / "stopped" / "status.json").read_text())["status"] == "stopped"
+    assert f"to go on: feddm run --resume {run}" in output
+    assert json.loads((run / "status.json").read_text())["status"] == "stopped"
     assert psutil.wait_procs(family, timeout=10)[1] == []
+    done = feddm("run", "--resume", "runs/stopped", "--num-supernodes", "4", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after round" in done.stdout
+    assert [line["round"] for line in rows(run)] == [1, 2]
+    assert len(json.loads((run / "status.json").read_text())["resumed_after"]) == 1
+    assert checksum(run) == checksum(vanilla)

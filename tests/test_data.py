@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from feddm_flwr import data
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.data import NodeData, load_all, load_node
 
@@ -51,9 +52,9 @@ def test_dirichlet_is_more_skewed_for_smaller_alpha() -> None:
 
 
 def test_partitions_depend_on_the_seed_and_on_nothing_else() -> None:
-    load_node.cache_clear()
+    data._load_node.cache_clear()
     first = both(node(1, 4, data__partition="dirichlet"))
-    load_node.cache_clear()
+    data._load_node.cache_clear()
     assert both(node(1, 4, data__partition="dirichlet")) == first
     assert both(node(1, 4, data__partition="dirichlet", seed=1)) != first
 

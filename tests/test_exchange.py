@@ -280,11 +280,18 @@ def test_state_is_read_as_it_was_written_and_only_by_its_owner(tmp_path: Path) -
 
 def test_residuals_since_the_acknowledged_round_are_kept(tmp_path: Path) -> None:
     state = NodeState(tmp_path, RUN, "a")
-    for number, acked, kept in ((1, 0, {1}), (2, 1, {1, 2}), (4, 1, {1, 4}), (5, 4, {4, 5}), (8, 4, {4, 8})):
+    for number, acked, kept in (
+        (1, 0, {1}),
+        (2, 1, {1, 2}),
+        (4, 1, {1, 2, 4}),
+        (5, 4, {2, 4, 5}),
+        (8, 4, {4, 5, 8}),
+        (9, 4, {4, 5, 8, 9}),
+    ):
         state.write("residual", number, vector(number), "layout", acked)
         assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in kept}
     state.write("residual", 6, vector(6), "layout", 4)  # a job that was overtaken
-    assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in (4, 6, 8)}
+    assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in (4, 5, 6, 8, 9)}
 
 
 def test_a_run_uuid_is_never_a_path(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_norms_are_judged_by_earlier_rounds_only() -> None:
     with pytest.raises(ValueError, match=r"norm 30: more than server.norm-limit = 10 times the median of 2 in earlier"):
         outliers.judge("all", 3 * one)
     assert outliers.judge("encoder", one) == (10.0, 1.0)  # each part has norms of its own
+    assert outliers.judge("all", 3 * one, steps=3) == (30.0, 0.4)  # more steps go further
     again = Outliers(10.0, 2.0)
     again.restore(outliers.state())
     assert again.judge("all", one) == (10.0, 0.4)

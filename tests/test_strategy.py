@@ -98,7 +98,7 @@ def a_frame(c: RunConfig, value: float, *, number: int = 1) -> bytes:
 C = config(num_server_rounds=1)
 FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message | None]]] = {
     "nan weights": ("bad-frame", lambda m, r: with_frame(r, a_frame(C, np.nan), m)),
-    "huge weights": ("bad-update", lambda m, r: with_frame(r, a_frame(C, 1e29), m)),
+    "huge weights": ("outlier", lambda m, r: with_frame(r, a_frame(C, 1e29), m)),
     "absurd weights": ("bad-frame", lambda m, r: with_frame(r, a_frame(C, 1e38), m)),
     "noise": ("bad-frame", lambda m, r: with_frame(r, b"noise" * 100, m)),
     "empty frame": ("bad-frame", lambda m, r: with_frame(r, b"", m)),

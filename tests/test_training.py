@@ -97,6 +97,27 @@ def test_epochs_are_passes_over_the_images() -> None:
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
+def test_a_slow_node_stops_in_time_and_says_how_far_it_came() -> None:
+    _, whole = trained(config(**{"train__local-steps": 3, "train__max-seconds": 1000.0}))
+    _, part = trained(config(**{"train__local-steps": 100_000, "train__max-seconds": 0.5}))
+    assert whole.steps == 3
+    assert 1 <= part.steps < 100_000
+    assert math.isfinite(part.loss)
+
+
+def test_a_process_serves_one_run_after_another_with_the_settings_of_each() -> None:
+    before = torch.get_num_threads()
+    try:
+        training.prepare_process(config(train__threads=3, train__deterministic=True))
+        assert torch.get_num_threads() == 3
+        assert torch.are_deterministic_algorithms_enabled()
+        training.prepare_process(config())
+        assert torch.get_num_threads() == training._CORES
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_loss_that_is_not_finite_stops_the_node() -> None:
     with pytest.raises(FloatingPointError, match="the training loss of node-0 became"):
         trained(config(**{"train__learning-rate": 1e25, "train__precision": "fp32"}))

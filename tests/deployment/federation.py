@@ -79,8 +79,8 @@ class Federation:
         trust = f'root-certificates = "{self.keys / "ca.crt"}"'
         (self.home / "config.toml").write_text(f'[superlink.site]\naddress = "{self.address}"\n{trust}\n')
         self.processes: dict[str, psutil.Popen] = {}
-        hosts = ("--host", "127.0.0.1", "--host", "superlink")
-        self.command("feddm", "certs", self.keys, *hosts, *(f"--node={site}" for site in sites))
+        nodes = (f"--node={site}" for site in sites)
+        self.command("feddm", "certs", self.keys, "--host", "federation.example.org", *nodes)
         for index, site in enumerate(sites):
             self.make_images(site, index)
         self.start_superlink()
