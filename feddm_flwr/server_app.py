@@ -48,7 +48,7 @@ def main(grid: Grid, context: Context) -> None:
         check_same_run(config, found.facts["config"])
         log.info("resumed after round %d", found.round)
     run.begin(flatten(kept), found.round if found else None)
-    with _finished(run):
+    with _accounted(run):
         parts = parts_of(layout, config)
         incomplete = _personal(parts)
         if incomplete:
@@ -74,17 +74,16 @@ def main(grid: Grid, context: Context) -> None:
             log.info("%s", line)
         if not config.keeps_personal:
             forget_run(state_root(None), run_uuid)  # of simulated nodes, which share this machine
-        run.reason = incomplete
+        run.finish("completed", incomplete)
     written = {"model": run.path / "model", "report": run.path / "report.html"}
     log.info("%s", " ".join(f"{what}={path}" for what, path in written.items() if path.exists()))
 
 
 @contextmanager
-def _finished(run: RunDirectory) -> Iterator[None]:
-    """Whatever happens, the run's folder says how it ended, and has a report."""
+def _accounted(run: RunDirectory) -> Iterator[None]:
+    """Whatever happens, the run's folder says what went wrong, and has a report."""
     try:
         yield
-        run.finish("completed", run.reason)
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide what went wrong
             run.finish("failed", f"{type(error).__name__}: {error}")

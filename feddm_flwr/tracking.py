@@ -34,8 +34,6 @@ class RunDirectory:
             RunInUseError: the run still goes on.
         """
         self.path, self.checkpoints = path, path / "checkpoints"
-        self.reason = ""  # that a run which completed gives, for what it did not write
-        self._resumed: list[int] = []
         if not resume:
             path.mkdir(parents=True)
         elif not (path / "config.toml").is_file():
@@ -52,14 +50,14 @@ class RunDirectory:
         with whole_file(self.path / "config.toml") as file:
             tomli_w.dump(nest(config), file)
         (self.path / "samples").mkdir(exist_ok=True)
+        resumed = _resumed_after(self.path)
         if after is not None:
-            before = _read_status(self.path).get("resumed_after", [])
-            self._resumed = [*before, after]
+            resumed.append(after)
             with whole_file(self.path / "metrics.jsonl") as file:
                 for row in read_metrics(self.path):
                     if row["round"] <= after:
                         file.write(_line(row))
-        self._status("running")
+        write_status(self.path, "running", resumed_after=resumed)
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=after and after + 1)
 
     def log_nodes(self, nodes: list[Row]) -> None:
@@ -92,26 +90,23 @@ class RunDirectory:
 
     def finish(self, status: str, reason: str = "") -> None:
         """Write the status (`completed` or `failed`), close the event file and let others resume the run."""
-        self._status(status, reason)
+        write_status(self.path, status, reason)
         self._board.close()
         self._lock.release()
-
-    def _status(self, status: str, reason: str = "") -> None:
-        write_status(self.path, status, reason, self._resumed)
 
 
 def write_status(path: Path, status: str, reason: str = "", resumed_after: list[int] | None = None) -> None:
     """Write a run's `status.json`: how it stands, why, and the rounds after which it was resumed (by default
     as before)."""
-    resumed = _read_status(path).get("resumed_after", []) if resumed_after is None else resumed_after
+    resumed = _resumed_after(path) if resumed_after is None else resumed_after
     with whole_file(path / "status.json") as file:
         file.write(json.dumps({"status": status, "reason": reason, "resumed_after": resumed}).encode())
 
 
-def _read_status(path: Path) -> dict[str, Any]:
+def _resumed_after(path: Path) -> list[int]:
     file = path / "status.json"
-    read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return read
+    rounds: list[int] = json.loads(file.read_text(encoding="utf-8"))["resumed_after"] if file.exists() else []
+    return rounds
 
 
 def nest(flat: Mapping[str, object]) -> dict[str, Any]:
