@@ -29,9 +29,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from pool_grid import PoolGrid, pool
 
-from feddm_flwr import model, training
+from feddm_flwr import architecture, model
 from feddm_flwr.config import RunConfig, parse
 from feddm_flwr.data import load_all
+from feddm_flwr.objectives import Denoising, Pixels
 from feddm_flwr.parts import parts_of
 from feddm_flwr.state_folder import forget_run, state_root
 from feddm_flwr.strategy import FedDM
@@ -105,15 +106,17 @@ def _value(text: str) -> Any:
 
 def final_loss(config: RunConfig, weights: np.ndarray, images: np.ndarray) -> float:
     """Denoising loss on images that no node has."""
-    network = model.build(config)
+    network = architecture.build(config, {})
     model.load_vector(network, weights)
     larger = replace(config, train=replace(config.train, batch_size=128))
-    return training.held_out_loss(network, images, larger, "benchmark", torch.device("cpu"))
+    cpu = torch.device("cpu")
+    objective = Denoising(larger, Pixels(images, False, cpu), np.zeros(len(images), np.int64), cpu)
+    return objective.held_out(network, len(images), "benchmark")
 
 
 def run(config: RunConfig, processes: ProcessPoolExecutor, nodes: int, images: np.ndarray) -> dict[str, Any]:
     """Train once; what it cost and how good it became."""
-    network = model.build(config)
+    network = architecture.build(config, {})
     run_uuid, start = uuid.uuid4().hex, time.monotonic()
     feddm = FedDM(config, model.to_vector(network), parts_of(model.layout(network), config), run_uuid)
     rounds = list(feddm.run(PoolGrid(processes, config, nodes)))

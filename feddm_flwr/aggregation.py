@@ -4,6 +4,7 @@ optimizers as `init` and `update`, and the moving average of the global weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,7 +47,7 @@ class StreamingMean:
                 was added then. This too does not depend on the order.
         """
         assert 1 <= weight <= self._total - self.weight, (weight, self.weight, self._total)
-        largest = float(np.abs(vector).max(initial=0))
+        largest = float(max(vector.max(initial=0), -vector.min(initial=0)))
         if not largest * self._total * 2.0**FRACTION_BITS < _LIMIT:
             raise ValueError(f"the update has values up to {largest:.3g}: too large to add up exactly")
         scale = weight * 2.0**FRACTION_BITS
@@ -59,7 +60,10 @@ class StreamingMean:
     def mean(self) -> Vector:
         """The mean as float32; zeros where nothing was added."""
         divisor = max(self.weight, 1) * 2.0**FRACTION_BITS
-        return (self._sum / divisor).astype(np.float32)
+        result = np.empty(len(self._sum), np.float32)
+        for start in range(0, len(result), _CHUNK):
+            result[start : start + _CHUNK] = self._sum[start : start + _CHUNK] / divisor
+        return result
 
 
 class Aggregate(Protocol):
@@ -136,4 +140,16 @@ def ema_factor(decay: float, steps_before: int, steps: int) -> float:
 
 def ema_update(ema: Vector, weights: Vector, factor: float) -> Vector:
     """factor * ema + (1 - factor) * weights."""
-    return np.float32(factor) * ema + np.float32(1 - factor) * weights
+    result: Vector = np.float32(factor) * ema
+    for start in range(0, len(result), _CHUNK):
+        result[start : start + _CHUNK] += np.float32(1 - factor) * weights[start : start + _CHUNK]
+    return result
+
+
+def euclidean_norm(vector: Vector) -> float:
+    """The Euclidean norm, summed in float64 piece by piece."""
+    squares = (
+        float(np.square(vector[start : start + _CHUNK], dtype=np.float64).sum())
+        for start in range(0, len(vector), _CHUNK)
+    )
+    return math.sqrt(math.fsum(squares))

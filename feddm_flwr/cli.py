@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("-n", "--count", type=_positive, default=64, metavar="N", help="images (default 64)")
     sample.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default 50)")
+    sample.add_argument("--class", dest="of_class", metavar="CLASS", help="name or number (default: all, in turns)")
+    sample.add_argument("--guidance", type=float, default=2.0, metavar="W", help="of a class; 1: none (default 2)")
     sample.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
     sample.add_argument(
         "-o",
@@ -223,18 +225,27 @@ def _sample(options: argparse.Namespace) -> int:
         raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
     import numpy as np
     import torch
-    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
     from diffusers.utils.logging import disable_progress_bar
 
-    from feddm_flwr import evaluation
+    from feddm_flwr import evaluation, pipelines
 
     disable_progress_bar()
-    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline = pipelines.load(folder)
     limit = pipeline.scheduler.config.num_train_timesteps
     if options.steps > limit:
         raise ConfigError(f"--steps = {options.steps}: must be at most {limit}, the model's noise levels")
-    network = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = evaluation.sample(network, pipeline.scheduler.config, options.count, options.steps, options.seed)
+    names = pipelines.class_names(pipeline)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = evaluation.sample(
+        pipeline.unet,
+        pipeline.scheduler.config,
+        options.count,
+        options.steps,
+        options.seed,
+        labels=_labels(options, names),
+        guidance=options.guidance,
+        autoencoder=pipelines.autoencoder(pipeline),
+    )
     (output if as_folder else output.parent).mkdir(parents=True, exist_ok=True)
     if as_folder:
         for i, image in enumerate(images):
@@ -245,6 +256,20 @@ def _sample(options: argparse.Namespace) -> int:
         evaluation.grid(images).save(output)
     print(f"{len(images)} images: {output}")
     return 0
+
+
+def _labels(options: argparse.Namespace, names: list[str]) -> list[int] | None:
+    """The label of each image; None for a model without classes."""
+    asked = options.of_class
+    if not names:
+        if asked is not None:
+            raise ConfigError(f"--class = {asked!r}: the model knows no classes")
+        return None
+    if asked is None:
+        return [i * len(names) // options.count for i in range(options.count)]
+    if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):
+        raise ConfigError(f"--class = {asked!r}: must be one of {', '.join(names)}, or a number below {len(names)}")
+    return [names.index(asked) if asked in names else int(asked)] * options.count
 
 
 def _certs(options: argparse.Namespace) -> int:

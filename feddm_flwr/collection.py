@@ -7,19 +7,21 @@ one by one, so that the server's memory does not grow with the number of nodes.
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from feddm_flwr.messages import Failure, pull, push
+from feddm_flwr.messages import Failure, Replies, push
 from feddm_flwr.probes import Probes
 
 log = logging.getLogger("feddm")
 
+_WINDOW = 8  # simulated nodes that are asked at a time, at least
 _PAUSE = 0.05  # seconds between polls at first; they grow to a second
 
 
@@ -61,28 +63,31 @@ def collect(
     is handed. So is a real node that was restarted.
     """
     deadline = time.monotonic() + timeout
+    # A simulation keeps replies in this process until they are pulled, and may make them faster. Real nodes are all
+    # asked at once: their replies wait in the SuperLink, on disk.
+    window = max(_WINDOW, os.cpu_count() or 1) if hasattr(grid, "state") else len(names)
+    replies = Replies(grid)
     died: dict[int, Failure] = {}
     whole: set[int] = set()
     again = list(names)
     while again:
         pending: dict[str, int] = {}
-        for node_id in again:
-            name = names[node_id]
-            sent = content(name, node_id in whole)
-            shadowed = bool(sent.config_records["task"]["shadow"])  # the same for every node
-            if message := push(grid, sent, node_id, MessageType.TRAIN, timeout):
-                pending[message] = node_id
-                _count(traffic, name, sent)
-                traffic.float32_down += 0 if node_id in whole else 4 * size
-            else:
-                yield node_id, Failure("not-sent", "Flower did not take the message")
-        again, through, pause = [], 0, _PAUSE
-        while pending:
+        queue, again, through, pause = deque(again), [], 0, _PAUSE
+        while queue or pending:
+            while queue and len(pending) < window:
+                node_id = queue.popleft()
+                sent = content(names[node_id], node_id in whole)
+                if message := push(grid, sent, node_id, MessageType.TRAIN, timeout):
+                    pending[message] = node_id
+                    _count(traffic, names[node_id], sent)
+                    traffic.float32_down += 0 if node_id in whole else 4 * size
+                else:
+                    yield node_id, Failure("not-sent", "Flower did not take the message")
             time.sleep(pause)
             pause = min(pause * 1.2, 1.0)
             restarted = probes.restarted(pending.values())
             for message, node_id in list(pending.items()):
-                if (reply := pull(grid, message)) is None:
+                if (reply := replies.pull(message)) is None:
                     if node_id in restarted:
                         del pending[message]
                         died[node_id] = Failure("restarted", "the node was restarted and lost its task")
@@ -97,15 +102,15 @@ def collect(
                 through += 1
                 if not _lost(reply):
                     yield node_id, reply
-                elif node_id in whole or not shadowed:
+                elif node_id in whole:
                     yield node_id, Failure("lost", "the node says that it lost what it was just sent")
                 else:
-                    log.warning("%s has lost the shared weights; it gets the whole of them", names[node_id])
+                    log.warning("%s has lost what it was sent before; it gets the whole of it", names[node_id])
                     whole.add(node_id)
                     again.append(node_id)
             if time.monotonic() >= deadline:
                 break
-        for node_id in pending.values():
+        for node_id in (*pending.values(), *queue):
             yield node_id, Failure("timeout", f"no reply within round-timeout = {timeout:g} s")
         if not through or time.monotonic() >= deadline:
             break

@@ -1,37 +1,33 @@
-"""A node's images: read, shared out among simulated nodes, decoded to one uint8 array.
-
-Resize rule, the same everywhere: EXIF orientation applied, converted to grey or RGB, the shorter
-side resized to `data.image-size` with Pillow's antialiased bicubic filter, centre-cropped to square.
-"""
+"""A node's images: found, shared out among simulated nodes, decoded once to a uint8 array on its disk."""
 
 from __future__ import annotations
 
-import io
-import logging
+import hashlib
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
+from feddm_flwr.array_cache import array, cached, facts, new_array, write_facts
 from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
+from feddm_flwr.images import ENDINGS, Images, decode, fit
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
-Images = NDArray[np.uint8]  # (N, C, H, W)
+Labels = NDArray[np.int64]  # (N,)
 
-log = logging.getLogger("feddm")
-
-_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _DIGITS_TEST_SHARE = 5  # one digit in five is kept apart from training, as split "test"
+_FORMAT = 1  # of what is cached: raised when the same file would be decoded to other pixels
 
 
 @dataclass(frozen=True)
@@ -41,17 +37,22 @@ class NodeData:
     train: Images
     held_out: Images
     class_counts: dict[str, int]
+    train_labels: Labels  # places in `data.classes`; zeros where that is empty
+    held_out_labels: Labels
     skipped: int = 0  # images that cannot be read
+    fingerprint: str = ""  # of the images and their order; empty where they are not cached
 
 
 @dataclass(frozen=True)
 class _Source:
     """A data set before decoding: where it is (for messages), one row per image, and a decoder of rows, which
-    also says which of them could be read."""
+    fills the beginning of an array and says which of them could be read."""
 
     origin: str
     table: Dataset
-    decode: Callable[[Sequence[int]], tuple[Images, list[int]]]
+    decode: Callable[[Sequence[int], Images], list[int]]
+
+    version: str  # of what it is decoded from
 
     def classes(self, column: str) -> list[str]:
         """The class of every row, or nothing where there is no such column."""
@@ -62,60 +63,107 @@ class _Source:
         return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
 
 
-def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None) -> NodeData:
-    """The data of one node: all of `data_path`, or partition i of n of `data.name`.
-
-    Cached, since a node comes back to the same process every round, by what the images depend on: other runs
-    share them, and a folder to which images were added, or from which some were taken, is read anew.
+def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, root: Path) -> NodeData:
+    """The data of one node: all of `data_path`, or partition i of n of `data.name`; decoded once into a cache
+    below `root`, which every run and process with the same data shares.
 
     Raises:
-        ConfigError: a key does not fit the data, or images cannot be read.
+        ConfigError: a key does not fit the data, images cannot be read, or the cache cannot be written.
     """
-    essence = replace(parse({}), data=config.data, seed=config.seed)
-    return _load_node(essence, partition, data_path, _stamp(data_path))
-
-
-def _stamp(data_path: str | None) -> int:
-    """When a folder, or a class in it, or a file last changed."""
-    path = Path(data_path).expanduser() if data_path else None
-    if not path or not path.exists():
-        return 0
-    below = [one for one in path.iterdir() if one.is_dir()] if path.is_dir() else []
-    return max(one.stat().st_mtime_ns for one in (path, *below))
-
-
-@lru_cache(maxsize=8)
-def _load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, stamp: int) -> NodeData:
-    if data_path:
-        if config.data.name == "digits":  # the default, whose size and channels would go unnoticed
-            raise ConfigError(
-                "data.name = 'digits' but this node has a data-path: set data.name to what the federation's images "
-                "are called, data.image-size and data.channels"
-            )
-        source = _open(config, data_path, f"data-path = {data_path!r}", own=True)
-        rows = list(range(len(source.table)))
-    elif partition:
-        source = _open(config, config.data.name, f"data.name = {config.data.name!r}")
-        rows = _partition(config, source, *partition)
-    else:
-        raise ConfigError("the node has neither data-path nor partition-id and num-partitions in its --node-config")
-    order = np.random.default_rng(derive_seed(config.seed, "held out", partition)).permutation(len(rows))
-    asked = len(rows)
-    images, rows = source.decode([rows[i] for i in order])
-    share = config.data.eval_fraction
-    held_out = min(math.ceil(share * len(rows)), len(rows) - 1)
-    if len(rows) < (2 if share else 1):
+    if data_path and config.data.name == "digits":  # the default, whose size and channels would go unnoticed
         raise ConfigError(
-            f"{source.origin}: {len(rows)} images are too few; at least one is needed to train on, "
+            "data.name = 'digits' but this node has a data-path: set data.name to what the federation's images "
+            "are called, data.image-size and data.channels"
+        )
+    if not data_path and not partition:
+        raise ConfigError("the node has neither data-path nor partition-id and num-partitions in its --node-config")
+    data = config.data if not data_path else replace(config.data, name="own")
+    essence = replace(parse({}), data=data, seed=config.seed)
+    return _load_node(essence, partition, data_path, _stamp(data_path or config.data.name), root)
+
+
+def _stamp(name: str) -> str:
+    """What changes when a file does that is there by this name, or below it; "" where there is none."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return ""
+    digest = hashlib.sha256()
+    for folder, folders, files in [*os.walk(path)] if path.is_dir() else [(str(path.parent), [], [path.name])]:
+        folders.sort()
+        for file in sorted(files):
+            try:
+                found = Path(folder, file).stat()
+            except OSError:  # a link to nothing
+                continue
+            digest.update(f"{folder}/{file} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _load_node(
+    config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, stamp: str, root: Path
+) -> NodeData:
+    """`stamp` tells the files' states apart."""
+    d, name = config.data, data_path or config.data.name
+    origin = f"data-path = {data_path!r}" if data_path else f"data.name = {name!r}"
+    # What a hub has under a name may change: the library knows.
+    version = stamp or _open(config, name, origin, own=bool(data_path), stamp=stamp).version
+    key = {
+        "format": _FORMAT,
+        "data": asdict(replace(d, classes="", eval_fraction=0)),
+        "seed": config.seed,
+        "partition": partition,
+        "version": version,
+    }
+
+    def fill(folder: Path) -> None:
+        source = _open(config, name, origin, own=bool(data_path), stamp=stamp)
+        rows = _partition(config, source, *partition) if partition and not data_path else [*range(len(source.table))]
+        order = np.random.default_rng(derive_seed(config.seed, "held out", partition)).permutation(len(rows))
+        rows = [rows[i] for i in order]
+        images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
+        kept = source.decode(rows, images)
+        classes = source.classes(d.label_column)
+        own = [classes[row] for row in kept] if classes else []
+        write_facts(folder, {"classes": own, "count": len(kept), "asked": len(rows)})
+
+    try:
+        folder = cached(root, key, fill)
+    except OSError as error:
+        raise ConfigError(f"state-path = {str(root)!r}: decoded images cannot be kept there ({error})") from error
+    found = facts(folder)
+    own, count, share = found["classes"], found["count"], d.eval_fraction
+    held_out = min(math.ceil(share * count), count - 1)
+    if count < (2 if share else 1):
+        raise ConfigError(
+            f"{origin}: {count} images are too few; at least one is needed to train on, "
             "and one to hold out where data.eval-fraction is above 0"
         )
-    classes = source.classes(config.data.label_column)
+    images, labels = array(folder, "images")[:count], _labels(config, own, count, origin)
     return NodeData(
         train=images[held_out:],
         held_out=images[:held_out],
-        class_counts=dict(sorted(Counter(classes[i] for i in rows).items())) if classes else {},
-        skipped=asked - len(rows),
+        train_labels=labels[held_out:],
+        held_out_labels=labels[:held_out],
+        class_counts=dict(sorted(Counter(own).items())),
+        skipped=found["asked"] - count,
+        fingerprint=folder.name,
     )
+
+
+def _labels(config: RunConfig, own: list[str], count: int, origin: str) -> Labels:
+    names = {name: i for i, name in enumerate(config.data.class_names)}
+    if not names:
+        return np.zeros(count, np.int64)
+    if not own:
+        column = config.data.label_column
+        raise ConfigError(f"data.label-column = {column!r}: no such column, nor class folders; {origin} has no classes")
+    if unknown := sorted({*own} - {*names}):
+        raise ConfigError(
+            f"data.classes = {config.data.classes!r}: must name every class; {origin} also has "
+            f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}"
+        )
+    return np.array([names[name] for name in own], np.int64)
 
 
 def load_all(config: RunConfig) -> tuple[Images, list[str]]:
@@ -124,10 +172,12 @@ def load_all(config: RunConfig) -> tuple[Images, list[str]]:
     Raises:
         ConfigError: as `load_node`.
     """
-    source = _open(config, config.data.name, f"data.name = {config.data.name!r}")
-    images, rows = source.decode(range(len(source.table)))
+    name, d = config.data.name, config.data
+    source = _open(config, name, f"data.name = {name!r}", stamp=_stamp(name))
+    images = np.empty((len(source.table), d.channels, d.image_size, d.image_size), np.uint8)
+    kept = source.decode(range(len(images)), images)
     classes = source.classes(config.data.label_column)
-    return images, [classes[i] for i in rows] if classes else []
+    return images[: len(kept)], [classes[i] for i in kept] if classes else []
 
 
 def _partition(config: RunConfig, source: _Source, index: int, count: int) -> list[int]:
@@ -181,7 +231,7 @@ def _partition(config: RunConfig, source: _Source, index: int, count: int) -> li
 
 
 @lru_cache(maxsize=2)
-def _open(config: RunConfig, name: str, origin: str, own: bool = False) -> _Source:
+def _open(config: RunConfig, name: str, origin: str, *, own: bool = False, stamp: str) -> _Source:
     """A data set by name or path, nothing decoded yet. A node's `own` must be here: no name is looked
     up elsewhere, and no file's name goes into a message."""
     import datasets
@@ -190,7 +240,7 @@ def _open(config: RunConfig, name: str, origin: str, own: bool = False) -> _Sour
         return _digits(config, origin)
     path = Path(name).expanduser()
     if path.is_dir() and not sorted(path.glob("*.parquet")):
-        return _folder(config, path, origin, own)
+        return _folder(config, path, origin, own, stamp)
     if not path.exists() and (own or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
         raise ConfigError(f"{origin}: no such file or folder")
     column = config.data.image_column
@@ -210,12 +260,15 @@ def _open(config: RunConfig, name: str, origin: str, own: bool = False) -> _Sour
     if column not in table.column_names:
         raise ConfigError(f"data.image-column = {column!r}: no such column; {origin} has {table.column_names}")
 
-    def decode(rows: Sequence[int]) -> tuple[Images, list[int]]:
-        cells = table.select(rows)[column]
-        files = [cell and (cell["bytes"] or Path(cell["path"])) for cell in cells]
-        return _decode(config, rows, files, [f"row {row}" for row in rows], origin)
+    def read(rows: Sequence[int]) -> Iterable[bytes | Path | None]:
+        for cell in table.select(rows).select_columns([column]):
+            image = cell[column]
+            yield image and (image["bytes"] or Path(image["path"]))
 
-    return _Source(origin, table, decode)
+    def fill(rows: Sequence[int], out: Images) -> list[int]:
+        return [rows[i] for i in decode(config.data, read(rows), [f"row {row}" for row in rows], origin, out)]
+
+    return _Source(origin, table, fill, stamp or table._fingerprint)
 
 
 def _digits(config: RunConfig, origin: str) -> _Source:
@@ -232,73 +285,28 @@ def _digits(config: RunConfig, origin: str) -> _Source:
     images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
     table = Dataset.from_dict({"label": digits.target[rows]})
 
-    def decode(chosen: Sequence[int]) -> tuple[Images, list[int]]:
-        return np.stack([_fit(config, Image.fromarray(images[i])) for i in chosen]), [*chosen]
+    def fill(chosen: Sequence[int], out: Images) -> list[int]:
+        for i, row in enumerate(chosen):
+            out[i] = fit(config.data, Image.fromarray(images[row]))
+        return [*chosen]
 
-    return _Source(origin, table, decode)
+    return _Source(origin, table, fill, "scikit-learn")
 
 
-def _folder(config: RunConfig, path: Path, origin: str, own: bool) -> _Source:
+def _folder(config: RunConfig, path: Path, origin: str, own: bool, stamp: str) -> _Source:
     """Images below a folder; the class is the name of the first subfolder, where there is one."""
     from datasets import Dataset
 
-    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in _ENDINGS and p.is_file())
+    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in ENDINGS and p.is_file())
     if not files:
-        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(_ENDINGS)}")
+        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(ENDINGS)}")
     parts = [p.relative_to(path).parts for p in files]
     columns: dict[str, list[str]] = {"file": [str(Path(*part)) for part in parts]}
     if all(len(part) > 1 for part in parts):
         columns[config.data.label_column] = [part[0] for part in parts]
 
-    def decode(rows: Sequence[int]) -> tuple[Images, list[int]]:
+    def fill(rows: Sequence[int], out: Images) -> list[int]:
         names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
-        return _decode(config, rows, [files[i] for i in rows], names, origin)
+        return [rows[i] for i in decode(config.data, (files[i] for i in rows), names, origin, out)]
 
-    return _Source(origin, Dataset.from_dict(columns), decode)
-
-
-def _decode(
-    config: RunConfig, rows: Sequence[int], files: Sequence[bytes | Path | None], names: Sequence[str], origin: str
-) -> tuple[Images, list[int]]:
-    """Decode image files; also the rows of those that can be read.
-
-    Raises:
-        ConfigError: more cannot be read than `data.max-broken` allows; the message counts them and names the first.
-    """
-    images: list[Images] = []
-    kept: list[int] = []
-    broken: list[str] = []
-    for row, file, name in zip(rows, files, names, strict=True):
-        try:
-            if file is None:
-                raise ValueError("no image")
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                images.append(_fit(config, image))
-            kept.append(row)
-        except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-            log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else name, error)
-            broken.append(f"{name} ({type(error).__name__})")
-    if len(broken) > config.data.max_broken * len(names):
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise ConfigError(
-            f"{origin}: {len(broken)} of {len(names)} images cannot be read: {', '.join(broken[:3])}{more}; "
-            f"repair or remove them (the node's own log has every name and cause), or raise data.max-broken = "
-            f"{config.data.max_broken:g}, the share that is skipped"
-        )
-    return np.stack(images), kept
-
-
-def _fit(config: RunConfig, image: Image.Image) -> Images:
-    """One image as uint8 (C, H, W), by the rule at the head of this file."""
-    size = config.data.image_size
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode}: more than 8 bits for a channel are not supported")
-    image = ImageOps.exif_transpose(image).convert("L" if config.data.channels == 1 else "RGB")
-    if image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        image = image.crop((left, top, left + size, top + size))
-    pixels: Images = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return _Source(origin, Dataset.from_dict(columns), fill, stamp)

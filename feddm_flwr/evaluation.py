@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 
-from feddm_flwr.data import Images
+from feddm_flwr.class_pipeline import guided
+from feddm_flwr.images import Images
+from feddm_flwr.latents import decode
 
 
 @torch.inference_mode()
 def sample(
-    network: UNet2DModel, scheduler_config: Any, count: int, steps: int, seed: int, batch_size: int = 64
+    network: Any,
+    scheduler_config: Any,
+    count: int,
+    steps: int,
+    seed: int,
+    *,
+    labels: Sequence[int] | None = None,
+    guidance: float = 1.0,
+    autoencoder: Any = None,
+    batch_size: int = 64,
 ) -> Images:
     """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), uint8 (count, C, H, W).
 
     `scheduler_config` is the configuration of the diffusers scheduler that the model was trained
     for. The starting noise is drawn on the CPU, image by image: image i depends on the seed and i
-    only, not on device or batch size.
+    only, not on device or batch size. A class-conditional model needs the label of each image; the last
+    embedding of its is for no class. A latent one needs its autoencoder.
     """
     scheduler = DDIMScheduler.from_config(scheduler_config)
     scheduler.set_timesteps(steps)
@@ -32,13 +44,25 @@ def sample(
     noise = torch.stack([torch.randn(shape, generator=random) for _ in range(count)])
     network.eval()
     done = []
-    for x in noise.split(batch_size):
+    classes = torch.tensor([*labels] if labels is not None else [0] * count, device=device)
+    for x, own in zip(noise.split(batch_size), classes.split(batch_size), strict=True):
         x = x.to(device)
         for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+            if labels is None:
+                predicted = network(x, t).sample
+            else:
+                predicted = guided(network, x, t, own, network.config.num_class_embeds - 1, guidance)
+            x = scheduler.step(predicted, t, x).prev_sample
+        if autoencoder is not None:
+            x = decode(autoencoder, x)
         done.append(((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
     images: Images = torch.cat(done).numpy()
     return images
+
+
+def every_class(classes: int, count: int) -> list[int]:
+    """Labels for `count` images, as many of each class as can be, class by class."""
+    return [i * classes // count for i in range(count)]
 
 
 def to_image(pixels: Images) -> Image.Image:

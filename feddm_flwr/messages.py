@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -34,6 +37,10 @@ _REASONS = {
 }
 
 
+_PATIENCE = 5.0  # seconds that a reply may take to come through before others are pulled beside it
+_ASIDE = 8  # replies that are waited for aside: bounds the memory
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why there is no good reply: a short reason that is counted, and a line for the log."""
@@ -51,8 +58,47 @@ def push(grid: Grid, content: RecordDict, node_id: int, kind: str, ttl: float) -
     return message_ids[0] or "" if message_ids else ""
 
 
-def pull(grid: Grid, message_id: str) -> RecordDict | Failure | None:
-    """The reply to a message, or None while there is none."""
+#: What a pull came to: the reply, None while there is none, or an error of Flower's.
+_Pulled = RecordDict | Failure | Exception | None
+
+
+class Replies:
+    """Pulls replies. Flower says that there is one when its upload begins, and then waits for the end of it,
+    two hours if need be: such a reply is waited for aside, and holds up nobody else."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._aside: dict[str, SimpleQueue[_Pulled]] = {}
+
+    def pull(self, message_id: str) -> RecordDict | Failure | None:
+        """The reply to a message, or None while there is none."""
+        box, patience = self._aside.pop(message_id, None), 0.0
+        if box is None:
+            if len(self._aside) >= _ASIDE:
+                return None
+            box, patience = SimpleQueue(), _PATIENCE
+            Thread(target=self._pull_into, args=(box, message_id), daemon=True).start()
+        try:
+            pulled = box.get(timeout=patience)
+        except Empty:
+            self._aside[message_id] = box
+            return None
+        if isinstance(pulled, Exception):
+            raise pulled
+        return pulled
+
+    def forget_all_but(self, messages: Container[str]) -> None:
+        """Give up on the replies to other messages."""
+        self._aside = {message: box for message, box in self._aside.items() if message in messages}
+
+    def _pull_into(self, box: SimpleQueue[_Pulled], message_id: str) -> None:
+        try:
+            box.put(_pull(self._grid, message_id))
+        except Exception as error:
+            box.put(error)
+
+
+def _pull(grid: Grid, message_id: str) -> RecordDict | Failure | None:
     try:
         replies = list(grid.pull_messages([message_id]))
     except _UNPACKING as error:

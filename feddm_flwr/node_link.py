@@ -27,6 +27,7 @@ class Task:
     part: str  # which parameters the reply is to cover
     acked: int  # the last round whose reply of this node, of that part, entered a mean; 0: none
     acked_any: int  # the same of any part
+    assets: str  # JSON: SHA-256 of what the run builds upon, by kind
     shadow: str  # fingerprint of what the nodes are to hold; empty where weights are sent
 
 

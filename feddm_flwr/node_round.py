@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from feddm_flwr import model, training
+import torch
+
+from feddm_flwr import architecture, latents, model, objectives, pipelines, training
+from feddm_flwr.assets import AUTOENCODER, Assets, kept
 from feddm_flwr.config import RunConfig
 from feddm_flwr.data import NodeData
 from feddm_flwr.node_link import NodeLink, Task
@@ -15,6 +21,8 @@ from feddm_flwr.node_state import StateLostError
 from feddm_flwr.parts import parts_of
 
 log = logging.getLogger("feddm")
+
+ASSET = "asset-"  # what the names of frames begin with that are assets
 
 #: What the server is told of a round, beside the frame.
 Report = dict[str, str | int | float | bool]
@@ -37,7 +45,13 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
     """
     task = Task(**{key.replace("-", "_"): value for key, value in said.items()})  # type: ignore[arg-type]
     device = training.prepare_process(config)
-    network = model.build(config)
+    sent_assets = {key.removeprefix(ASSET): frame for key, frame in frames.items() if key.startswith(ASSET)}
+    assets = kept(root, json.loads(task.assets), sent_assets)
+    if assets is None:
+        log.warning("what the run builds upon is not here; the server sends it")
+        return Outcome({"name": name, "round": task.round}, b"")
+    frames = {key: frame for key, frame in frames.items() if not key.startswith(ASSET)}
+    network = architecture.build(config, assets)
     parts = parts_of(model.layout(network), config)
     link = NodeLink(config, parts, name, root, task)
     try:
@@ -47,13 +61,13 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         return Outcome({"name": name, "round": task.round}, b"")
     model.load_vector(network.to(device), received)
 
-    held_out = data.held_out[: config.eval.images] if task.evaluate else data.held_out[:0]
-    eval_loss = training.held_out_loss(network, held_out, config, name, device)
+    objective, evaluate = _objective(config, name, data, assets, root, device)
+    eval_loss, latent_power = evaluate(network, config.eval.images if task.evaluate else 0)
     progress, start = training.Progress(task.round, task.steps_before), link.start(received)
-    trained = training.train(network, data.train, config, name, progress, device, start)
+    trained = training.train(network, objective, config, name, progress, device, start)
     sent = link.send(model.flat(network), received)
     if link.state and parts.personal.layout.names:
-        path = link.state.replace_folder("pipeline", lambda folder: model.save_pipeline(network, config, folder, ""))
+        path = link.state.replace_folder("pipeline", lambda folder: pipelines.save(network, config, assets, folder, ""))
         log.info("this node's own model as of round %d: %s", task.round, path)
     report: Report = {
         "name": name,
@@ -61,7 +75,29 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         "steps": trained.steps,
         "train-loss": trained.loss,
         "eval-loss": eval_loss,
+        "latent-power": latent_power,
         "coding-error": sent.error,
         "state-lost": link.state_lost,
     }
     return Outcome(report, sent.frame)
+
+
+def _objective(
+    config: RunConfig, name: str, data: NodeData, assets: Assets, root: Path, device: torch.device
+) -> tuple[objectives.Objective, Callable[[Any, int], tuple[float, float]]]:
+    """What the node minimizes, and what gives, of a network and a number of held-out images, the loss on them and the
+    mean square of their latents (an autoencoder's; else NaN)."""
+    flip = config.data.flip
+    if config.stage == "autoencoder":
+        unseen = objectives.Reconstruction(config, objectives.Pixels(data.held_out, False, device), device)
+        return objectives.Reconstruction(config, objectives.Pixels(data.train, flip, device), device), unseen.held_out
+    examples: tuple[objectives.Pixels | latents.Latents, ...]
+    if AUTOENCODER in assets:
+        examples = latents.encoded(data, assets[AUTOENCODER], flip, root, device)
+    else:
+        examples = tuple(objectives.Pixels(images, flip, device) for images in (data.train, data.held_out))
+    train, held_out = (
+        objectives.Denoising(config, some, labels, device)
+        for some, labels in zip(examples, (data.train_labels, data.held_out_labels), strict=True)
+    )
+    return train, lambda network, limit: (held_out.held_out(network, limit, name), math.nan)

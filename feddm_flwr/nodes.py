@@ -13,7 +13,7 @@ from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig
-from feddm_flwr.messages import Failure, clean, pull, push
+from feddm_flwr.messages import Failure, Replies, clean, push
 from feddm_flwr.probes import process_of
 
 log = logging.getLogger("feddm")
@@ -50,6 +50,7 @@ class Roster:
         self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
+        self._replies: Replies | None = None
         self._expected: set[str] = set()  # those that took part before the run was resumed
         self.processes: dict[int, str] = {}  # by id: which process of the node's machine it is
 
@@ -117,6 +118,8 @@ class Roster:
     def _introduce(self, grid: Grid, ids: list[int], *, first: bool) -> None:
         """Ask whoever is new, and take in the answers that are there."""
         self._queries = {message: i for message, i in self._queries.items() if i in ids}
+        self._replies = self._replies or Replies(grid)
+        self._replies.forget_all_but(self._queries)
         # One that went away may come back, with what was wrong put right.
         self._left_out = {i: why for i, why in self._left_out.items() if i in ids}
         self._tries = Counter({i: tries for i, tries in self._tries.items() if i in ids})
@@ -128,7 +131,7 @@ class Roster:
                 self._queries[message] = i
         introduced: list[Node] = []
         for message, i in list(self._queries.items()):
-            if (reply := pull(grid, message)) is None:
+            if (reply := self._replies.pull(message)) is None:
                 continue
             del self._queries[message]
             answer = reply if isinstance(reply, Failure) else _introduction(reply)

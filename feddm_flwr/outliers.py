@@ -10,9 +10,7 @@ import math
 from collections.abc import Mapping
 from statistics import median
 
-import numpy as np
-
-from feddm_flwr.aggregation import Vector
+from feddm_flwr.aggregation import Vector, euclidean_norm
 
 #: Rounds that the median looks back on.
 _ROUNDS = 5
@@ -37,7 +35,7 @@ class Outliers:
         Raises:
             ValueError: it is far longer than those of earlier rounds.
         """
-        norm = float(np.linalg.norm(update.astype(np.float64)))
+        norm = euclidean_norm(update)
         earlier = [norm for norms in self._rounds.get(part, []) for norm in norms]
         usual = steps * median(earlier) if earlier else 0.0
         if not usual:

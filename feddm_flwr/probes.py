@@ -13,7 +13,7 @@ from collections.abc import Collection
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from feddm_flwr.messages import Failure, clean, pull, push
+from feddm_flwr.messages import Failure, Replies, clean, push
 
 _FIRST = 20.0  # seconds until a node is asked; then twice as long each time
 _LONGEST = 600.0
@@ -23,7 +23,7 @@ class Probes:
     """The questions of one round; `processes` (id -> what a node last said) is kept up to date."""
 
     def __init__(self, grid: Grid, processes: dict[int, str]) -> None:
-        self._grid, self._processes = grid, processes
+        self._grid, self._processes, self._replies = grid, processes, Replies(grid)
         self._due: dict[int, tuple[float, float]] = {}  # by node: when it is asked next, and how much later again
         self._asked: dict[str, int] = {}  # message -> node
 
@@ -41,7 +41,7 @@ class Probes:
             self._due[node] = (now + interval, interval)
         found = set()
         for message, node in list(self._asked.items()):
-            if (reply := pull(self._grid, message)) is None:
+            if (reply := self._replies.pull(message)) is None:
                 continue
             del self._asked[message]
             said = "" if isinstance(reply, Failure) else process_of(reply)

@@ -60,6 +60,7 @@ def model_card(config: Mapping[str, object], rounds: int, nodes: int) -> str:
         "seed",
     )
     table = "\n".join(f"| `{key}` | `{config[key]}` |" for key in keys)
+    what, code = _use(config)
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -67,13 +68,11 @@ tags: [diffusers, federated-learning, feddm]
 ---
 # A diffusion model trained by {nodes} nodes that kept their images
 
-A `UNet2DModel` for {size}x{size} images, trained with FedDM (Vora et al., arXiv 2407.14730; settings ours)
+{what} for {size}x{size} images, trained with FedDM (Vora et al., arXiv 2407.14730; settings ours)
 over {rounds} rounds. The weights are the exponential moving average of the global model.
 
 ```python
-from diffusers import DDPMPipeline
-
-images = DDPMPipeline.from_pretrained("path/to/this/folder")(batch_size=16).images
+{code}
 ```
 
 | setting | value |
@@ -83,6 +82,24 @@ images = DDPMPipeline.from_pretrained("path/to/this/folder")(batch_size=16).imag
 No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
 images, and averaged updates can be inverted. Treat the model as you would treat the images.
 """
+
+
+def _use(config: Mapping[str, object]) -> tuple[str, str]:
+    """What is in a model's folder, and how it is used with diffusers."""
+    folder = '"path/to/this/folder"'
+    if config["stage"] == "autoencoder":
+        code = f"from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained({folder})"
+        return "An `AutoencoderKL`", code
+    if config["model.class-conditional"]:
+        names = str(config["data.classes"]).split(",")
+        code = f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)  # pipeline.py, in this folder
+images = pipeline(["{names[0].strip()}", "{names[-1].strip()}"], guidance_scale=2.0).images"""
+        return f"A class-conditional `UNet2DModel` ({config['model.kind']}, classes {config['data.classes']})", code
+    pipeline = "LDMPipeline" if config["model.kind"] == "ldm" else "DDPMPipeline"
+    code = f"from diffusers import {pipeline}\n\nimages = {pipeline}.from_pretrained({folder})(batch_size=16).images"
+    return f"A `UNet2DModel` ({config['model.kind']})", code
 
 
 def megabytes(count: float) -> str:

@@ -8,15 +8,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from feddm_flwr import checkpoint, evaluation, model, report
+from feddm_flwr import architecture, assets, checkpoint, costs, evaluation, model, pipelines, report
 from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.exchange import Values
 from feddm_flwr.parts import Parts, parts_of
@@ -35,41 +34,42 @@ def main(grid: Grid, context: Context) -> None:
     """One run, from the run config to the report."""
     _log_to_stdout()
     config = parse(context.run_config)
-    network = model.build(config)
-    layout = model.layout(network)
     name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunDirectory(Path(config.out_dir).expanduser().resolve() / name, resume=config.resume)
     kept = replace(config, run_name="", resume=False)  # as another run would be started with it
-    log.info(
-        "run=%s strategy=%s parameters=%d rounds=%d", run.path, config.strategy, layout.size, config.num_server_rounds
-    )
     found = checkpoint.newest(run.checkpoints) if config.resume else None
     if found:
         check_same_run(config, found.facts["config"])
         log.info("resumed after round %d", found.round)
     run.begin(flatten(kept), found.round if found else None)
     with _accounted(run):
+        files = assets.fetch(config, run.path / "assets")
+        network = architecture.build(config, files)
+        layout = model.layout(network)
+        log.info("run=%s strategy=%s", run.path, config.strategy)
         parts = parts_of(layout, config)
-        incomplete = _personal(parts)
+        log.info("parameters=%d rounds=%d %s", layout.size, config.num_server_rounds, costs.text(config, parts))
+        incomplete = _personal(parts) or ("an autoencoder draws none" if config.stage == "autoencoder" else "")
         if incomplete:
             log.warning("no samples are drawn: %s", incomplete)
         run_uuid = found.facts["run-uuid"] if found else uuid.uuid4().hex
-        feddm = FedDM(config, parts.shared.take(model.to_vector(network)), parts, run_uuid)
+        feddm = FedDM(config, parts.shared.take(model.to_vector(network)), parts, run_uuid, files)
+        model_of = _Model(network, config, files)
         if found:
             feddm.restore(found)
         else:
             _save(run, feddm, kept)
         del found
         if not incomplete:
-            _show(run, network, config, feddm)  # what a run that was killed here still owes
+            _show(run, model_of, feddm)  # what a run that was killed here still owes
         for done in feddm.run(grid):
             _save(run, feddm, kept, done)
             if not incomplete:
-                _show(run, network, config, feddm)
-        if incomplete := incomplete or _never_sent(feddm):
+                _show(run, model_of, feddm)
+        if incomplete := _personal(parts) or _never_sent(feddm):
             log.warning("no model/ is written: %s", incomplete)
         else:
-            _ship(run, network, config, feddm)
+            _ship(run, model_of, feddm)
         for line in report.traffic(read_metrics(run.path)):
             log.info("%s", line)
         if not config.keeps_personal:
@@ -124,34 +124,55 @@ def _never_sent(feddm: FedDM) -> str:
     return f"in no round did a node send the part {parts}" if parts else ""
 
 
-def _show(run: RunDirectory, network: UNet2DModel, config: RunConfig, feddm: FedDM) -> None:
+@dataclass(frozen=True)
+class _Model:
+    """The network whose weights a run trains, and what it builds upon."""
+
+    network: torch.nn.Module
+    config: RunConfig
+    files: assets.Assets
+
+
+def _show(run: RunDirectory, model_of: _Model, feddm: FedDM) -> None:
     """Draw the grids that the round is to have."""
+    config = model_of.config
     last, due = feddm.round == config.num_server_rounds, config.sample.every
     if not feddm.round or run.has_grid(feddm.round) or not (last or (due and feddm.round % due == 0)):
         return
     if last:
-        _sample(run, network, config, feddm.round, feddm.weights, "raw")
-    _sample(run, network, config, feddm.round, feddm.ema)
+        _sample(run, model_of, feddm.round, feddm.weights, "raw")
+    _sample(run, model_of, feddm.round, feddm.ema)
 
 
-def _sample(
-    run: RunDirectory, network: UNet2DModel, config: RunConfig, number: int, weights: Values, kind: str = ""
-) -> None:
+def _sample(run: RunDirectory, model_of: _Model, number: int, weights: Values, kind: str = "") -> None:
     """A grid of the averaged weights, or one of the `raw` weights to set beside it."""
-    s = config.sample
+    network, config, s = model_of.network, model_of.config, model_of.config.sample
     log.info("round=%d sampling=%d steps=%d weights=%s", number, s.count, s.steps, kind or "averaged")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     model.load_vector(network, weights)
-    images = evaluation.sample(network, model.noise_scheduler(config).config, s.count, s.steps, config.seed)
+    device = next(network.parameters()).device
+    autoencoder = assets.load_autoencoder(f).to(device) if (f := model_of.files.get(assets.AUTOENCODER)) else None
+    labels = evaluation.every_class(len(config.data.class_names), s.count) if config.data.class_names else None
+    images = evaluation.sample(
+        network,
+        pipelines.noise_scheduler(config).config,
+        s.count,
+        s.steps,
+        config.seed,
+        labels=labels,
+        guidance=s.guidance,
+        autoencoder=autoencoder,
+    )
     log.info("round=%d grid=%s", number, run.save_grid(evaluation.grid(images), number, kind))
 
 
-def _ship(run: RunDirectory, network: UNet2DModel, config: RunConfig, feddm: FedDM) -> None:
-    """Write `model/`: a diffusers pipeline with the averaged weights, and its card."""
-    model.load_vector(network, feddm.ema)
-    card = report.model_card(flatten(config), feddm.round, len(feddm.nodes))
+def _ship(run: RunDirectory, model_of: _Model, feddm: FedDM) -> None:
+    """Write `model/`: a diffusers pipeline, or an autoencoder, with the averaged weights, and its card."""
+    model.load_vector(model_of.network, feddm.ema)
+    card = report.model_card(flatten(model_of.config), feddm.round, len(feddm.nodes))
+    powers = [row["latent_power"] for row in read_metrics(run.path) if row.get("latent_power")]
     with whole_folder(run.path / "model") as folder:
-        model.save_pipeline(network, config, folder, card)
+        pipelines.save(model_of.network, model_of.config, model_of.files, folder, card, *powers[-1:])
 
 
 def _report(run: RunDirectory) -> None:

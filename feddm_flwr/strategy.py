@@ -7,10 +7,13 @@ the result does not depend on who answers first.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_update, server_optimizer
+from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_update, euclidean_norm, server_optimizer
 from feddm_flwr.broadcast import Broadcast
 from feddm_flwr.checkpoint import Checkpoint
 from feddm_flwr.collection import Traffic, collect
@@ -47,6 +50,7 @@ class Round:
     ema: Values
     train_loss: float
     eval_loss: float  # of the weights that the round started from; NaN where not evaluated
+    latent_power: float  # mean square of an autoencoder's latents on held-out images; NaN where not evaluated
     clients_ok: int
     clients_failed: int
     failures: dict[str, int]
@@ -65,7 +69,12 @@ class Round:
 
     def figures(self) -> dict[str, Any]:
         """The round as a line of `metrics.jsonl`: everything but the vectors."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema")}
+        if math.isfinite(self.latent_power):  # an autoencoder: its error is that of pixels in [-1, 1]
+            own["psnr"] = round(10 * math.log10(4 / max(self.eval_loss, 1e-12)), 3)
+        else:
+            del own["latent_power"]
+        return own
 
 
 @dataclass
@@ -79,6 +88,7 @@ class _Tally:
     eval: list[tuple[str, float, int]] = field(default_factory=list)
     steps: list[tuple[str, int, int]] = field(default_factory=list)
     error: list[tuple[str, float, int]] = field(default_factory=list)
+    power: list[tuple[str, float, int]] = field(default_factory=list)
     norms: dict[str, list[float]] = field(default_factory=dict)  # by part
     lost: int = 0
 
@@ -91,13 +101,17 @@ class _Tally:
 class FedDM:
     """The server's side of a run."""
 
-    def __init__(self, config: RunConfig, initial: Values, parts: Parts, run_uuid: str) -> None:
-        """`initial` has the shared parameters; `run_uuid`, 32 hex digits, tells the nodes which run's state
-        is which."""
+    def __init__(
+        self, config: RunConfig, initial: Values, parts: Parts, run_uuid: str, assets: Mapping[str, Path] | None = None
+    ) -> None:
+        """`initial` has the shared parameters; `run_uuid`, 32 hex digits, tells the nodes which run's state is which;
+        `assets` are files that each node is sent once (see `assets`)."""
         self.config = config
         c, s = config.codec, config.server
         self._parts = parts
         self._run_uuid = run_uuid
+        self._assets = {kind: path.read_bytes() for kind, path in (assets or {}).items()}
+        self._fingerprints = {kind: sha256(content).hexdigest() for kind, content in self._assets.items()}
         self._roster = Roster(config)
         self._outliers = Outliers(s.norm_limit, s.clip_norm)
         self.round = 0  # the last one that was committed
@@ -185,7 +199,9 @@ class FedDM:
             else:
                 raise RunFailedError(f"{problem}; gave up after {1 + self.config.max_round_retries} attempts")
             tally.traffic = earlier
-            yield self._commit(number, received, tally, len(chosen), time.monotonic() - start)
+            done = self._commit(number, received, tally, len(chosen), time.monotonic() - start)
+            del tally  # its sums are as large as two models
+            yield done
 
     def _sample(self, names: list[str], number: int, attempt: int) -> list[str]:
         """The nodes that train, by name and seed; a repeated round draws anew."""
@@ -236,6 +252,8 @@ class FedDM:
 
         def content(name: str, whole: bool) -> RecordDict:
             frames = self._broadcast.frames(None if whole else self._held.get(name, 0))
+            if whole or name not in self._held:
+                frames |= {f"asset-{kind}": content for kind, content in self._assets.items()}
             kinds = tuple(frames)
             if kinds not in arrays:
                 arrays[kinds] = ArrayRecord({k: Array("uint8", (len(f),), "feddm.frame", f) for k, f in frames.items()})
@@ -247,6 +265,7 @@ class FedDM:
                 "part": part[name],
                 "acked": self._acked.get((name, part[name]), 0),
                 "acked-any": max(self._acked.get((name, p), 0) for p in self._parts.sent),
+                "assets": json.dumps(self._fingerprints),
                 "shadow": self._broadcast.fingerprint,
             }
             return RecordDict({"weights": arrays[kinds], "task": ConfigRecord(task)})
@@ -265,7 +284,7 @@ class FedDM:
             tally.traffic.float32_up += 4 * self._up[tally.part[name]].size
             said = reply.config_records["report"]
             steps, train_loss, eval_loss = said["steps"], said["train-loss"], said["eval-loss"]
-            coding_error, lost = said["coding-error"], said["state-lost"]
+            coding_error, lost, power = said["coding-error"], said["state-lost"], said.get("latent-power", math.nan)
             if (said["name"], said["round"]) != (name, number):
                 return Failure("stale", clean(f"the reply is of {said['name']!r}, round {said['round']!r}"))
         except (KeyError, TypeError, AttributeError) as error:
@@ -306,6 +325,8 @@ class FedDM:
             log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)
         if node.held_out and 0 <= eval_loss <= _ABSURD:  # NaN where it was not evaluated
             tally.eval.append((name, eval_loss, min(node.held_out, self.config.eval.images)))
+            if isinstance(power, float) and 0 < power <= _ABSURD:
+                tally.power.append((name, power, min(node.held_out, self.config.eval.images)))
         log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
         return None
 
@@ -338,6 +359,7 @@ class FedDM:
             ema=self.ema,
             train_loss=_weighted(tally.loss),
             eval_loss=_weighted(tally.eval) if tally.eval else float("nan"),
+            latent_power=_weighted(tally.power) if tally.power else float("nan"),
             clients_ok=tally.count,
             clients_failed=asked - tally.count,
             failures=dict(sorted(traffic.failures.items())),
@@ -351,7 +373,7 @@ class FedDM:
             state_lost=tally.lost,
             coding_error=_weighted(tally.error),
             local_steps=sum(s for _, s, _ in tally.steps),
-            update_norm=float(np.linalg.norm(delta.astype(np.float64))),
+            update_norm=euclidean_norm(delta),
             seconds=round(seconds, 3),
         )
         log.info(

@@ -6,6 +6,7 @@ test wants, when it wants.
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from pool_grid import InProcessGrid
 
-from feddm_flwr import model
+from feddm_flwr import architecture, model
 from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.parts import parts_of
@@ -44,6 +45,7 @@ class LocalGrid(InProcessGrid):
         self.handlers, self.backwards = handlers, backwards
         self.messages: dict[str, Message] = {}
         self.replies: dict[str, Message | None] = {}
+        self.one_at_a_time = threading.Lock()
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.handlers)
@@ -55,6 +57,10 @@ class LocalGrid(InProcessGrid):
             yield name
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        with self.one_at_a_time:
+            yield from self._answer(message_ids)
+
+    def _answer(self, message_ids: Iterable[str]) -> Iterable[Message]:
         waiting = sorted((m for m in self.messages if m not in self.replies), key=int, reverse=self.backwards)
         for name in waiting[:1]:  # one more answer becomes ready each time somebody asks
             message = self.messages[name]
@@ -81,7 +87,7 @@ def nodes(c: RunConfig, count: int = 4) -> dict[int, Handler]:
 
 
 def feddm(c: RunConfig) -> FedDM:
-    network = model.build(c)
+    network = architecture.build(c, {})
     parts = parts_of(model.layout(network), c)
     return FedDM(c, parts.shared.take(model.to_vector(network)), parts, uuid.uuid4().hex)
 

@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from feddm_flwr import data
-from feddm_flwr.config import ConfigError, parse
+from feddm_flwr import data, images
+from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.data import NodeData, load_all, load_node
+from feddm_flwr.state_folder import state_root
 
 
 def node(index: int, count: int, **keys: Any) -> NodeData:
-    return load_node(parse({k.replace("__", "."): v for k, v in keys.items()}), (index, count), None)
+    return load(parse({k.replace("__", "."): v for k, v in keys.items()}), (index, count), None)
+
+
+def load(config: RunConfig, partition: tuple[int, int] | None, path: str | None) -> NodeData:
+    return load_node(config, partition, path, state_root(None))
 
 
 def both(data: NodeData) -> list[bytes]:
@@ -110,16 +115,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_mixed_images_is_one_array(folder: Path) -> None:
-    data = load_node(parse(SHAPE), None, str(folder))
+    data = load(parse(SHAPE), None, str(folder))
     assert data.train.shape[1:] == (3, 16, 16)
     assert len(data.train) + len(data.held_out) == 12
     assert data.class_counts == {"cat": 6, "dog": 6}
-    assert load_node(parse({**SHAPE, "data.channels": 1}), None, str(folder)).train.shape[1:] == (1, 16, 16)
+    assert load(parse({**SHAPE, "data.channels": 1}), None, str(folder)).train.shape[1:] == (1, 16, 16)
 
 
 def test_a_folder_can_be_partitioned(folder: Path) -> None:
     config = parse({**SHAPE, "data.name": str(folder), "data.partition": "pathological", "data.classes-per-node": 1})
-    assert [sorted(load_node(config, (i, 2), None).class_counts) for i in range(2)] == [["cat"], ["dog"]]
+    assert [sorted(load(config, (i, 2), None).class_counts) for i in range(2)] == [["cat"], ["dog"]]
 
 
 def test_resizing_keeps_the_centre(tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ def test_resizing_keeps_the_centre(tmp_path: Path) -> None:
     image[:, 12:52] = 255  # the centre square and a little more
     Image.fromarray(image).save(tmp_path / "a.png")
     Image.fromarray(image).save(tmp_path / "b.png")
-    assert load_node(parse(SHAPE), None, str(tmp_path)).train.min() >= 240
+    assert load(parse(SHAPE), None, str(tmp_path)).train.min() >= 240
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -137,7 +142,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 3  # upside down
     for name in ("a.png", "b.png"):
         image.save(tmp_path / name, exif=exif)
-    pixels = load_node(parse(SHAPE), None, str(tmp_path)).train[0]
+    pixels = load(parse(SHAPE), None, str(tmp_path)).train[0]
     assert pixels[:, :8].max() == 0
     assert pixels[:, 8:].min() == 255
 
@@ -146,7 +151,7 @@ def test_broken_images_are_counted_and_named(folder: Path) -> None:
     (folder / "cat" / "torn.png").write_bytes((folder / "cat" / "1.png").read_bytes()[:60])
     (folder / "dog" / "empty.jpg").write_bytes(b"")
     with pytest.raises(ConfigError) as caught:
-        load_node(parse({**SHAPE, "data.name": str(folder)}), (0, 2), None)
+        load(parse({**SHAPE, "data.name": str(folder)}), (0, 2), None)
     said = str(caught.value)
     assert re.search(r"[12] of 7 images cannot be read: (cat/torn|dog/empty)", said)
 
@@ -158,20 +163,20 @@ def test_a_few_broken_images_are_skipped_and_counted(tmp_path: Path) -> None:
     for name, content in (("007.png", b""), ("100.pgm", huge), ("150.png", b"no image")):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    data = load_node(parse({**SHAPE, "data.max-broken": 0.02, "data.eval-fraction": 0.1}), None, str(tmp_path))
+    data = load(parse({**SHAPE, "data.max-broken": 0.02, "data.eval-fraction": 0.1}), None, str(tmp_path))
     assert (data.skipped, len(data.train) + len(data.held_out)) == (3, 198)
     assert {int(image.max()) for image in (*data.train, *data.held_out)} == {*range(200)} - {7, 150}
     with pytest.raises(
         ConfigError, match=r"3 of 201 images cannot be read: .* or raise data.max-broken = 0.01, the share"
     ):
-        load_node(parse(SHAPE), None, str(tmp_path))
+        load(parse(SHAPE), None, str(tmp_path))
 
 
 def test_a_node_does_not_tell_the_names_of_its_files(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "cat" / "jane-doe.png").write_bytes(b"")
     pattern = r"1 of 13 images cannot be read: file 7 in order of name \(UnidentifiedImageError\)"
     with pytest.raises(ConfigError, match=pattern) as said:
-        load_node(parse(SHAPE), None, str(folder))
+        load(parse(SHAPE), None, str(folder))
     assert "jane" not in str(said.value)
     assert "jane-doe.png" in caplog.text
 
@@ -179,18 +184,55 @@ def test_a_node_does_not_tell_the_names_of_its_files(folder: Path, caplog: pytes
 def test_a_path_of_a_node_is_never_looked_up_elsewhere() -> None:
     for name in ("digits", "uoft-cs/cifar10"):
         with pytest.raises(ConfigError, match=f"data-path = '{name}': no such file or folder"):
-            load_node(parse(SHAPE), None, name)
+            load(parse(SHAPE), None, name)
 
 
 def test_a_node_with_images_of_its_own_is_not_taken_for_one_of_the_demo(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.name = 'digits' but this node has a data-path"):
-        load_node(parse({}), None, str(folder))
+        load(parse({}), None, str(folder))
 
 
-def test_images_of_16_bits_are_refused_rather_than_clipped(tmp_path: Path) -> None:
-    Image.fromarray(np.full((16, 16), 40000, np.uint16)).save(tmp_path / "x.png")
+def test_every_mode_is_read_as_a_viewer_would_show_it(tmp_path: Path) -> None:
+    grey = np.full((16, 16), 200, np.uint8)
+    Image.fromarray(np.full((16, 16), 200 * 257, np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray(grey).save(tmp_path / "l.png")
+    Image.fromarray(grey).convert("CMYK").save(tmp_path / "cmyk.tif")
+    clear = np.zeros((16, 16, 4), np.uint8)  # black that is not to be seen
+    Image.fromarray(clear).save(tmp_path / "rgba.png")
+    Image.fromarray(clear).convert("LA").save(tmp_path / "la.png")
+    Image.fromarray(grey > 0).save(tmp_path / "one.png")
+    data = load(parse({**SHAPE, "data.eval-fraction": 0.0}), None, str(tmp_path))
+    assert sorted(int(image.mean()) for image in data.train) == [200, 200, 200, 255, 255, 255]
+    twelve = load(parse({**SHAPE, "data.eval-fraction": 0.0, "data.white": 51400}), None, str(tmp_path))
+    assert sorted(int(image.mean()) for image in twelve.train) == [200, 200, 255, 255, 255, 255]
+
+
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(ConfigError, match="1 of 1 images cannot be read"):
-        load_node(parse({**SHAPE, "data.eval-fraction": 0.0}), None, str(tmp_path))
+        load(parse({**SHAPE, "data.eval-fraction": 0.0}), None, str(tmp_path))
+
+
+def test_images_are_decoded_once_and_anew_when_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget() -> NodeData:  # as another process would find it
+        data._load_node.cache_clear()
+        data._open.cache_clear()
+        return load(parse(SHAPE), None, str(folder))
+
+    first = both(forget())
+    with monkeypatch.context() as patched:
+        patched.setattr(images.Image, "open", lambda file: pytest.fail("decoded again"))
+        assert both(forget()) == first
+    Image.new("RGB", (16, 16), "white").save(folder / "cat" / "1.png")
+    assert both(forget()) != first
+
+
+def test_labels_are_places_in_the_federation_s_classes(folder: Path) -> None:
+    keys = {**SHAPE, "model.class-conditional": True, "data.eval-fraction": 0.0}
+    read = load(parse({**keys, "data.classes": "bird, dog,cat"}), None, str(folder))
+    assert sorted(read.train_labels) == [1] * 6 + [2] * 6
+    with pytest.raises(ConfigError, match="data.classes = 'bird,dog': must name every class; .* also has cat"):
+        load(parse({**keys, "data.classes": "bird,dog"}), None, str(folder))
 
 
 def test_parquet_is_read_by_column(tmp_path: Path) -> None:
@@ -207,27 +249,27 @@ def test_parquet_is_read_by_column(tmp_path: Path) -> None:
         "data.image-column": "picture",
         "data.label-column": "kind",
     }
-    data = load_node(parse(keys), (0, 2), None)
+    data = load(parse(keys), (0, 2), None)
     assert set(data.class_counts) == {"round", "square"}
     assert len(data.train) + len(data.held_out) == 5
     with pytest.raises(ConfigError, match=r"data.image-column = 'image': no such column; .* has \['picture', 'kind'\]"):
-        load_node(parse({**keys, "data.image-column": "image"}), (0, 2), None)
+        load(parse({**keys, "data.image-column": "image"}), (0, 2), None)
     with pytest.raises(ConfigError, match="parquet with images in column 'kind'"):
-        load_node(parse({**keys, "data.image-column": "kind"}), (0, 2), None)
+        load(parse({**keys, "data.image-column": "kind"}), (0, 2), None)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "missing.parquet"])
 def test_missing_paths_are_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"data-path = '{name}': no such file or folder"):
-        load_node(parse(SHAPE), None, name)
+        load(parse(SHAPE), None, name)
 
 
 def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no images below this folder"):
-        load_node(parse(SHAPE), None, str(tmp_path))
+        load(parse(SHAPE), None, str(tmp_path))
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_node(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}), (0, 2), None)
+        load(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}), (0, 2), None)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from feddm_flwr import diffusion, model
+from feddm_flwr import diffusion, pipelines
 from feddm_flwr.config import parse
 
 
 def scheduler(schedule: str, timesteps: int = 1000, prediction: str = "epsilon") -> DDPMScheduler:
-    return model.noise_scheduler(
+    return pipelines.noise_scheduler(
         parse({"diffusion.schedule": schedule, "diffusion.timesteps": timesteps, "diffusion.prediction": prediction})
     )
 

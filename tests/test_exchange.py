@@ -16,7 +16,7 @@ import pytest
 from flwr.app import Error, Message
 from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_train, run
 
-from feddm_flwr import model
+from feddm_flwr import architecture, model
 from feddm_flwr.aggregation import server_optimizer
 from feddm_flwr.config import CODECS, ConfigError, RunConfig
 from feddm_flwr.exchange import Values, channel, exact, fingerprint
@@ -170,7 +170,7 @@ def damage_shadow(how: str) -> None:
         else:  # whole, but not what it says
             number = int(path.name.split("-")[1])
             c = both("int2")
-            layout = model.layout(model.build(c))
+            layout = model.layout(architecture.build(c, {}))
             vector = np.ones(layout.size, np.float32)
             path.write_bytes(exact(layout.fingerprint, layout.size).encode(vector, "shadow", number))
 
@@ -223,7 +223,7 @@ def test_a_node_that_builds_other_initial_weights_gets_the_whole_shadow(monkeypa
     c = both("int2")
     expected = undisturbed(c)
     server = feddm(c)
-    other = model.build(config(seed=1))
+    other = architecture.build(config(seed=1), {})
     monkeypatch.setattr(model, "build", lambda config: other)
     rounds = list(server.run(LocalGrid(nodes(c))))
     assert bits(rounds) == bits(expected)
@@ -239,10 +239,10 @@ def test_the_server_s_model_follows_its_optimizer_while_the_nodes_follow_the_sha
     """The model moves by the mean of what arrived; what the downlink loses is owed, not forgotten."""
     c = both("int2", num_server_rounds=3)
     strategy = feddm(c)
-    layout = model.layout(model.build(c))
+    layout = model.layout(architecture.build(c, {}))
     up = channel("int2", c.codec, layout.fingerprint, layout.size)
     optimizer = server_optimizer("nesterov", c.server.learning_rate, c.server.momentum)
-    weights = model.to_vector(model.build(c))
+    weights = model.to_vector(architecture.build(c, {}))
     state = optimizer.init(weights)
     sent: dict[int, list[Values]] = {}
 

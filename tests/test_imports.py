@@ -25,14 +25,25 @@ ALLOWED: dict[str, set[str]] = {
     "tracking": {"whole_file"},
     "report_page": set(),
     "presets": {"schema"},
-    "config": {"presets", "schema"},
+    "keys": {"presets", "schema"},
+    "contradictions": {"keys"},
+    "config": {"contradictions", "keys", "presets", "schema"},
     "report": {"report_page", "tracking"},
     "packing": {"wire"},
     "grid_codec": {"packing"},
     "sparse_codec": {"grid_codec", "packing", "wire"},
     "codec": {"config", "grid_codec", "packing", "sparse_codec", "wire"},
-    "data": {"config"},
-    "model": {"config"},
+    "array_cache": {"whole_file"},
+    "images": {"config", "keys"},
+    "data": {"array_cache", "config", "images"},
+    "assets": {"config", "whole_file"},
+    "architecture": {"assets", "config"},
+    "class_pipeline": set(),
+    "pipelines": {"architecture", "assets", "class_pipeline", "config"},
+    "model": set(),
+    "latents": {"array_cache", "assets", "data", "images"},
+    "objectives": {"config", "data", "diffusion", "images", "latents"},
+    "costs": {"config", "exchange", "parts"},
     "exchange": {"codec", "config", "wire"},
     "broadcast": {"config", "exchange"},
     "state_folder": set(),
@@ -42,10 +53,13 @@ ALLOWED: dict[str, set[str]] = {
     "parts": {"config", "exchange", "model"},
     "node_link": {"config", "exchange", "node_state", "parts"},
     "node_config": {"config", "data", "state_folder"},
-    "node_round": {"config", "data", "model", "node_link", "node_state", "parts", "training"},
+    "node_round": {
+        *("architecture", "assets", "config", "data", "latents", "model", "node_link", "node_state", "objectives"),
+        *("parts", "pipelines", "training"),
+    },
     "worker": {"config", "node_config", "node_round"},
-    "training": {"config", "data", "diffusion", "model"},
-    "evaluation": {"config", "data", "diffusion", "model"},
+    "training": {"config", "model", "objectives"},
+    "evaluation": {"class_pipeline", "images", "latents"},
     "messages": set(),
     "probes": {"messages"},
     "nodes": {"config", "messages", "probes"},
@@ -70,7 +84,8 @@ ALLOWED: dict[str, set[str]] = {
 TOP = {"server_app", "client_app", "cli"}
 FLWR = {"messages", "collection", "probes", "nodes", "strategy", "server_app", "client_app", "cli"}
 CODING = {"packing", "grid_codec", "sparse_codec", "codec", "exchange", "node_link"}
-ABOUT_TENSORS = CODING | {"diffusion", "model", "training", "evaluation", "node_round"}
+MODELS = {"architecture", "assets", "class_pipeline", "diffusion", "latents", "model", "objectives", "pipelines"}
+ABOUT_TENSORS = CODING | MODELS | {"training", "evaluation", "node_round"}
 #: No torch at all, not even inside a function.
 NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.

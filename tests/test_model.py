@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from feddm_flwr import evaluation, model
+from feddm_flwr import architecture, evaluation, model, pipelines
 from feddm_flwr.config import parse
 
 TINY = parse({"model.preset": "tiny"})
 
 
 def test_vector_and_model_are_one() -> None:
-    network = model.build(TINY)
+    network = architecture.build(TINY, {})
     vector = model.to_vector(network)
     layout = model.layout(network)
     assert vector.shape == (layout.size,) == (sum(p.numel() for p in network.parameters()),)
@@ -29,17 +29,19 @@ def test_vector_and_model_are_one() -> None:
 
 def test_initial_weights_depend_on_the_seed_only() -> None:
     torch.manual_seed(1)
-    first = model.to_vector(model.build(TINY))
+    first = model.to_vector(architecture.build(TINY, {}))
     torch.manual_seed(2)
     before = torch.random.get_rng_state()
-    assert model.to_vector(model.build(TINY)).tobytes() == first.tobytes()
+    assert model.to_vector(architecture.build(TINY, {})).tobytes() == first.tobytes()
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert model.to_vector(model.build(parse({"model.preset": "tiny", "seed": 1}))).tobytes() != first.tobytes()
+    assert (
+        model.to_vector(architecture.build(parse({"model.preset": "tiny", "seed": 1}), {})).tobytes() != first.tobytes()
+    )
 
 
 def test_the_fingerprint_tells_architectures_apart() -> None:
     prints = {
-        model.layout(model.build(parse({"model.preset": "tiny", **keys}))).fingerprint
+        model.layout(architecture.build(parse({"model.preset": "tiny", **keys}), {})).fingerprint
         for keys in ({}, {"model.block-channels": "16,64"}, {"model.layers-per-block": 2}, {"data.channels": 3})
     }
     assert len(prints) == 4
@@ -47,8 +49,8 @@ def test_the_fingerprint_tells_architectures_apart() -> None:
 
 def test_the_shipped_folder_generates_with_diffusers_alone(tmp_path: Path) -> None:
     config = parse({"model.preset": "tiny", "diffusion.timesteps": 10, "sample.steps": 5})
-    network = model.build(config)
-    model.save_pipeline(network, config, tmp_path / "model", "card")
+    network = architecture.build(config, {})
+    pipelines.save(network, config, {}, tmp_path / "model", "card")
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "model")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(batch_size=2, num_inference_steps=10).images[0].size == (8, 8)
@@ -56,8 +58,8 @@ def test_the_shipped_folder_generates_with_diffusers_alone(tmp_path: Path) -> No
 
 
 def test_an_image_depends_on_its_number_and_seed_not_on_the_batch() -> None:
-    network = model.build(TINY)
-    config = model.noise_scheduler(TINY).config
+    network = architecture.build(TINY, {})
+    config = pipelines.noise_scheduler(TINY).config
     few = evaluation.sample(network, config, 3, 5, seed=1)
     many = evaluation.sample(network, config, 10, 5, seed=1, batch_size=4)
     # Convolutions of another batch size may add in another order.

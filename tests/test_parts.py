@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Error, Message
 from local_grid import Handler, LocalGrid, config, feddm, nodes, on_train, run
 
-from feddm_flwr import model
+from feddm_flwr import architecture, model
 from feddm_flwr.config import RunConfig
 from feddm_flwr.exchange import Values, channel
 from feddm_flwr.parts import Parts, assign, parts_of
@@ -30,7 +30,7 @@ def quick(**keys: Any) -> RunConfig:
 
 
 def parts(c: RunConfig) -> tuple[Parts, model.Layout]:
-    layout = model.layout(model.build(c))
+    layout = model.layout(architecture.build(c, {}))
     return parts_of(layout, c), layout
 
 
@@ -109,7 +109,7 @@ def test_weights_are_summed_for_each_part_over_the_nodes_that_sent_it() -> None:
         return reply
 
     server = feddm(c)
-    start = found.shared.take(model.to_vector(model.build(c)))
+    start = found.shared.take(model.to_vector(architecture.build(c, {})))
     (done,) = server.run(LocalGrid({i: on_train(h, record) for i, h in nodes(c).items()}))
     images = {node.name: node.images for node in server.nodes}
     assert server.never_sent == set()
@@ -137,7 +137,7 @@ def test_personal_parameters_stay_on_the_node_whose_own_model_loads_with_diffuse
         assert model.layout(unet) == layout
         own.append(found.personal.take(model.to_vector(unet)))
     assert len(own) == 4
-    initial = found.personal.take(model.to_vector(model.build(c)))
+    initial = found.personal.take(model.to_vector(architecture.build(c, {})))
     assert len({v.tobytes() for v in [*own, initial]}) == 5  # each trained, each its own
     assert rounds[-1].weights.tobytes() == run(c)[-1].weights.tobytes()
 
@@ -184,6 +184,8 @@ def test_a_node_that_lost_its_personal_parameters_begins_anew_and_says_so() -> N
 
 def test_the_diffusers_u_net_has_the_parts_that_the_schemes_name() -> None:
     """A wider model than the tests': names begin with one of those that the schemes know."""
-    names = model.layout(model.build(quick(model__block_channels="16,32,32", model__attention="0,1,1"))).names
+    names = model.layout(
+        architecture.build(quick(model__block_channels="16,32,32", model__attention="0,1,1"), {})
+    ).names
     known = ("conv_in.", "down_blocks.", "mid_block.", "up_blocks.", "conv_norm_out.", "conv_out.", "time_embedding.")
     assert all(name.startswith(known) for name in names)

@@ -4,7 +4,8 @@ in `test_app.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_train, run
 
-from feddm_flwr import probes
+from feddm_flwr import messages, probes
 from feddm_flwr.client_app import app
 from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.nodes import Roster, RunFailedError
@@ -199,6 +200,28 @@ def test_a_node_that_was_restarted_in_the_middle_of_its_task_is_asked_again(monk
     assert trained == 2
     assert done.clients_ok == 4
     assert done.weights.tobytes() == run(c)[-1].weights.tobytes()
+
+
+def test_a_slow_upload_holds_up_nobody_and_ends_with_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's pull does not return before the reply is whole."""
+    monkeypatch.setattr(messages, "_PATIENCE", 2.0)
+    c = config(num_server_rounds=1, round_timeout=20.0)
+    uploading = threading.Event()
+
+    class SlowUpload(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            for reply in replies:
+                                    report = reply.content.config_records["report"]
+                    if report["name"] == "node-3" and "weights" in reply.content.array_records:
+                        uploading.wait()
+            return replies
+
+    try:
+        (done,) = feddm(c).run(SlowUpload(nodes(c)))
+    finally:
+        uploading.set()
+    assert (done.clients_ok, done.failures) == (3, {"timeout": 1})
 
 
 def test_a_round_with_too_few_replies_is_repeated_and_its_bytes_are_counted() -> None:

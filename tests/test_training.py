@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from feddm_flwr import model, training
+from feddm_flwr import architecture, model, training
 from feddm_flwr.config import RunConfig, parse
-from feddm_flwr.data import load_node
+from feddm_flwr.data import NodeData, load_node
+from feddm_flwr.images import Images
+from feddm_flwr.objectives import Denoising, Pixels
 from feddm_flwr.training import Progress
 
 CPU = torch.device("cpu")
@@ -21,10 +25,19 @@ def config(**keys: object) -> RunConfig:
     return parse({**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}})
 
 
+def node_of_four(c: RunConfig) -> NodeData:
+    return load_node(c, (0, 4), None, Path(tempfile.gettempdir()) / "feddm-tests")
+
+
+def objective(c: RunConfig, images: Images) -> Denoising:
+    pixels = Pixels(np.array(images), c.data.flip, CPU)
+    return Denoising(c, pixels, np.zeros(len(images), np.int64), CPU)
+
+
 def trained(c: RunConfig, name: str = "node-0", number: int = 1) -> tuple[model.Vector, training.Trained]:
-    network = model.build(c)
-    data = load_node(parse({}), (0, 4), None)
-    result = training.train(network, data.train, c, name, Progress(number, 0), CPU)
+    network = architecture.build(c, {})
+    data = node_of_four(config())
+    result = training.train(network, objective(c, data.train), c, name, Progress(number, 0), CPU)
     return model.to_vector(network), result
 
 
@@ -43,7 +56,7 @@ def test_the_proximal_gradient_is_that_of_the_objective() -> None:
 
 
 def test_a_strong_proximal_term_holds_the_weights_back() -> None:
-    initial = model.to_vector(model.build(config()))
+    initial = model.to_vector(architecture.build(config(), {}))
     free, held = (
         np.linalg.norm(trained(c)[0] - initial) for c in (config(), config(strategy="feddm-prox", train__mu=100.0))
     )
@@ -88,7 +101,7 @@ def test_every_objective_trains(prediction: str, precision: str) -> None:
 
 
 def test_epochs_are_passes_over_the_images() -> None:
-    images = len(load_node(parse({}), (0, 4), None).train)
+    images = len(node_of_four(config()).train)
     c = config(**{"train__local-steps": 0, "train__local-epochs": 2, "train__batch-size": 50})
     assert trained(c)[1].steps == 2 * math.ceil(images / 50)
     order = training._batches(10, 4, torch.Generator().manual_seed(0))
@@ -137,19 +150,37 @@ def test_the_learning_rate_goes_on_across_rounds() -> None:
 
 def test_evaluation_leaves_parameters_that_can_be_trained() -> None:
     """Also where evaluation moves or replaces their storage, as a move to a GPU does."""
-    c, data = config(), load_node(parse({}), (0, 4), None)
-    network = model.build(c)._apply(lambda p: p.clone())
-    training.held_out_loss(network, data.held_out, c, "node-0", CPU)
+    c, data = config(), node_of_four(config())
+    network = architecture.build(c, {})._apply(lambda p: p.clone())
+    objective(c, data.held_out).held_out(network, 256, "node-0")
     assert not any(p.is_inference() for p in network.parameters())
-    training.train(network, data.train, c, "node-0", Progress(1, 0), CPU)
+    training.train(network, objective(c, data.train), c, "node-0", Progress(1, 0), CPU)
 
 
 def test_held_out_loss_is_the_same_every_time_and_knows_a_better_model() -> None:
     c = config(**{"train__local-steps": 60})
-    images = load_node(parse({}), (0, 4), None).held_out
-    network = model.build(c)
-    first = training.held_out_loss(network, images, c, "node-0", CPU)
-    assert training.held_out_loss(network, images, c, "node-0", CPU) == first
-    training.train(network, load_node(parse({}), (0, 4), None).train, c, "node-0", Progress(1, 0), CPU)
-    assert training.held_out_loss(network, images, c, "node-0", CPU) < 0.8 * first
-    assert math.isnan(training.held_out_loss(network, images[:0], c, "node-0", CPU))
+    held_out = objective(c, node_of_four(c).held_out)
+    network = architecture.build(c, {})
+    first = held_out.held_out(network, 256, "node-0")
+    assert held_out.held_out(network, 256, "node-0") == first
+    training.train(network, objective(c, node_of_four(c).train), c, "node-0", Progress(1, 0), CPU)
+    assert held_out.held_out(network, 256, "node-0") < 0.8 * first
+    assert math.isnan(held_out.held_out(network, 0, "node-0"))
+
+
+def test_pieces_of_a_batch_give_its_gradient_and_memory_that_runs_out_makes_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained(config(train__precision="fp32"))[0]
+    pieces = trained(config(train__precision="fp32", **{"train__micro-batch": 5}))[0]
+    np.testing.assert_allclose(pieces, whole, atol=2e-4)
+    losses = Denoising.losses
+
+    def little_memory(self: Denoising, network: torch.nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if len(drawn[0]) > 5:
+            raise torch.OutOfMemoryError
+        return losses(self, network, drawn)
+
+    monkeypatch.setattr(Denoising, "losses", little_memory)
+    np.testing.assert_allclose(trained(config(train__precision="fp32"))[0], whole, atol=2e-4)
+    assert caplog.text.count("out of memory") == 2  # 16 to 8 to 4, once for all steps

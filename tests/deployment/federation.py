@@ -203,7 +203,7 @@ class Federation:
         """The warm processes of a node."""
         nodes = {str(child.pid) for child in self.processes[site].children()}
         found = [p for p in psutil.process_iter(["cmdline"]) if "feddm_flwr.worker" in (p.info["cmdline"] or [])]
-        return [process for process in found if nodes & {*process.info["cmdline"]}]
+        return [process for process in found if nodes & {part.split()[0] for part in process.info["cmdline"] if part}]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         file = self.out / name / "metrics.jsonl"

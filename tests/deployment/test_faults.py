@@ -124,7 +124,7 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_and_room_lets_it_go_o
     server.rlimit(psutil.RLIMIT_FSIZE, (500_000, 500_000))  # a checkpoint has over two megabytes
     said, _ = run.communicate(timeout=500)
     assert run.returncode == 1, said
-    assert re.search(r"the checkpoint of round [23] cannot be written \(File too large\); make room in ", said)
+    assert re.search(r"the checkpoint of round [123] cannot be written \(File too large\); make room in ", said)
     assert federation.status("full")["status"] == "failed"
     code, said = federation.run("--resume", federation.out / "full")
     assert code == 0, said

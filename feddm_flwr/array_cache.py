@@ -1,0 +1,81 @@
+"""Arrays that cost time to make, kept on a node's disk: made once, then memory-mapped by every process.
+
+    <state-path>/cache/<fingerprint>/*.npy, facts.json
+
+An entry appears whole or not at all. One that nobody used for two weeks is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feddm_flwr.whole_file import whole_folder
+
+log = logging.getLogger("feddm")
+
+_FACTS = "facts.json"
+_FORGET_AFTER = 14 * 24 * 3600.0  # seconds
+
+
+def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) -> Path:
+    """The folder of what depends on `key` and on nothing else; where it is not there, `fill` makes its files.
+
+    Two processes may fill it at once: one of the two, which are alike, stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps(key, sort_keys=True)
+    folder = root / "cache" / hashlib.sha256(text.encode()).hexdigest()[:40]
+    if not (folder / _FACTS).is_file():
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _forget_old(folder.parent)
+        with whole_folder(folder) as filled:
+            filled.mkdir()
+            fill(filled)
+    os.utime(folder)
+    return folder
+
+
+def new_array(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
+    """An array in a file of the folder, to be written to."""
+    array: NDArray[Any] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(dtype), shape)
+    return array
+
+
+def array(folder: Path, name: str) -> NDArray[Any]:
+    """An array of an entry, memory-mapped; what is written to it stays in this process."""
+    mapped: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="c")
+    return mapped
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """What there is to know of an entry beside its arrays."""
+    (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What `write_facts` wrote."""
+    read: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+    return read
+
+
+def _forget_old(folder: Path) -> None:
+    for entry in folder.iterdir():
+        try:
+            if time.time() - entry.stat().st_mtime > _FORGET_AFTER:
+                log.info("removing %s: nobody used it for two weeks", entry)
+                shutil.rmtree(entry, ignore_errors=True)
+        except OSError:  # another process was faster
+            continue

@@ -1,0 +1,139 @@
+"""Weights that a run builds upon and does not change: the autoencoder of a latent model, a U-Net to fine-tune.
+
+The server reads them, from a diffusers folder or a hub, and keeps them in the run's folder; each node is sent them
+once and keeps them beside what it caches. A file of them is safetensors with the model's configuration in its
+metadata; its name on a node is its SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d import UNet2DModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.whole_file import whole_file
+
+#: By kind, their files.
+Assets = Mapping[str, Path]
+
+AUTOENCODER, UNET = "autoencoder", "unet"
+#: By kind: the class, and where a pipeline's folder has it.
+_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    AUTOENCODER: (AutoencoderKL, ("", "vae", "vqvae")),
+    UNET: (UNet2DModel, ("", "unet")),
+}
+
+
+def fetch(config: RunConfig, folder: Path) -> dict[str, Path]:
+    """The files of what the run builds upon, made in `folder` where they are not there yet.
+
+    Raises:
+        ConfigError: a model cannot be had, or is of another kind.
+    """
+    wanted = {
+        AUTOENCODER: ("model.autoencoder", config.model.autoencoder),
+        UNET: ("model.init-from", config.model.init_from),
+    }
+    files = {}
+    for kind, (key, name) in wanted.items():
+        if name:
+            files[kind] = folder / f"{kind}.safetensors"
+            if not files[kind].is_file():  # where a run is resumed, the hub may have another by now
+                folder.mkdir(parents=True, exist_ok=True)
+                _write(_read(kind, key, name), files[kind])
+    return files
+
+
+def _read(kind: str, key: str, name: str) -> torch.nn.Module:
+    cls, subfolders = _KINDS[kind]
+    here = Path(name).expanduser()
+    local = here.exists() or here.is_absolute() or name.startswith((".", "~"))
+    problem: Exception | None = None
+    for subfolder in subfolders:
+        if local and not (here / subfolder / "config.json").is_file():
+            continue
+        try:
+            model: torch.nn.Module = cls.from_pretrained(str(here) if local else name, subfolder=subfolder or None)
+            if any(not torch.isfinite(p).all() for p in model.parameters()):
+                raise ValueError("it has weights that are not finite")
+            return model
+        except Exception as error:  # the library raises many kinds for many causes
+            problem = problem or error
+    text = (
+        f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}" if problem else "no config.json there"
+    )
+    raise ConfigError(
+        f"{key} = {name!r}: cannot be read ({text}); must be a diffusers folder, or the id of a {cls.__name__} on a "
+        "hub in reach: without network, download it elsewhere (hf download ID --local-dir FOLDER) and name the folder"
+    )
+
+
+def _write(model: torch.nn.Module, path: Path) -> None:
+    config = {k: v for k, v in model.config.items() if not k.startswith("_") or k == "_class_name"}  # type: ignore[operator, union-attr]
+    temporary = path.with_suffix(".writing")
+    save_file(
+        {k: v.contiguous().float() for k, v in model.state_dict().items()}, temporary, {"config": json.dumps(config)}
+    )
+    temporary.replace(path)
+
+
+def fingerprints(assets: Assets) -> dict[str, str]:
+    """Their SHA-256, by kind."""
+    return {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in assets.items()}
+
+
+def kept(root: Path, wanted: Mapping[str, str], sent: Mapping[str, bytes]) -> dict[str, Path] | None:
+    """A node's files of what the server says is `wanted` (kind -> SHA-256), of which it `sent` some, or none;
+    None where one is missing.
+
+    Raises:
+        ValueError: what was sent is something else.
+    """
+    files = {}
+    for kind, digest in wanted.items():
+        if kind not in _KINDS or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"the server names an unknown asset {kind!r}, {digest!r}")
+        path = files[kind] = root / "cache" / f"{digest}.safetensors"
+        if path.is_file():
+            os.utime(path)
+            continue
+        if kind not in sent:
+            return None
+        if hashlib.sha256(sent[kind]).hexdigest() != digest:
+            raise ValueError(f"the {kind} that was sent is not the one that was announced")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(sent[kind])
+    return files
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """The diffusers configuration of a model in a file."""
+    with safe_open(path, "pt") as file:
+        read: dict[str, Any] = json.loads(file.metadata()["config"])
+    return read
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a file, float32."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def load_autoencoder(path: Path) -> AutoencoderKL:
+    """The autoencoder in a file, frozen."""
+    model = AutoencoderKL.from_config(config_of(path))
+    model.load_state_dict(tensors_of(path))
+    frozen: AutoencoderKL = model.eval().requires_grad_(False)
+    return frozen

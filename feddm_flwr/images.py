@@ -1,0 +1,104 @@
+"""Image files to uint8 pixels, by one rule everywhere.
+
+EXIF orientation applied; more than 8 bits scaled so that `data.white` becomes 255; transparency laid on white;
+converted to grey or RGB; the shorter side resized to `data.image-size` with Pillow's antialiased bicubic filter
+(what Parmar et al. 2022, clean-fid, ask for), centre-cropped to a square. Of several frames the first is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from feddm_flwr.config import ConfigError
+from feddm_flwr.keys import Data
+
+Images = NDArray[np.uint8]  # (N, C, H, W)
+
+log = logging.getLogger("feddm")
+
+#: What of a folder counts as an image.
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_AT_A_TIME = 256  # images in memory at a time
+_SAY_EVERY = 10.0  # seconds
+
+
+def fit(data: Data, image: Image.Image) -> Images:
+    """One image as uint8 (C, H, W), by the rule at the head of this file.
+
+    Raises:
+        ValueError: floating-point pixels, whose range nobody knows.
+    """
+    size = data.image_size
+    if image.mode == "F":
+        raise ValueError("floating-point pixels are not supported: their range is unknown")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow also calls 32
+        scaled = np.asarray(image).astype(np.float64) * (255 / data.white)
+        image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if data.channels == 1 else "RGB")
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+    pixels: Images = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def decode(
+    data: Data, files: Iterable[bytes | Path | None], names: Sequence[str], origin: str, out: Images
+) -> list[int]:
+    """Decode image files, in parallel, into the first rows of `out`, shape (N, C, H, W); which of them could be.
+
+    Raises:
+        ConfigError: more cannot be read than `data.max-broken` allows; the message counts them and names the first.
+    """
+    kept: list[int] = []
+    broken: list[str] = []
+
+    def one(file: bytes | Path | None) -> Images | str:
+        try:
+            if file is None:
+                raise ValueError("no image")
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                return fit(data, image)
+        except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+            log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else "an image", error)
+            return type(error).__name__
+
+    said = time.monotonic()
+    waiting = iter(files)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        batches = iter(lambda: [*islice(waiting, _AT_A_TIME)], [])
+        for i, pixels in enumerate(chain.from_iterable(pool.map(one, batch) for batch in batches)):
+            if isinstance(pixels, str):
+                broken.append(f"{names[i]} ({pixels})")
+                continue
+            out[len(kept)] = pixels
+            kept.append(i)
+            if time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                log.info("%s: %d of %d images decoded", origin, i + 1, len(names))
+    if len(broken) > data.max_broken * len(names):
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ConfigError(
+            f"{origin}: {len(broken)} of {len(names)} images cannot be read: {', '.join(broken[:3])}{more}; "
+            f"repair or remove them (the node's own log has every name and cause), or raise data.max-broken = "
+            f"{data.max_broken:g}, the share that is skipped"
+        )
+    return kept

@@ -1,0 +1,178 @@
+"""What is minimized: the denoising loss on pixels or latents, or an autoencoder's reconstruction and KL loss.
+
+An objective holds a node's examples on the device. It draws all that is random in a step for the whole batch at
+once, so that a step gives the same gradients, but for the order of sums, into however many pieces it is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from feddm_flwr import diffusion
+from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.data import Labels
+from feddm_flwr.images import Images
+from feddm_flwr.latents import Latents
+
+Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
+
+
+class Objective(Protocol):
+    """A loss over a node's examples."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
+        """The examples with these places, and everything random about them."""
+
+    def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        """The loss of each, shape (B,), float32."""
+
+
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 autocast where asked for, or where `auto` finds hardware that computes in bf16."""
+    if config.train.precision == "auto":
+        if device.type == "cuda":
+            enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        enabled = config.train.precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+class Pixels:
+    """uint8 images (N, C, H, W) as what a network sees: float32 in [-1, 1], flipped at random where asked for."""
+
+    def __init__(self, images: Images, flip: bool, device: torch.device) -> None:
+        self._images, self._flip = torch.from_numpy(images).to(device), flip
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def draw(self, index: Tensor, random: torch.Generator) -> Tensor:
+        """Training images, (B, C, H, W)."""
+        x0 = self.fixed(index)
+        if self._flip:
+            mirrored = torch.rand(len(x0), generator=random, device=x0.device) < 0.5
+            x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+        return x0
+
+    def fixed(self, index: Tensor) -> Tensor:
+        """The same without anything random."""
+        return self._images[index].float() / 127.5 - 1
+
+
+class Denoising:
+    """The simple loss of Ho et al. 2020, eq. 14, with the configured target and weights."""
+
+    def __init__(self, config: RunConfig, examples: Pixels | Latents, labels: Labels, device: torch.device) -> None:
+        d = config.diffusion
+        self._config, self._examples, self._device = config, examples, device
+        self._labels = torch.from_numpy(labels).to(device)
+        self._abar = diffusion.alphas_cumprod(d.schedule, d.timesteps).to(device)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
+        """x_0, timestep, noise and label of each."""
+        c, device, size = self._config, self._device, len(index)
+        x0 = self._examples.draw(index, random)
+        t = torch.randint(c.diffusion.timesteps, (size,), generator=random, device=device)
+        noise = torch.randn(x0.shape, generator=random, device=device)
+        labels = self._labels[index]
+        if c.model.class_conditional:
+            hidden = torch.rand(size, generator=random, device=device) < c.train.class_dropout
+            labels = labels.masked_fill(hidden, len(c.data.class_names))
+        return x0, t, noise, labels
+
+    def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        """Weighted squared errors."""
+        d, t = self._config.diffusion, drawn[1]
+        return self._squared_errors(network, drawn) * diffusion.loss_weight(
+            d.prediction, self._abar[t], d.min_snr_gamma
+        )
+
+    def _squared_errors(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        """Mean squared error of the prediction for each example."""
+        x0, t, noise, labels = drawn
+        abar = self._abar[t]
+        classes = labels if self._config.model.class_conditional else None
+        with autocast(self._config, self._device):
+            prediction: Tensor = network(diffusion.add_noise(x0, noise, abar), t, classes).sample
+        goal = diffusion.target(self._config.diffusion.prediction, x0, noise, abar)
+        return (prediction.float() - goal).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def held_out(self, network: nn.Module, limit: int, name: str) -> float:
+        """The mean squared error on the first `limit` examples, with noise and timesteps that are the same in
+        every round: the timesteps are spread evenly over 0..T-1 and weigh alike. NaN where there are none."""
+        size = min(limit, len(self))
+        if size == 0:
+            return math.nan
+        network.eval()
+        random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "held-out loss"))
+        index = torch.arange(size, device=self._device)
+        x0 = self._examples.fixed(index)
+        noise = torch.randn(x0.shape, generator=random).to(self._device)
+        spread = np.linspace(0, self._config.diffusion.timesteps - 1, size).round().astype(np.int64)
+        drawn = (x0, torch.from_numpy(spread).to(self._device), noise, self._labels[index])
+        pieces = zip(
+            *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True
+        )
+        return float(torch.cat([self._squared_errors(network, piece) for piece in pieces]).double().mean())
+
+
+class Reconstruction:
+    """An autoencoder's loss: mean absolute error, and the KL divergence of the latents from a standard normal
+    (Rombach et al. 2022, appendix G, without the adversary)."""
+
+    def __init__(self, config: RunConfig, examples: Pixels, device: torch.device) -> None:
+        self._config, self._examples, self._device = config, examples, device
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
+        """Images, and the noise of their latents."""
+        c = self._config
+        x = self._examples.draw(index, random)
+        size = c.data.image_size // 2 ** (len(c.autoencoder.block_channels) - 1)
+        shape = (len(index), c.autoencoder.latent_channels, size, size)
+        return x, torch.randn(shape, generator=random, device=self._device)
+
+    def losses(self, network: Any, drawn: Drawn) -> Tensor:
+        """Error of the reconstruction from a sampled latent, plus the weighted KL term."""
+        x, noise = drawn
+        with autocast(self._config, self._device):
+            latents = network.encode(x).latent_dist
+            decoded = network.decode(latents.mean + latents.std * noise).sample
+        error = (decoded.float() - x).abs().flatten(1).mean(1)
+        divergence = 0.5 * (latents.mean.square() + latents.var - 1 - latents.logvar).float().flatten(1).mean(1)
+        losses: Tensor = error + self._config.autoencoder.kl_weight * divergence
+        return losses
+
+    @torch.no_grad()
+    def held_out(self, network: Any, limit: int) -> tuple[float, float]:
+        """Mean squared error of the reconstruction of the first `limit` images from the mean of their latents, and the
+        mean square of these latents. NaN where there are none."""
+        size = min(limit, len(self))
+        network.eval()
+        errors, powers = [torch.full((1,), math.nan)] * (size == 0), [torch.full((1,), math.nan)] * (size == 0)
+        step = self._config.train.micro_batch or self._config.train.batch_size
+        for index in torch.arange(size, device=self._device).split(step) if size else []:
+            x = self._examples.fixed(index)
+            with autocast(self._config, self._device):
+                mean = network.encode(x).latent_dist.mean
+                decoded = network.decode(mean).sample
+            errors.append((decoded.float() - x).square().flatten(1).mean(1))
+            powers.append(mean.float().square().flatten(1).mean(1))
+        return float(torch.cat(errors).double().mean()), float(torch.cat(powers).double().mean())
