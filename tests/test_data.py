@@ -231,7 +231,7 @@ def test_labels_are_places_in_the_federation_s_classes(folder: Path) -> None:
     keys = {**SHAPE, "model.class-conditional": True, "data.eval-fraction": 0.0}
     read = load(parse({**keys, "data.classes": "bird, dog,cat"}), None, str(folder))
     assert sorted(read.train_labels) == [1] * 6 + [2] * 6
-    with pytest.raises(ConfigError, match="data.classes = 'bird,dog': must name every class; .* also has cat"):
+    with pytest.raises(ConfigError, match=r"data.classes = 'bird,dog': must name every class; .* also has cat"):
         load(parse({**keys, "data.classes": "bird,dog"}), None, str(folder))
 
 

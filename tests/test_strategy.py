@@ -31,9 +31,9 @@ def frames(c: RunConfig) -> tuple[list[Round], list[tuple[str, bytes]]]:
     sent: list[tuple[str, bytes]] = []
 
     def record(message: Message, reply: Message) -> Message:
-        report = reply.content.config_records["report"]
-        sent.append((str(report["name"]), reply.content.array_records["weights"]["frame"].data))
-        return reply
+                report = reply.content.config_records["report"]
+                if report["name"] == "node-3" and "weights" in reply.content.array_records:
+                    uploading.wait()
 
     return run(c, {i: on_train(h, record) for i, h in nodes(c).items()}), sent
 
