@@ -31,9 +31,9 @@ def frames(c: RunConfig) -> tuple[list[Round], list[tuple[str, bytes]]]:
     sent: list[tuple[str, bytes]] = []
 
     def record(message: Message, reply: Message) -> Message:
-                report = reply.content.config_records["report"]
-                if report["name"] == "node-3" and "weights" in reply.content.array_records:
-                    uploading.wait()
+        report = reply.content.config_records["report"]
+        sent.append((str(report["name"]), reply.content.array_records["weights"]["frame"].data))
+        return reply
 
     return run(c, {i: on_train(h, record) for i, h in nodes(c).items()}), sent
 
@@ -212,9 +212,9 @@ def test_a_slow_upload_holds_up_nobody_and_ends_with_the_round(monkeypatch: pyte
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             replies = list(super().pull_messages(message_ids))
             for reply in replies:
-                                    report = reply.content.config_records["report"]
-                    if report["name"] == "node-3" and "weights" in reply.content.array_records:
-                        uploading.wait()
+                report = reply.content.config_records["report"]
+                if report["name"] == "node-3" and "weights" in reply.content.array_records:
+                    uploading.wait()
             return replies
 
     try:
