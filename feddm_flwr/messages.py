@@ -59,7 +59,7 @@ def push(grid: Grid, content: RecordDict, node_id: int, kind: str, ttl: float) -
 
 
 #: What a pull came to: the reply, None while there is none, or an error of Flower's.
-_Pulled = RecordDict | Failure | Exception | None
+_Pulled = RecordDict | Failure | BaseException | None
 
 
 class Replies:
@@ -83,7 +83,7 @@ class Replies:
         except Empty:
             self._aside[message_id] = box
             return None
-        if isinstance(pulled, Exception):
+        if isinstance(pulled, BaseException):
             raise pulled
         return pulled
 
@@ -94,7 +94,7 @@ class Replies:
     def _pull_into(self, box: SimpleQueue[_Pulled], message_id: str) -> None:
         try:
             box.put(_pull(self._grid, message_id))
-        except Exception as error:
+        except BaseException as error:  # raised where the reply is asked for
             box.put(error)
 
 
