@@ -57,7 +57,7 @@ def _pipeline(network: Any, config: RunConfig, assets: Assets) -> Any:
         return ClassPipeline(unet=network, scheduler=scheduler, vae=autoencoder, class_names=names)
     if autoencoder is None:
         return DDPMPipeline(unet=network, scheduler=scheduler)
-    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_uncond import LDMPipeline
+    from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return LDMPipeline(vqvae=autoencoder, unet=network, scheduler=DDIMScheduler.from_config(scheduler.config))
@@ -74,7 +74,7 @@ def load(folder: Path) -> Any:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     own = index.get("_class_name") == ["pipeline", ClassPipeline.__name__]
     try:
-        pipeline = _load_own(folder, index) if own else DiffusionPipeline.from_pretrained(folder)
+        pipeline = _load_own(folder, index) if own else DiffusionPipeline.from_pretrained(str(folder))
         if not hasattr(pipeline, "unet"):
             raise ValueError("it has no unet")
     except Exception as error:  # the library raises many kinds
