@@ -224,15 +224,15 @@ def test_a_node_that_builds_other_initial_weights_gets_the_whole_shadow(monkeypa
     expected = undisturbed(c)
     server = feddm(c)
     other = architecture.build(config(seed=1), {})
-    monkeypatch.setattr(model, "build", lambda config: other)
+    monkeypatch.setattr(architecture, "build", lambda config, assets: other)
     rounds = list(server.run(LocalGrid(nodes(c))))
     assert bits(rounds) == bits(expected)
     assert rounds[0].bytes_full > 0
 
 
-def test_the_paper_s_scheme_leaves_nothing_on_a_node() -> None:
+def test_the_paper_s_scheme_leaves_nothing_of_a_run_on_a_node() -> None:
     run(config(strategy="feddm-quant"))
-    assert not state_root(None).exists()
+    assert [path.name for path in state_root(None).iterdir()] == ["cache"]  # its own images, decoded
 
 
 def test_the_server_s_model_follows_its_optimizer_while_the_nodes_follow_the_shadow() -> None:
@@ -328,7 +328,9 @@ def test_the_state_folder_is_the_node_s_own_choice(tmp_path: Path, monkeypatch: 
 def test_a_state_folder_that_cannot_be_written_ends_the_run_before_it_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = {"state-path": str(tmp_path / "file" / "x")}
-    with pytest.raises(ConfigError, match=r"state-path = '.*file/x' cannot be written to \(Not a directory\)"):
+    with pytest.raises(
+        ConfigError, match=r"state-path = '.*file/x': decoded images cannot be kept there \(.*Not a directory"
+    ):
         run(both("int2"), {i: node(both("int2"), i, **path) for i in range(4)})
     stateless = config(strategy="feddm-quant", num_server_rounds=1)
     run(stateless, {i: node(stateless, i, **path) for i in range(4)})
