@@ -332,8 +332,6 @@ def test_a_state_folder_that_cannot_be_written_ends_the_run_before_it_starts(tmp
         ConfigError, match=r"state-path = '.*file/x': decoded images cannot be kept there \(.*Not a directory"
     ):
         run(both("int2"), {i: node(both("int2"), i, **path) for i in range(4)})
-    stateless = config(strategy="feddm-quant", num_server_rounds=1)
-    run(stateless, {i: node(stateless, i, **path) for i in range(4)})
 
 
 def test_a_fingerprint_tells_every_bit() -> None:
