@@ -4,7 +4,8 @@
 
 Simulated nodes (Flower's, two processes) answer at once with a random update of a model of 36 million
 parameters: 8-bit for FedDM, which also keeps an average of the weights and writes a checkpoint every round,
-float32 for FedAvg. Each case is a process of its own; the memory is the peak of the one with the ServerApp.
+float32 for FedAvg. Each case is a process of its own; the memory is the peak of the one with the ServerApp, in all
+and without what it shares with Ray's processes (its object store, mapped into each of them).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,9 +20,11 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
+import psutil
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -100,15 +102,26 @@ def fedavg(size: int, rounds: int, seconds: list[float]) -> tuple[ServerApp, Cli
     return server, client
 
 
+def watch(peaks: dict[str, int]) -> None:
+    """Keep the peaks of this process's memory, in bytes."""
+    while True:
+        memory = psutil.Process().memory_info()
+        peaks["all"] = max(peaks["all"], memory.rss)
+        peaks["own"] = max(peaks["own"], memory.rss - memory.shared)
+        time.sleep(0.02)
+
+
 def case(kind: str, nodes: int, size: int, rounds: int) -> None:
     """One measurement, in a process of its own: a line of JSON at the end of standard output."""
     seconds: list[float] = []
+    peaks = {"all": 0, "own": 0}
+    Thread(target=watch, args=(peaks,), daemon=True).start()
     server, client = {"feddm": feddm, "fedavg": fedavg}[kind](size, rounds, seconds)
     backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}}
     run_simulation(server, client, nodes, backend_config=backend)
     assert len(seconds) == rounds, "the run failed"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    row = {"server": kind, "nodes": nodes, "peak_gb": round(peak, 3), "seconds": round(min(seconds), 1)}
+    memory = {"peak_gb": round(peaks["all"] / 1e9, 3), "own_gb": round(peaks["own"] / 1e9, 3)}
+    row = {"server": kind, "nodes": nodes, **memory, "seconds": round(min(seconds), 1)}
     print(json.dumps(row), flush=True)
     os._exit(0)  # Ray's processes end with this one
 
@@ -134,6 +147,7 @@ def main() -> None:
             sys.exit(f"{one} failed:\n{done.stderr[-3000:]}")
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(f"{rows[-1]['server']:8s} {rows[-1]['nodes']:4d} nodes: {rows[-1]['peak_gb']:6.2f} GB at most,", end=" ")
+        print(f"{rows[-1]['own_gb']:6.2f} GB its own,", end=" ")
         print(f"{rows[-1]['seconds']:6.1f} s a round", flush=True)
     if options.out:
         result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{os.cpu_count()} CPU cores", "values": size}

@@ -76,6 +76,9 @@ def _forget_old(folder: Path) -> None:
         try:
             if time.time() - entry.stat().st_mtime > _FORGET_AFTER:
                 log.info("removing %s: nobody used it for two weeks", entry)
-                shutil.rmtree(entry, ignore_errors=True)
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:  # of `assets`
+                    entry.unlink()
         except OSError:  # another process was faster
             continue

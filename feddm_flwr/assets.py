@@ -88,11 +88,6 @@ def _write(model: torch.nn.Module, path: Path) -> None:
     temporary.replace(path)
 
 
-def fingerprints(assets: Assets) -> dict[str, str]:
-    """Their SHA-256, by kind."""
-    return {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in assets.items()}
-
-
 def kept(root: Path, wanted: Mapping[str, str], sent: Mapping[str, bytes]) -> dict[str, Path] | None:
     """A node's files of what the server says is `wanted` (kind -> SHA-256), of which it `sent` some, or none;
     None where one is missing.

@@ -260,13 +260,15 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _labels(options: argparse.Namespace, names: list[str]) -> list[int] | None:
     """The label of each image; None for a model without classes."""
+    from feddm_flwr import evaluation
+
     asked = options.of_class
     if not names:
         if asked is not None:
             raise ConfigError(f"--class = {asked!r}: the model knows no classes")
         return None
     if asked is None:
-        return [i * len(names) // options.count for i in range(options.count)]
+        return evaluation.every_class(len(names), options.count)
     if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):
         raise ConfigError(f"--class = {asked!r}: must be one of {', '.join(names)}, or a number below {len(names)}")
     return [names.index(asked) if asked in names else int(asked)] * options.count

@@ -84,9 +84,7 @@ def encoded(data: NodeData, autoencoder: Path, flip: bool, root: Path, device: t
 def _encode(model: Any, images: Images, flip: bool, folder: Path, name: str, device: torch.device) -> None:
     size = images.shape[-1] // 2 ** (len(model.config.block_out_channels) - 1)
     shape = (len(images), 1 + flip, 2, model.config.latent_channels, size, size)
-    out = new_array(folder, name, shape, np.float16) if len(images) else np.zeros(shape, np.float16)
-    if not len(images):  # a file cannot be mapped that is empty
-        np.save(folder / f"{name}.npy", out)
+    out = new_array(folder, name, shape, np.float16)
     step = max(1, _PIXELS_AT_A_TIME // images.shape[-1] ** 2)
     said = time.monotonic()
     for start in range(0, len(images), step):

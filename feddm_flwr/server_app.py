@@ -49,9 +49,10 @@ def main(grid: Grid, context: Context) -> None:
         log.info("run=%s strategy=%s", run.path, config.strategy)
         parts = parts_of(layout, config)
         log.info("parameters=%d rounds=%d %s", layout.size, config.num_server_rounds, costs.text(config, parts))
-        incomplete = _personal(parts) or ("an autoencoder draws none" if config.stage == "autoencoder" else "")
-        if incomplete:
-            log.warning("no samples are drawn: %s", incomplete)
+        incomplete = _personal(parts)
+        undrawn = incomplete or ("an autoencoder draws none" if config.stage == "autoencoder" else "")
+        if undrawn:
+            log.warning("no samples are drawn: %s", undrawn)
         run_uuid = found.facts["run-uuid"] if found else uuid.uuid4().hex
         feddm = FedDM(config, parts.shared.take(model.to_vector(network)), parts, run_uuid, files)
         model_of = _Model(network, config, files)
@@ -60,13 +61,13 @@ def main(grid: Grid, context: Context) -> None:
         else:
             _save(run, feddm, kept)
         del found
-        if not incomplete:
+        if not undrawn:
             _show(run, model_of, feddm)  # what a run that was killed here still owes
         for done in feddm.run(grid):
             _save(run, feddm, kept, done)
-            if not incomplete:
+            if not undrawn:
                 _show(run, model_of, feddm)
-        if incomplete := _personal(parts) or _never_sent(feddm):
+        if incomplete := incomplete or _never_sent(feddm):
             log.warning("no model/ is written: %s", incomplete)
         else:
             _ship(run, model_of, feddm)
