@@ -21,7 +21,7 @@ from feddm_flwr.probes import Probes
 
 log = logging.getLogger("feddm")
 
-_WINDOW = 8  # simulated nodes that are asked at a time, at least
+_WINDOW = 2  # simulated nodes that are asked at a time, beside one for each core
 _PAUSE = 0.05  # seconds between polls at first; they grow to a second
 
 
@@ -65,7 +65,7 @@ def collect(
     deadline = time.monotonic() + timeout
     # A simulation keeps replies in this process until they are pulled, and may make them faster. Real nodes are all
     # asked at once: their replies wait in the SuperLink, on disk.
-    window = max(_WINDOW, os.cpu_count() or 1) if hasattr(grid, "state") else len(names)
+    window = _WINDOW + (os.cpu_count() or 1) if hasattr(grid, "state") else len(names)
     replies = Replies(grid)
     died: dict[int, Failure] = {}
     whole: set[int] = set()

@@ -50,6 +50,15 @@ class Parts:
     personal: Part  # of the model: what stays on each node
     sent: dict[str, Part]  # of the shared: what a reply covers, by name
 
+    def join(self, values: dict[str, Values]) -> Values:
+        """The shared vector, of its sent parts' values; not copied where one part is all of it."""
+        if len(values) == 1:
+            return next(iter(values.values()))
+        vector = np.empty(self.shared.layout.size, np.float32)
+        for name, part in self.sent.items():
+            part.put(values[name], vector)
+        return vector
+
 
 def parts_of(layout: Layout, config: RunConfig) -> Parts:
     """The parts that the configuration asks for.

@@ -7,6 +7,7 @@ the result does not depend on who answers first.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -38,6 +39,7 @@ from feddm_flwr.robust import RobustMean
 log = logging.getLogger("feddm")
 
 
+_GARBAGE = 1 << 26  # bytes of replies until they are collected: Flower's messages are in cycles
 _ABSURD = 1e6  # losses and errors above this are a broken node's
 
 
@@ -199,9 +201,7 @@ class FedDM:
             else:
                 raise RunFailedError(f"{problem}; gave up after {1 + self.config.max_round_retries} attempts")
             tally.traffic = earlier
-            done = self._commit(number, received, tally, len(chosen), time.monotonic() - start)
-            del tally  # its sums are as large as two models
-            yield done
+            yield self._commit(number, received, tally, len(chosen), time.monotonic() - start)
 
     def _sample(self, names: list[str], number: int, attempt: int) -> list[str]:
         """The nodes that train, by name and seed; a repeated round draws anew."""
@@ -217,6 +217,7 @@ class FedDM:
         log.info("round=%d/%d asked=%d", number, self.config.num_server_rounds, len(chosen))
         content = self._contents(number, part)
         timeout, probes = self.config.round_timeout, Probes(grid, self._roster.processes)
+        freed = 0  # bytes of replies
         for node_id, reply in collect(grid, chosen, content, tally.traffic, len(received), timeout, probes):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else self._take(tally, number, name, reply, received)
@@ -224,6 +225,9 @@ class FedDM:
                 tally.traffic.failures[failure.reason] += 1
                 log.warning("round=%d node=%s dropped: %s", number, name, failure)
             del reply
+            if tally.traffic.up.total() - freed > _GARBAGE:
+                freed = tally.traffic.up.total()
+                gc.collect()
         return tally
 
     def _aggregate(self, part: str, total: int, number: int, received: Values) -> Aggregate:
@@ -332,13 +336,17 @@ class FedDM:
 
     def _commit(self, number: int, received: Values, tally: _Tally, asked: int, seconds: float) -> Round:
         """Apply the server step to the mean update."""
-        delta = np.zeros_like(received)
-        for name, part in self._parts.sent.items():
-            part.put(tally.means[name].mean(), delta)
-            if tally.means[name].count:
+        means: dict[str, Values] = {}
+        for name in self._parts.sent:
+            aggregate = tally.means.pop(name)  # its sums are as large as two models, and freed one by one
+            means[name] = aggregate.mean()
+            if aggregate.count:
                 self.never_sent.discard(name)
             else:
                 log.warning("round=%d: no reply covers the part %r; only momentum moves it", number, name)
+            del aggregate
+        delta = self._parts.join(means)
+        del means
         # Where weights are coded, what the server's coding lost is gone: the step starts from what the
         # nodes had. Where differences are, it is still owed to them: the step starts from the model.
         base = received if self.config.codec.target == "weights" else self.weights
