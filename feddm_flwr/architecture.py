@@ -78,6 +78,9 @@ def _unet(config: RunConfig, assets: Assets) -> UNet2DModel:
         attention_head_dim=m.attention_head_dim or None,
         norm_num_groups=m.norm_groups,
         dropout=m.dropout,
+        resnet_time_scale_shift="scale_shift" if m.time_scale_shift else "default",
+        downsample_type=(resampling := "resnet" if m.resnet_resampling else "conv"),
+        upsample_type=resampling,
         **classes,
     )
 

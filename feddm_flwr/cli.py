@@ -1,4 +1,4 @@
-"""`feddm`: run, sample, report, certs. Heavy libraries are imported by the command that needs them."""
+"""`feddm`: run, sample, data, report, certs. Heavy libraries are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -97,6 +97,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a grid (x.png), an array (x.npz, key images: uint8 N,H,W,C) or a folder of PNGs (x/)",
     )
     sample.set_defaults(command=_sample)
+
+    data = commands.add_parser("data", help="look at images before a run: counts, sizes, classes, a contact sheet")
+    data.add_argument(
+        "path", metavar="PATH", help="a folder, a parquet file, or anything else that data.name may be (digits)"
+    )
+    data.add_argument("-c", "--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as in run")
+    data.add_argument(
+        "--num-supernodes", type=_positive, default=0, metavar="N", help="show what each of N simulated nodes would get"
+    )
+    data.add_argument("-o", "--output", type=Path, default=Path("data.png"), help="the contact sheet (x.png)")
+    data.set_defaults(command=_data)
 
     report = commands.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, help="a run's folder")
@@ -272,6 +283,18 @@ def _labels(options: argparse.Namespace, names: list[str]) -> list[int] | None:
     if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):
         raise ConfigError(f"--class = {asked!r}: must be one of {', '.join(names)}, or a number below {len(names)}")
     return [names.index(asked) if asked in names else int(asked)] * options.count
+
+
+def _data(options: argparse.Namespace) -> int:
+    if options.output.suffix != ".png":
+        raise ConfigError(f"--output = {str(options.output)!r}: must end in .png")
+    from feddm_flwr import survey
+
+    for line in survey.describe(
+        {**_overrides(options.run_config), "data.name": options.path}, *(options.num_supernodes, options.output)
+    ):
+        print(line)
+    return 0
 
 
 def _certs(options: argparse.Namespace) -> int:

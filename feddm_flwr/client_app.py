@@ -36,6 +36,7 @@ def introduce(message: Message, context: Context) -> Message:
             check_state(context.node_config)
         report["images"], report["held-out"] = len(data.train), len(data.held_out)
         report["class-counts"], report["skipped"] = json.dumps(data.class_counts), data.skipped
+        report["sizes"] = data.sizes
     except ConfigError as error:
         report["problem"] = str(error)
     except Exception as error:  # whatever it is, the run must hear of it before it starts

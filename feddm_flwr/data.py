@@ -1,12 +1,10 @@
-"""A node's images: found, shared out among simulated nodes, decoded once to a uint8 array on its disk."""
+"""A node's images: shared out among simulated nodes, decoded once to a uint8 array on its disk."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,20 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from feddm_flwr.array_cache import array, cached, facts, new_array, write_facts
 from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
-from feddm_flwr.images import ENDINGS, Images, decode, fit
+from feddm_flwr.images import Decoded, Images
+from feddm_flwr.sources import Source, open_source, stamp_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
 Labels = NDArray[np.int64]  # (N,)
 
-_DIGITS_TEST_SHARE = 5  # one digit in five is kept apart from training, as split "test"
-_FORMAT = 1  # of what is cached: raised when the same file would be decoded to other pixels
+_FORMAT = 2  # of what is cached: raised when the same file would be decoded to other pixels
 
 
 @dataclass(frozen=True)
@@ -40,27 +36,8 @@ class NodeData:
     train_labels: Labels  # places in `data.classes`; zeros where that is empty
     held_out_labels: Labels
     skipped: int = 0  # images that cannot be read
+    sizes: str = ""  # the smallest and the largest, before they were resized
     fingerprint: str = ""  # of the images and their order; empty where they are not cached
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A data set before decoding: where it is (for messages), one row per image, and a decoder of rows, which
-    fills the beginning of an array and says which of them could be read."""
-
-    origin: str
-    table: Dataset
-    decode: Callable[[Sequence[int], Images], list[int]]
-
-    version: str  # of what it is decoded from
-
-    def classes(self, column: str) -> list[str]:
-        """The class of every row, or nothing where there is no such column."""
-        if column not in self.table.column_names:
-            return []
-        feature = self.table.features[column]
-        values = self.table[column][:]
-        return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
 
 
 def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, root: Path) -> NodeData:
@@ -79,24 +56,7 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
         raise ConfigError("the node has neither data-path nor partition-id and num-partitions in its --node-config")
     data = config.data if not data_path else replace(config.data, name="own")
     essence = replace(parse({}), data=data, seed=config.seed)
-    return _load_node(essence, partition, data_path, _stamp(data_path or config.data.name), root)
-
-
-def _stamp(name: str) -> str:
-    """What changes when a file does that is there by this name, or below it; "" where there is none."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        return ""
-    digest = hashlib.sha256()
-    for folder, folders, files in [*os.walk(path)] if path.is_dir() else [(str(path.parent), [], [path.name])]:
-        folders.sort()
-        for file in sorted(files):
-            try:
-                found = Path(folder, file).stat()
-            except OSError:  # a link to nothing
-                continue
-            digest.update(f"{folder}/{file} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    return _load_node(essence, partition, data_path, stamp_of(data_path or config.data.name), root)
 
 
 @lru_cache(maxsize=1024)
@@ -107,7 +67,7 @@ def _load_node(
     d, name = config.data, data_path or config.data.name
     origin = f"data-path = {data_path!r}" if data_path else f"data.name = {name!r}"
     # What a hub has under a name may change: the library knows.
-    version = stamp or _open(config, name, origin, own=bool(data_path), stamp=stamp).version
+    version = stamp or open_source(config, name, origin, own=bool(data_path), stamp=stamp).version
     key = {
         "format": _FORMAT,
         "data": asdict(replace(d, classes="", eval_fraction=0)),
@@ -117,15 +77,18 @@ def _load_node(
     }
 
     def fill(folder: Path) -> None:
-        source = _open(config, name, origin, own=bool(data_path), stamp=stamp)
+        source = open_source(config, name, origin, own=bool(data_path), stamp=stamp)
+        if source.streamed:
+            source = _kept(config, source, name, root)
         rows = _partition(config, source, *partition) if partition and not data_path else [*range(len(source.table))]
         order = np.random.default_rng(derive_seed(config.seed, "held out", partition)).permutation(len(rows))
         rows = [rows[i] for i in order]
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
-        kept = source.decode(rows, images)
+        decoded = source.decode(rows, images)
         classes = source.classes(d.label_column)
-        own = [classes[row] for row in kept] if classes else []
-        write_facts(folder, {"classes": own, "count": len(kept), "asked": len(rows)})
+        own = [classes[rows[i]] for i in decoded.kept] if classes else []
+        count = len(decoded.kept)
+        write_facts(folder, {"classes": own, "count": count, "asked": len(rows), "sizes": decoded.extent()})
 
     try:
         folder = cached(root, key, fill)
@@ -147,6 +110,7 @@ def _load_node(
         held_out_labels=labels[:held_out],
         class_counts=dict(sorted(Counter(own).items())),
         skipped=found["asked"] - count,
+        sizes=found["sizes"],
         fingerprint=folder.name,
     )
 
@@ -166,21 +130,59 @@ def _labels(config: RunConfig, own: list[str], count: int, origin: str) -> Label
     return np.array([names[name] for name in own], np.int64)
 
 
-def load_all(config: RunConfig) -> tuple[Images, list[str]]:
-    """Every image of `data.name` and its class (empty where unknown): for evaluation and benchmarks.
+def load_all(config: RunConfig) -> tuple[Images, list[str], Decoded]:
+    """Every image of `data.name`, its class (empty where unknown), and what was found on the way.
 
     Raises:
         ConfigError: as `load_node`.
     """
     name, d = config.data.name, config.data
-    source = _open(config, name, f"data.name = {name!r}", stamp=_stamp(name))
+    source = open_source(config, name, f"data.name = {name!r}", stamp=stamp_of(name))
     images = np.empty((len(source.table), d.channels, d.image_size, d.image_size), np.uint8)
-    kept = source.decode(range(len(images)), images)
+    decoded = source.decode(range(len(images)), images)
     classes = source.classes(config.data.label_column)
-    return images[: len(kept)], [classes[i] for i in kept] if classes else []
+    return images[: len(decoded.kept)], [classes[i] for i in decoded.kept] if classes else [], decoded
 
 
-def _partition(config: RunConfig, source: _Source, index: int, count: int) -> list[int]:
+def partitions(config: RunConfig, count: int) -> list[dict[str, int]]:
+    """How many images of each class (of class "" where unknown) each node of a simulation would have.
+
+    Raises:
+        ConfigError: as `load_node`.
+    """
+    name = config.data.name
+    source = open_source(config, name, f"data.name = {name!r}", stamp=stamp_of(name))
+    classes = source.classes(config.data.label_column) or [""] * len(source.table)
+    return [dict(Counter(classes[row] for row in _partition(config, source, i, count))) for i in range(count)]
+
+
+def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
+    """A stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
+    d = config.data
+    shape = (len(source.table), d.channels, d.image_size, d.image_size)
+    chosen = (name, d.split, d.image_column, d.white, d.max_broken)
+
+    def fill(folder: Path) -> None:
+        decoded = source.decode(range(shape[0]), new_array(folder, "images", shape, np.uint8))
+        sizes = [[*size, n] for size, n in decoded.sizes.items()]
+        write_facts(folder, {"kept": decoded.kept, "sizes": sizes, "modes": decoded.modes})
+
+    key = {"format": _FORMAT, "stream": chosen, "shape": shape, "version": source.version}
+    folder = cached(root, key, fill)
+    found, images = facts(folder), array(folder, "images")
+    place = {row: i for i, row in enumerate(found["kept"])}
+
+    def copy(rows: Sequence[int], out: Images) -> Decoded:
+        sizes = Counter({(width, height): n for width, height, n in found["sizes"]})
+        decoded = Decoded([i for i, row in enumerate(rows) if row in place], {}, sizes, Counter(found["modes"]))
+        for to, i in enumerate(decoded.kept):
+            out[to] = images[place[rows[i]]]
+        return decoded
+
+    return replace(source, decode=copy)
+
+
+def _partition(config: RunConfig, source: Source, index: int, count: int) -> list[int]:
     """The rows of partition `index` of `count`, through flwr-datasets' partitioners."""
     from datasets import Dataset
     from flwr_datasets import partitioner as flower
@@ -228,85 +230,3 @@ def _partition(config: RunConfig, source: _Source, index: int, count: int) -> li
     except (ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"{problem}: {error}") from error
     return chosen
-
-
-@lru_cache(maxsize=2)
-def _open(config: RunConfig, name: str, origin: str, *, own: bool = False, stamp: str) -> _Source:
-    """A data set by name or path, nothing decoded yet. A node's `own` must be here: no name is looked
-    up elsewhere, and no file's name goes into a message."""
-    import datasets
-
-    if name == "digits" and not own:
-        return _digits(config, origin)
-    path = Path(name).expanduser()
-    if path.is_dir() and not sorted(path.glob("*.parquet")):
-        return _folder(config, path, origin, own, stamp)
-    if not path.exists() and (own or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
-        raise ConfigError(f"{origin}: no such file or folder")
-    column = config.data.image_column
-    try:
-        if path.exists():
-            files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
-            table = datasets.load_dataset("parquet", data_files=files, split="train")
-        else:
-            table = datasets.load_dataset(name, split=config.data.split)
-        if column in table.column_names:
-            table = table.cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # the library raises many kinds for many causes
-        raise ConfigError(
-            f"{origin}: cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}); must be digits, "
-            f"a Hugging Face data set id in reach, a folder of images, or parquet with images in column {column!r}"
-        ) from error
-    if column not in table.column_names:
-        raise ConfigError(f"data.image-column = {column!r}: no such column; {origin} has {table.column_names}")
-
-    def read(rows: Sequence[int]) -> Iterable[bytes | Path | None]:
-        for cell in table.select(rows).select_columns([column]):
-            image = cell[column]
-            yield image and (image["bytes"] or Path(image["path"]))
-
-    def fill(rows: Sequence[int], out: Images) -> list[int]:
-        return [rows[i] for i in decode(config.data, read(rows), [f"row {row}" for row in rows], origin, out)]
-
-    return _Source(origin, table, fill, stamp or table._fingerprint)
-
-
-def _digits(config: RunConfig, origin: str) -> _Source:
-    """scikit-learn's 1,797 handwritten digits (UCI ML repository), 8x8 with values 0..16."""
-    from datasets import Dataset
-    from sklearn.datasets import load_digits
-
-    if config.data.split not in ("train", "test"):
-        raise ConfigError(f"data.split = {config.data.split!r}: must be train or test for digits")
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    test = len(order) // _DIGITS_TEST_SHARE
-    rows = order[test:] if config.data.split == "train" else order[:test]
-    images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
-    table = Dataset.from_dict({"label": digits.target[rows]})
-
-    def fill(chosen: Sequence[int], out: Images) -> list[int]:
-        for i, row in enumerate(chosen):
-            out[i] = fit(config.data, Image.fromarray(images[row]))
-        return [*chosen]
-
-    return _Source(origin, table, fill, "scikit-learn")
-
-
-def _folder(config: RunConfig, path: Path, origin: str, own: bool, stamp: str) -> _Source:
-    """Images below a folder; the class is the name of the first subfolder, where there is one."""
-    from datasets import Dataset
-
-    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in ENDINGS and p.is_file())
-    if not files:
-        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(ENDINGS)}")
-    parts = [p.relative_to(path).parts for p in files]
-    columns: dict[str, list[str]] = {"file": [str(Path(*part)) for part in parts]}
-    if all(len(part) > 1 for part in parts):
-        columns[config.data.label_column] = [part[0] for part in parts]
-
-    def fill(rows: Sequence[int], out: Images) -> list[int]:
-        names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
-        return [rows[i] for i in decode(config.data, (files[i] for i in rows), names, origin, out)]
-
-    return _Source(origin, Dataset.from_dict(columns), fill, stamp)

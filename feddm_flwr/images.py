@@ -11,8 +11,10 @@ import io
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -60,23 +62,35 @@ def fit(data: Data, image: Image.Image) -> Images:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def decode(
-    data: Data, files: Iterable[bytes | Path | None], names: Sequence[str], origin: str, out: Images
-) -> list[int]:
-    """Decode image files, in parallel, into the first rows of `out`, shape (N, C, H, W); which of them could be.
+@dataclass
+class Decoded:
+    """What came of decoding some images."""
+
+    kept: list[int] = field(default_factory=list)  # which of them are in the array now, in its order
+    broken: dict[str, str] = field(default_factory=dict)  # those that cannot be read, by name: why
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) before
+    modes: Counter[str] = field(default_factory=Counter)  # Pillow's names: L, RGB, I;16, …
+
+    def extent(self) -> str:
+        """The smallest and the largest size."""
+        low, high = (f(self.sizes, key=lambda s: (s[0] * s[1], s), default=(0, 0)) for f in (min, max))
+        return f"{low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if high != low else "")
+
+
+def decode(data: Data, files: Iterable[bytes | Path | None], names: Sequence[str], origin: str, out: Images) -> Decoded:
+    """Decode image files, in parallel, into the first rows of `out`, shape (N, C, H, W).
 
     Raises:
         ConfigError: more cannot be read than `data.max-broken` allows; the message counts them and names the first.
     """
-    kept: list[int] = []
-    broken: list[str] = []
+    found = Decoded()
 
-    def one(file: bytes | Path | None) -> Images | str:
+    def one(file: bytes | Path | None) -> tuple[Images, tuple[int, int], str] | str:
         try:
             if file is None:
                 raise ValueError("no image")
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                return fit(data, image)
+                return fit(data, image), image.size, image.mode
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
             log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else "an image", error)
             return type(error).__name__
@@ -85,20 +99,23 @@ def decode(
     waiting = iter(files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         batches = iter(lambda: [*islice(waiting, _AT_A_TIME)], [])
-        for i, pixels in enumerate(chain.from_iterable(pool.map(one, batch) for batch in batches)):
-            if isinstance(pixels, str):
-                broken.append(f"{names[i]} ({pixels})")
+        for i, result in enumerate(chain.from_iterable(pool.map(one, batch) for batch in batches)):
+            if isinstance(result, str):
+                found.broken[names[i]] = result
                 continue
-            out[len(kept)] = pixels
-            kept.append(i)
+            out[len(found.kept)], size, mode = result
+            found.kept.append(i)
+            found.sizes[size] += 1
+            found.modes[mode] += 1
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
                 log.info("%s: %d of %d images decoded", origin, i + 1, len(names))
-    if len(broken) > data.max_broken * len(names):
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    if len(found.broken) > data.max_broken * len(names):
+        listed = [f"{name} ({why})" for name, why in found.broken.items()]
+        more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
         raise ConfigError(
-            f"{origin}: {len(broken)} of {len(names)} images cannot be read: {', '.join(broken[:3])}{more}; "
+            f"{origin}: {len(listed)} of {len(names)} images cannot be read: {', '.join(listed[:3])}{more}; "
             f"repair or remove them (the node's own log has every name and cause), or raise data.max-broken = "
             f"{data.max_broken:g}, the share that is skipped"
         )
-    return kept
+    return found

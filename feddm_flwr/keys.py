@@ -26,6 +26,9 @@ class Data:
         "a folder of images, or a parquet file; a relative path starts at the server's folder",
     )
     split: str = key("train", "split of a hub data set or folder that is trained on")
+    streaming: bool = key(
+        False, "read a hub data set or parquet as a stream: only decoded images are kept on disk, at their final size"
+    )
     partition: str = key(
         "iid",
         "how a simulation shares the images among its nodes",
@@ -79,6 +82,8 @@ class Model:
     attention_head_dim: int = key(PRESET, "channels of an attention head; 0: one head", low=0)
     norm_groups: int = key(PRESET, "groups of each GroupNorm", low=1)
     dropout: float = key(PRESET, "dropout rate", low=0, below=1)
+    time_scale_shift: bool = key(PRESET, "the time step scales and shifts features instead of being added to them")
+    resnet_resampling: bool = key(PRESET, "levels are joined by residual blocks instead of single convolutions")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ class Autoencoder:
     norm_groups: int = key(PRESET, "groups of each GroupNorm", low=1)
     latent_channels: int = key(4, "channels of the latents", low=1)
     kl_weight: float = key(1e-4, "weight of the KL term, mean over the latents, beside the mean absolute error", low=0)
+    perceptual: str = key(
+        "",
+        "VGG16 whose features are compared in addition: a safetensors file, or a hub id such as timm/vgg16.tv_in1k; "
+        "the server reads it and sends it to the nodes",
+    )
+    perceptual_weight: float = key(1.0, "weight of the perceptual loss", above=0)
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,11 @@ class Train:
         "share of the images whose class is hidden in training, for guidance (Ho and Salimans 2022)",
         low=0,
         below=1,
+    )
+    optimizer: str = key(
+        "adamw",
+        "`adamw8bit` keeps its averages in 8 bits (package bitsandbytes): 6 bytes less for each parameter",
+        choices=("adamw", "adamw8bit"),
     )
     learning_rate: float = key(2e-3, "AdamW's step size", above=0)
     lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))

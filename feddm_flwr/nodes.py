@@ -37,6 +37,7 @@ class Node:
     held_out: int
     class_counts: dict[str, int]
     skipped: int = 0  # images that it cannot read
+    sizes: str = ""  # the smallest and the largest, before they were resized
 
 
 class Roster:
@@ -164,9 +165,10 @@ class Roster:
         for node in sorted(introduced, key=lambda n: n.name):
             classes = " ".join(f"{c}:{n}" for c, n in node.class_counts.items()) or "unknown"
             skipped = f", {node.skipped} skipped" if node.skipped else ""
+            sizes = f" of {node.sizes}" if node.sizes else ""
             log.info(
-                "node %s: %d images, %d held out%s, classes %s",
-                *(node.name, node.images, node.held_out, skipped, classes),
+                "node %s: %d images%s, %d held out%s, classes %s",
+                *(node.name, node.images, sizes, node.held_out, skipped, classes),
             )
 
     def _leave_out(self, node_id: int, why: str, *, quiet: bool = False) -> None:
@@ -194,7 +196,8 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         return Failure("malformed", clean(repr(error)))
     lines = [clean(line, 500) for line in str(problem)[:10_000].splitlines()]
-    node = Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}, skipped)
+    sizes = clean(str(said.get("sizes", "")), 50)
+    node = Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}, skipped, sizes)
     return node, "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ SERVER_OPTIMIZERS: dict[str, _Keys] = {
 
 
 def _unet(
-    channels: str, attention: str, layers: int = 1, head: int = 32, groups: int = 8, dropout: float = 0.0
+    channels: str, attention: str, layers: int = 1, head: int = 32, groups: int = 8, dropout: float = 0.0, **more: bool
 ) -> _Keys:
     return {
         "model.block-channels": channels,
@@ -50,6 +50,8 @@ def _unet(
         "model.attention-head-dim": head,
         "model.norm-groups": groups,
         "model.dropout": dropout,
+        "model.time-scale-shift": more.get("time_scale_shift", False),
+        "model.resnet-resampling": more.get("resnet_resampling", False),
     }
 
 
@@ -64,7 +66,8 @@ def _autoencoder(channels: str, layers: int, groups: int) -> _Keys:
 _SMALL_KL8 = _autoencoder("32,64,64,64", 1, 8)
 #: Architectures. Those named after the paper's systems are the field's: for CIFAR-10 that of Ho et al. 2020 (and the
 #: same for Fashion-MNIST, with a level less), for CelebA that of Song et al. 2021 (DDIM), for LSUN Church the U-Net and
-#: the KL autoencoder, f = 8, of Rombach et al. 2022 (LDM), as far as diffusers has the blocks. Others train on a CPU.
+#: the KL autoencoder, f = 8, of Rombach et al. 2022 (LDM), as far as diffusers has the blocks (heads of 32 channels
+#: where theirs are 8 in number). Others train on a CPU.
 MODELS: dict[str, _Keys] = {
     "tiny": _unet("16,32", "0,0") | _autoencoder("8,16,16", 1, 8),
     "small": _unet("32,64", "0,1") | _SMALL_KL8,
@@ -75,7 +78,10 @@ MODELS: dict[str, _Keys] = {
     "cifar10-32-small": _unet("64,128,128", "0,1,0") | _SMALL_KL8,
     "celeba-64": _unet("128,256,256,256,512", "0,0,1,0,0", 2, 0, 32) | _SMALL_KL8,
     "celeba-64-small": _unet("32,64,128,128", "0,0,1,0") | _SMALL_KL8,
-    "lsun-church-256": _unet("192,384,384,768,768", "1,1,1,1,0", 2, 32, 32) | _autoencoder("128,256,512,512", 2, 32),
+    "lsun-church-256": _unet(
+        "192,384,384,768,768", "1,1,1,1,0", 2, 32, 32, time_scale_shift=True, resnet_resampling=True
+    )
+    | _autoencoder("128,256,512,512", 2, 32),
     "lsun-church-256-small": _unet("64,128,128", "0,1,1") | _SMALL_KL8,
 }
 

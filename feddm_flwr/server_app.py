@@ -21,7 +21,8 @@ from feddm_flwr.exchange import Values
 from feddm_flwr.parts import Parts, parts_of
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.state_folder import forget_run, state_root
-from feddm_flwr.strategy import FedDM, Round
+from feddm_flwr.strategy import FedDM
+from feddm_flwr.tally import Round
 from feddm_flwr.tracking import RunDirectory, read_metrics
 from feddm_flwr.whole_file import whole_folder
 

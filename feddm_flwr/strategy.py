@@ -12,8 +12,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from hashlib import sha256
 from mmap import mmap
 from pathlib import Path
@@ -35,69 +35,13 @@ from feddm_flwr.outliers import Outliers
 from feddm_flwr.parts import Parts, assign
 from feddm_flwr.probes import Probes
 from feddm_flwr.robust import RobustMean
+from feddm_flwr.tally import Round, Tally, weighted
 
 log = logging.getLogger("feddm")
 
 
 _GARBAGE = 1 << 26  # bytes of replies until they are collected: Flower's messages are in cycles
 _ABSURD = 1e6  # losses and errors above this are a broken node's
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a round came to."""
-
-    round: int
-    weights: Values
-    ema: Values
-    train_loss: float
-    eval_loss: float  # of the weights that the round started from; NaN where not evaluated
-    latent_power: float  # mean square of an autoencoder's latents on held-out images; NaN where not evaluated
-    clients_ok: int
-    clients_failed: int
-    failures: dict[str, int]
-    bytes_up: int
-    bytes_down: int
-    bytes_full: int  # of bytes_down: whole shadows, for nodes that had lost theirs or were far behind
-    bytes_up_fp32: int  # what the same messages would have been as plain float32
-    bytes_down_fp32: int
-    bytes_data_parallel: int  # each way, had the nodes exchanged float32 gradients after every step
-    nodes: dict[str, dict[str, int]]  # by name: bytes up and down
-    state_lost: int  # nodes whose residual was gone: the run is then not bit for bit that without
-    coding_error: float  # norm of what the uplink lost over that of what was to be sent
-    local_steps: int
-    update_norm: float
-    seconds: float
-
-    def figures(self) -> dict[str, Any]:
-        """The round as a line of `metrics.jsonl`: everything but the vectors."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema")}
-        if math.isfinite(self.latent_power):  # an autoencoder: its error is that of pixels in [-1, 1]
-            own["psnr"] = round(10 * math.log10(4 / max(self.eval_loss, 1e-12)), 3)
-        else:
-            del own["latent_power"]
-        return own
-
-
-@dataclass
-class _Tally:
-    """The running sums of one attempt at a round."""
-
-    means: dict[str, Aggregate]  # by part: weights are summed over the nodes that sent it
-    part: dict[str, str]  # by node: what its reply is to cover
-    traffic: Traffic = field(default_factory=Traffic)
-    loss: list[tuple[str, float, int]] = field(default_factory=list)
-    eval: list[tuple[str, float, int]] = field(default_factory=list)
-    steps: list[tuple[str, int, int]] = field(default_factory=list)
-    error: list[tuple[str, float, int]] = field(default_factory=list)
-    power: list[tuple[str, float, int]] = field(default_factory=list)
-    norms: dict[str, list[float]] = field(default_factory=dict)  # by part
-    lost: int = 0
-
-    @property
-    def count(self) -> int:
-        """Good replies."""
-        return len(self.steps)
 
 
 class FedDM:
@@ -209,11 +153,11 @@ class FedDM:
         chosen = np.random.default_rng(seed).permutation(len(names))[: self._roster.asked(len(names))]
         return sorted(names[i] for i in chosen)
 
-    def _attempt(self, grid: Grid, number: int, chosen: dict[int, str], received: Values) -> _Tally:
+    def _attempt(self, grid: Grid, number: int, chosen: dict[int, str], received: Values) -> Tally:
         """Send the weights to the chosen nodes and take in what comes back, one reply at a time."""
         total = sum(self._roster.nodes[name].images for name in chosen.values())
         part = assign(self._parts, sorted(chosen.values()), self.config, number)
-        tally = _Tally({name: self._aggregate(name, total, number, received) for name in self._parts.sent}, part)
+        tally = Tally({name: self._aggregate(name, total, number, received) for name in self._parts.sent}, part)
         log.info("round=%d/%d asked=%d", number, self.config.num_server_rounds, len(chosen))
         content = self._contents(number, part)
         timeout, probes = self.config.round_timeout, Probes(grid, self._roster.processes)
@@ -276,7 +220,7 @@ class FedDM:
 
         return content
 
-    def _take(self, tally: _Tally, number: int, name: str, reply: RecordDict, received: Values) -> Failure | None:
+    def _take(self, tally: Tally, number: int, name: str, reply: RecordDict, received: Values) -> Failure | None:
         """Check a reply and add its update to the mean, or say what is wrong with it.
 
         The weights of a mean are what the node said at its introduction: a reply cannot raise them.
@@ -334,7 +278,7 @@ class FedDM:
         log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
         return None
 
-    def _commit(self, number: int, received: Values, tally: _Tally, asked: int, seconds: float) -> Round:
+    def _commit(self, number: int, received: Values, tally: Tally, asked: int, seconds: float) -> Round:
         """Apply the server step to the mean update."""
         means: dict[str, Values] = {}
         for name in self._parts.sent:
@@ -353,7 +297,7 @@ class FedDM:
         weights, state = self._optimizer.update(base, delta, self._state)
         if not np.isfinite(weights).all():
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
-        steps = round(_weighted(tally.steps))
+        steps = round(weighted(tally.steps))
         factor = ema_factor(self.config.server.ema_decay, self._steps, steps)
         self.round, self.weights, self._state = number, weights, state
         self.ema = ema_update(self.ema, weights, factor)
@@ -365,9 +309,9 @@ class FedDM:
             round=number,
             weights=self.weights,
             ema=self.ema,
-            train_loss=_weighted(tally.loss),
-            eval_loss=_weighted(tally.eval) if tally.eval else float("nan"),
-            latent_power=_weighted(tally.power) if tally.power else float("nan"),
+            train_loss=weighted(tally.loss),
+            eval_loss=weighted(tally.eval) if tally.eval else float("nan"),
+            latent_power=weighted(tally.power) if tally.power else float("nan"),
             clients_ok=tally.count,
             clients_failed=asked - tally.count,
             failures=dict(sorted(traffic.failures.items())),
@@ -379,7 +323,7 @@ class FedDM:
             bytes_data_parallel=4 * len(delta) * sum(s for _, s, _ in tally.steps),
             nodes={name: {"up": traffic.up[name], "down": traffic.down[name]} for name in sorted(traffic.down)},
             state_lost=tally.lost,
-            coding_error=_weighted(tally.error),
+            coding_error=weighted(tally.error),
             local_steps=sum(s for _, s, _ in tally.steps),
             update_norm=euclidean_norm(delta),
             seconds=round(seconds, 3),
@@ -397,9 +341,3 @@ class FedDM:
             seconds,
         )
         return done
-
-
-def _weighted(values: Iterable[tuple[str, float, int]]) -> float:
-    """The mean weighted by the third entry, summed in order of name so that its bits are fixed."""
-    ordered = sorted(values)
-    return sum(v * w for _, v, w in ordered) / sum(w for _, _, w in ordered)

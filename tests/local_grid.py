@@ -18,7 +18,8 @@ from feddm_flwr import architecture, model
 from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.parts import parts_of
-from feddm_flwr.strategy import FedDM, Round
+from feddm_flwr.strategy import FedDM
+from feddm_flwr.tally import Round
 
 Handler = Callable[[Message], Message | None]
 

@@ -22,7 +22,7 @@ from feddm_flwr import checkpoint
 from feddm_flwr.checkpoint import Checkpoint, NoCheckpointError, newest, save
 from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.resume import check_same_run
-from feddm_flwr.strategy import Round
+from feddm_flwr.tally import Round
 
 
 def some(number: int, size: int = 1000) -> Checkpoint:

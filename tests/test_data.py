@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from feddm_flwr import data, images
+from feddm_flwr import data, images, sources
 from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.data import NodeData, load_all, load_node
 from feddm_flwr.state_folder import state_root
@@ -65,8 +65,8 @@ def test_partitions_depend_on_the_seed_and_on_nothing_else() -> None:
 
 
 def test_digits_keep_a_test_split() -> None:
-    train, labels = load_all(parse({}))
-    test, _ = load_all(parse({"data.split": "test"}))
+    train, labels, _ = load_all(parse({}))
+    test, _, _ = load_all(parse({"data.split": "test"}))
     assert (len(train), len(test)) == (1438, 359)
     assert len(labels) == len(train)
     assert train.max() == 255
@@ -216,7 +216,7 @@ def test_floating_point_images_are_refused(tmp_path: Path) -> None:
 def test_images_are_decoded_once_and_anew_when_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget() -> NodeData:  # as another process would find it
         data._load_node.cache_clear()
-        data._open.cache_clear()
+        sources.open_source.cache_clear()
         return load(parse(SHAPE), None, str(folder))
 
     first = both(forget())

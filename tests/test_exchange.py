@@ -22,7 +22,7 @@ from feddm_flwr.config import CODECS, ConfigError, RunConfig
 from feddm_flwr.exchange import Values, channel, exact, fingerprint
 from feddm_flwr.node_state import NodeState, StateLostError
 from feddm_flwr.state_folder import forget_run, state_root
-from feddm_flwr.strategy import Round
+from feddm_flwr.tally import Round
 
 RUN = "0123456789abcdef" * 2
 

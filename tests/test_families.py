@@ -14,7 +14,8 @@ from local_grid import LocalGrid, config, nodes
 from feddm_flwr import architecture, assets, model, pipelines
 from feddm_flwr.config import ConfigError
 from feddm_flwr.parts import parts_of
-from feddm_flwr.strategy import FedDM, Round
+from feddm_flwr.strategy import FedDM
+from feddm_flwr.tally import Round
 
 
 def trained(folder: Path, **keys: Any) -> list[Round]:

@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "codec": {"config", "grid_codec", "packing", "sparse_codec", "wire"},
     "array_cache": {"whole_file"},
     "images": {"config", "keys"},
-    "data": {"array_cache", "config", "images"},
+    "sources": {"config", "images"},
+    "data": {"array_cache", "config", "images", "sources"},
     "assets": {"config", "whole_file"},
     "architecture": {"assets", "config"},
     "class_pipeline": set(),
@@ -60,10 +61,12 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"config", "node_config", "node_round"},
     "training": {"config", "model", "objectives"},
     "evaluation": {"class_pipeline", "images", "latents"},
+    "survey": {"config", "data", "evaluation", "presets", "sources"},
     "messages": set(),
     "probes": {"messages"},
     "nodes": {"config", "messages", "probes"},
     "collection": {"messages", "probes"},
+    "tally": {"aggregation", "collection", "exchange"},
     "strategy": {
         *(
             "aggregation",
@@ -76,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
             "nodes",
             "outliers",
         ),
-        *("parts", "probes", "robust"),
+        *("parts", "probes", "robust", "tally"),
     },
     "display": {"config"},
     "launch": {"config", "display", "tracking"},
@@ -89,7 +92,7 @@ ABOUT_TENSORS = CODING | MODELS | {"training", "evaluation", "node_round"}
 #: No torch at all, not even inside a function.
 NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.
-HEAVY = {"torch", "diffusers", "datasets", "flwr_datasets", "sklearn", "ray"}
+HEAVY = {"torch", "diffusers", "datasets", "flwr_datasets", "matplotlib", "sklearn", "ray"}
 MAY_BE_HEAVY = ABOUT_TENSORS | {"server_app"}
 
 

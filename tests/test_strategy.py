@@ -17,7 +17,7 @@ from feddm_flwr import messages, probes
 from feddm_flwr.client_app import app
 from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.nodes import Roster, RunFailedError
-from feddm_flwr.strategy import Round
+from feddm_flwr.tally import Round
 
 
 @pytest.mark.parametrize("strategy", ["feddm-vanilla", "feddm-prox", "feddm-quant"])

@@ -1,0 +1,184 @@
+"""Where images come from: the embedded digits, a folder, parquet, a data set of a hub. Nothing is decoded yet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.images import ENDINGS, Decoded, Images, decode, fit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_DIGITS_TEST_SHARE = 5  # one digit in five is kept apart from training, as split "test"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before decoding: where it is (for messages), one row per image, and a decoder of rows, which
+    fills the beginning of an array. Where it is streamed, all rows are decoded in their order, or none."""
+
+    origin: str
+    table: Dataset
+    decode: Callable[[Sequence[int], Images], Decoded]
+    version: str  # of what it is decoded from
+    streamed: bool = False
+
+    def classes(self, column: str) -> list[str]:
+        """The class of every row, or nothing where there is no such column."""
+        if column not in self.table.column_names:
+            return []
+        feature = self.table.features[column]
+        values = self.table[column][:]
+        return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
+
+
+def stamp_of(name: str) -> str:
+    """What changes when a file does that is there by this name, or below it; "" where there is none."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return ""
+    digest = hashlib.sha256()
+    for folder, folders, files in [*os.walk(path)] if path.is_dir() else [(str(path.parent), [], [path.name])]:
+        folders.sort()
+        for file in sorted(files):
+            try:
+                found = Path(folder, file).stat()
+            except OSError:  # a link to nothing
+                continue
+            digest.update(f"{folder}/{file} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def open_source(config: RunConfig, name: str, origin: str, *, own: bool = False, stamp: str) -> Source:
+    """A data set by name or path, nothing decoded yet. A node's `own` must be here: no name is looked
+    up elsewhere, and no file's name goes into a message."""
+    import datasets
+
+    if name == "digits" and not own:
+        return _digits(config, origin)
+    path = Path(name).expanduser()
+    if path.is_dir() and not sorted(path.glob("*.parquet")):
+        return _folder(config, path, origin, own, stamp)
+    if not path.exists() and (own or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
+        raise ConfigError(f"{origin}: no such file or folder")
+    try:
+        if path.exists():
+            files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
+            found = ("parquet", {"data_files": files, "split": "train"})
+        else:
+            found = (name, {"split": config.data.split})
+        if config.data.streaming:
+            return _stream(config, origin, stamp, *found)
+        return _table(config, origin, stamp, datasets.load_dataset(found[0], **found[1]))
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises many kinds for many causes
+        raise ConfigError(
+            f"{origin}: cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}); must be digits, "
+            "a Hugging Face data set id in reach, a folder of images, or parquet with images in column "
+            f"{config.data.image_column!r}"
+        ) from error
+
+
+def _table(config: RunConfig, origin: str, stamp: str, table: Dataset) -> Source:
+    """A data set that is on this machine's disk."""
+    import datasets
+
+    column = config.data.image_column
+    _check_column(column, origin, table.column_names)
+    table = table.cast_column(column, datasets.Image(decode=False))
+
+    def fill(rows: Sequence[int], out: Images) -> Decoded:
+        cells = (row[column] for row in table.select(rows).select_columns([column]))
+        return decode(config.data, map(_file, cells), [f"row {row}" for row in rows], origin, out)
+
+    return Source(origin, table, fill, stamp or table._fingerprint)
+
+
+def _stream(config: RunConfig, origin: str, stamp: str, name: str, options: dict[str, Any]) -> Source:
+    """A data set of which nothing is kept but its classes. Parquet is read by column: these cost little."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    d = config.data
+    stream = datasets.load_dataset(name, streaming=True, **options)
+    names = stream.column_names or [*next(iter(stream))]
+    _check_column(d.image_column, origin, names)
+    images = stream.select_columns([d.image_column]).cast_column(d.image_column, datasets.Image(decode=False))
+    labels = [c for c in names if c in (d.label_column, d.natural_column)]
+    counted = labels or [c for c in names if c != d.image_column][:1]
+    rows = [*(stream.select_columns(counted) if counted else images)]
+    columns = {c: [row[c] for row in rows] for c in labels} or {"row": [*range(len(rows))]}
+    kinds = datasets.Features({c: stream.features[c] for c in labels}) if labels and stream.features else None
+    table = datasets.Dataset.from_dict(columns, kinds)
+
+    def fill(chosen: Sequence[int], out: Images) -> Decoded:
+        assert [*chosen] == [*range(len(rows))]
+        cells = (row[d.image_column] for row in images)
+        return decode(d, map(_file, cells), [f"row {row}" for row in chosen], origin, out)
+
+    return Source(origin, table, fill, stamp or str(HfApi().dataset_info(name).sha), streamed=True)
+
+
+def _file(cell: dict[str, Any] | None) -> bytes | Path | None:
+    """What a cell of an image column is decoded from."""
+    return (cell["bytes"] or Path(cell["path"])) if cell else None
+
+
+def _check_column(column: str, origin: str, names: Sequence[str]) -> None:
+    if column not in names:
+        raise ConfigError(f"data.image-column = {column!r}: no such column; {origin} has {[*names]}")
+
+
+def _digits(config: RunConfig, origin: str) -> Source:
+    """scikit-learn's 1,797 handwritten digits (UCI ML repository), 8x8 with values 0..16."""
+    from datasets import Dataset
+    from sklearn.datasets import load_digits
+
+    if config.data.split not in ("train", "test"):
+        raise ConfigError(f"data.split = {config.data.split!r}: must be train or test for digits")
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    test = len(order) // _DIGITS_TEST_SHARE
+    rows = order[test:] if config.data.split == "train" else order[:test]
+    images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    table = Dataset.from_dict({"label": digits.target[rows]})
+
+    def fill(chosen: Sequence[int], out: Images) -> Decoded:
+        for i, row in enumerate(chosen):
+            out[i] = fit(config.data, Image.fromarray(images[row]))
+        count = len(chosen)
+        return Decoded([*range(count)], {}, Counter({(8, 8): count}), Counter({"L": count}))
+
+    return Source(origin, table, fill, "scikit-learn")
+
+
+def _folder(config: RunConfig, path: Path, origin: str, own: bool, stamp: str) -> Source:
+    """Images below a folder; the class is the name of the first subfolder, where there is one."""
+    from datasets import Dataset
+
+    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not files:
+        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(ENDINGS)}")
+    parts = [p.relative_to(path).parts for p in files]
+    columns: dict[str, list[str]] = {"file": [str(Path(*part)) for part in parts]}
+    if all(len(part) > 1 for part in parts):
+        columns[config.data.label_column] = [part[0] for part in parts]
+
+    def fill(rows: Sequence[int], out: Images) -> Decoded:
+        names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
+        return decode(config.data, (files[i] for i in rows), names, origin, out)
+
+    return Source(origin, Dataset.from_dict(columns), fill, stamp)
