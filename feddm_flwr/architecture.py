@@ -95,6 +95,11 @@ def _inside(config: RunConfig, assets: Assets) -> tuple[int, int]:
             f"model.autoencoder = {config.model.autoencoder!r}: it is for images of {own['in_channels']} channels, "
             f"data.channels = {config.data.channels}"
         )
+    if own.get("shift_factor") and not config.model.class_conditional:
+        raise ConfigError(
+            f"model.autoencoder = {config.model.autoencoder!r}: its latents are shifted (shift_factor), "
+            "which diffusers' LDMPipeline does not undo; use another, or model.class-conditional = true"
+        )
     _check_stride(
         config.data.image_size, own["block_out_channels"], f"model.autoencoder = {config.model.autoencoder!r}"
     )

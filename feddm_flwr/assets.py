@@ -1,4 +1,5 @@
-"""Weights that a run builds upon and does not change: the autoencoder of a latent model, a U-Net to fine-tune.
+"""Weights that a run builds upon and does not change: the autoencoder of a latent model, a U-Net to fine-tune, the
+network of a perceptual loss.
 
 The server reads them, from a diffusers folder or a hub, and keeps them in the run's folder; each node is sent them
 once and keeps them beside what it caches. A file of them is safetensors with the model's configuration in its
@@ -18,16 +19,18 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.perceptual import VGG16
 from feddm_flwr.whole_file import whole_file
 
 #: By kind, their files.
 Assets = Mapping[str, Path]
 
-AUTOENCODER, UNET = "autoencoder", "unet"
+AUTOENCODER, UNET, PERCEPTUAL = "autoencoder", "unet", "perceptual"
 #: By kind: the class, and where a pipeline's folder has it.
 _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     AUTOENCODER: (AutoencoderKL, ("", "vae", "vqvae")),
@@ -44,6 +47,7 @@ def fetch(config: RunConfig, folder: Path) -> dict[str, Path]:
     wanted = {
         AUTOENCODER: ("model.autoencoder", config.model.autoencoder),
         UNET: ("model.init-from", config.model.init_from),
+        PERCEPTUAL: ("autoencoder.perceptual", config.autoencoder.perceptual),
     }
     files = {}
     for kind, (key, name) in wanted.items():
@@ -51,7 +55,7 @@ def fetch(config: RunConfig, folder: Path) -> dict[str, Path]:
             files[kind] = folder / f"{kind}.safetensors"
             if not files[kind].is_file():  # where a run is resumed, the hub may have another by now
                 folder.mkdir(parents=True, exist_ok=True)
-                _write(_read(kind, key, name), files[kind])
+                _write(_read_vgg(key, name) if kind == PERCEPTUAL else _read(kind, key, name), files[kind])
     return files
 
 
@@ -79,8 +83,25 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
     )
 
 
-def _write(model: torch.nn.Module, path: Path) -> None:
-    config = {k: v for k, v in model.config.items() if not k.startswith("_") or k == "_class_name"}  # type: ignore[operator, union-attr]
+def _read_vgg(key: str, name: str) -> VGG16:
+    here = Path(name).expanduser()
+    try:
+        if here.exists() or here.is_absolute() or name.startswith((".", "~")):
+            file = here / "model.safetensors" if here.is_dir() else here
+        else:
+            file = Path(hf_hub_download(name, "model.safetensors"))
+        return VGG16(tensors_of(file))
+    except Exception as error:  # the libraries raise many kinds for many causes
+        raise ConfigError(
+            f"{key} = {name!r}: cannot be read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); "
+            "must be a safetensors file of VGG16 by torchvision's names, a folder with one as model.safetensors, or "
+            "the id of such a model on a hub in reach"
+        ) from error
+
+
+def _write(model: Any, path: Path) -> None:
+    own = getattr(model, "config", {})
+    config = {k: v for k, v in own.items() if not k.startswith("_") or k == "_class_name"}
     temporary = path.with_suffix(".writing")
     save_file(
         {k: v.contiguous().float() for k, v in model.state_dict().items()}, temporary, {"config": json.dumps(config)}
@@ -97,7 +118,7 @@ def kept(root: Path, wanted: Mapping[str, str], sent: Mapping[str, bytes]) -> di
     """
     files = {}
     for kind, digest in wanted.items():
-        if kind not in _KINDS or not re.fullmatch("[0-9a-f]{64}", digest):
+        if kind not in (*_KINDS, PERCEPTUAL) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"the server names an unknown asset {kind!r}, {digest!r}")
         path = files[kind] = root / "cache" / f"{digest}.safetensors"
         if path.is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.util import find_spec
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -31,6 +32,10 @@ def introduce(message: Message, context: Context) -> Message:
         report["name"] = node_name(context.node_config)
         config = parse(context.run_config)
         wants_worker(context.node_config)
+        if config.train.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
+            raise ConfigError(
+                "train.optimizer = 'adamw8bit': bitsandbytes is not installed: pip install 'feddm-flwr[8bit]'"
+            )
         data = node_data(config, context.node_config)
         if config.keeps_state:
             check_state(context.node_config)

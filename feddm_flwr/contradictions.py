@@ -78,6 +78,8 @@ def _about_models(c: RunConfig) -> Iterator[str]:
         )
     if c.model.autoencoder and (c.model.kind != "ldm" or trains_autoencoder):
         yield f"model.autoencoder = {c.model.autoencoder!r}: must be '' but for model.kind = 'ldm', stage = 'diffusion'"
+    if c.autoencoder.perceptual and not trains_autoencoder:
+        yield f"autoencoder.perceptual = {c.autoencoder.perceptual!r}: is for stage = 'autoencoder' only"
     if trains_autoencoder:
         for key, value in (
             ("model.class-conditional", c.model.class_conditional),

@@ -147,7 +147,7 @@ class Train:
     mu: float = key(PRESET, "weight of the proximal term mu/2 * ||w - w_t||^2", low=0)
     precision: str = key(
         "auto",
-        "of the forward pass; auto: bf16 where the processor or GPU computes in it",
+        "of the forward pass; auto: bf16 where the processor or GPU is faster in it",
         choices=("auto", "fp32", "bf16"),
     )
     max_seconds: float = key(

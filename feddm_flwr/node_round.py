@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from feddm_flwr import architecture, latents, model, objectives, pipelines, training
-from feddm_flwr.assets import AUTOENCODER, Assets, kept
+from feddm_flwr.assets import AUTOENCODER, PERCEPTUAL, Assets, kept, tensors_of
 from feddm_flwr.config import RunConfig
 from feddm_flwr.data import NodeData
 from feddm_flwr.node_link import NodeLink, Task
 from feddm_flwr.node_state import StateLostError
 from feddm_flwr.parts import parts_of
+from feddm_flwr.perceptual import VGG16
 
 log = logging.getLogger("feddm")
 
@@ -89,8 +90,10 @@ def _objective(
     mean square of their latents (an autoencoder's; else NaN)."""
     flip = config.data.flip
     if config.stage == "autoencoder":
+        looks = VGG16(tensors_of(assets[PERCEPTUAL])).to(device) if PERCEPTUAL in assets else None
         unseen = objectives.Reconstruction(config, objectives.Pixels(data.held_out, False, device), device)
-        return objectives.Reconstruction(config, objectives.Pixels(data.train, flip, device), device), unseen.held_out
+        pixels = objectives.Pixels(data.train, flip, device)
+        return objectives.Reconstruction(config, pixels, device, looks), unseen.held_out
     examples: tuple[objectives.Pixels | latents.Latents, ...]
     if AUTOENCODER in assets:
         examples = latents.encoded(data, assets[AUTOENCODER], flip, root, device)

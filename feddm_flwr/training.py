@@ -50,6 +50,10 @@ def prepare_process(config: RunConfig) -> torch.device:
     torch.set_num_threads(config.train.threads or (1 if simulated else _CORES))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if ray is not None and simulated and torch.cuda.is_available():
+        # Ray's shares of a GPU are bookkeeping: without this, one node could take the memory of all.
+        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     torch.use_deterministic_algorithms(config.train.deterministic)  # set or reset: the process may have served others
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -99,7 +103,7 @@ def train(
     received = [p.detach().clone() for p in parameters] if t.mu > 0 else []
     if start is not None:
         load_vector(model, start)
-    optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
+    optimizer = _optimizer(config, parameters)
     steps = local_steps(config, len(objective))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0
@@ -122,6 +126,18 @@ def train(
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
     return Trained(mean, done)
+
+
+def _optimizer(config: RunConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    t = config.train
+    if t.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            parameters, t.learning_rate, weight_decay=t.weight_decay
+        )
+        return eight_bit
+    return torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
 
 
 def _backward(

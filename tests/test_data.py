@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from feddm_flwr import data, images, sources
+from feddm_flwr import data, images, sources, survey
 from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.data import NodeData, load_all, load_node
 from feddm_flwr.state_folder import state_root
@@ -273,3 +274,46 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}), (0, 2), None)
+
+
+def write_parquet(path: Path, count: int, broken: int) -> None:
+    """Grey images of two classes, one of which cannot be read."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    cells = []
+    for i in range(count):
+        Image.new("L", (9, 9), 8 * i).save(file := io.BytesIO(), "PNG")
+        cells.append({"bytes": b"no image" if i == broken else file.getvalue(), "path": None})
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
+    Dataset.from_dict({"image": cells, "label": [i % 3 for i in range(count)]}, features=features).to_parquet(path)
+
+
+def test_a_stream_gives_every_node_the_images_that_a_table_does(tmp_path: Path) -> None:
+    file = tmp_path / "some.parquet"
+    write_parquet(file, 30, broken=7)
+    keys = {"data.name": str(file), "data.image-size": 8, "data.channels": 1, "data.max-broken": 0.1}
+    for partition in ("iid", "pathological"):
+        shared = {**keys, "data.partition": partition, "data.classes-per-node": 1}
+        for i in range(3):
+            table, stream = (
+                load(parse({**shared, "data.streaming": streaming}), (i, 3), None) for streaming in (False, True)
+            )
+            assert both(table) == both(stream)
+            assert table.class_counts == stream.class_counts
+            assert table.skipped == stream.skipped
+
+
+def test_a_survey_shows_what_there_is_and_guesses_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    (folder / "dog" / "broken.png").write_bytes(b"no image")
+    sheet = tmp_path / "out" / "sheet.png"
+    said = "\n".join(survey.describe({"data.name": str(folder), "data.partition": "shard"}, 2, sheet))
+    assert re.search(r"images   \d+ of \d+x\d+ to \d+x\d+, 1 more cannot be read", said)
+    assert "broken dog/broken.png (UnidentifiedImageError)" in said
+    assert "a run would refuse them" in said
+    assert "data.image-size=" in said
+    assert "data.channels=3" in said
+    assert "node-1" in said
+    for path in (sheet, tmp_path / "out" / "sheet-nodes.png"):
+        with Image.open(path) as image:
+            assert min(image.size) > 30

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from local_grid import LocalGrid, config, nodes
+from safetensors.torch import save_file
 
 from feddm_flwr import architecture, assets, model, pipelines
 from feddm_flwr.config import ConfigError
 from feddm_flwr.parts import parts_of
+from feddm_flwr.perceptual import VGG16
 from feddm_flwr.strategy import FedDM
 from feddm_flwr.tally import Round
 
@@ -52,6 +55,39 @@ def test_an_autoencoder_is_trained_and_a_latent_model_on_it(tmp_path: Path) -> N
     first, second = trained(tmp_path / "second", strategy="feddm-lean", **latent)
     assert first.bytes_down > 5 * second.bytes_down  # the autoencoder is sent once
     assert drawn(tmp_path / "second") == ("LDMPipeline", (16, 16))
+
+
+def test_a_perceptual_loss_is_sent_to_the_nodes_and_changes_the_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(VGG16().state_dict(), tmp_path / "vgg.safetensors")
+    keys: dict[str, Any] = {"stage": "autoencoder", "data__image_size": 16}
+    plain = trained(tmp_path / "plain", **keys)
+    looked_at = trained(tmp_path / "looked-at", **keys, autoencoder__perceptual=str(tmp_path / "vgg.safetensors"))
+    assert looked_at[0].bytes_down > plain[0].bytes_down + 4 * 4 * 14_700_000
+    assert looked_at[1].bytes_down == pytest.approx(plain[1].bytes_down, rel=0.01)
+    assert looked_at[0].train_loss > plain[0].train_loss
+    (tmp_path / "other.safetensors").write_bytes(b"no tensors")
+    wrong = config(**keys, autoencoder__perceptual=str(tmp_path / "other.safetensors"))
+    with pytest.raises(ConfigError, match=r"autoencoder\.perceptual = .*cannot be read"):
+        assets.fetch(wrong, tmp_path)
+
+
+def test_looks_differ_more_where_more_differs() -> None:
+    torch.manual_seed(0)
+    network, x = VGG16(), torch.rand(2, 1, 32, 32) * 2 - 1
+    noise = torch.randn_like(x)
+    assert network(x, x).tolist() == [0, 0]
+    near, far = network(x + 0.05 * noise, x), network(x + 0.5 * noise, x)
+    assert near.shape == (2,)
+    assert (near < far).all()
+
+
+def test_an_optimizer_in_8_bits_trains_as_well(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="an extra; where it is installed, diffusers has it print a warning")
+    exact = trained(tmp_path / "exact")[-1].train_loss
+    eight_bit = trained(tmp_path / "eight-bit", train__optimizer="adamw8bit")[-1].train_loss
+    assert eight_bit != exact
+    assert eight_bit == pytest.approx(exact, rel=0.02)
 
 
 def test_adapters_are_all_that_travels_and_end_up_in_the_model(tmp_path: Path) -> None:

@@ -37,13 +37,14 @@ ALLOWED: dict[str, set[str]] = {
     "images": {"config", "keys"},
     "sources": {"config", "images"},
     "data": {"array_cache", "config", "images", "sources"},
-    "assets": {"config", "whole_file"},
+    "perceptual": set(),
+    "assets": {"config", "perceptual", "whole_file"},
     "architecture": {"assets", "config"},
     "class_pipeline": set(),
     "pipelines": {"architecture", "assets", "class_pipeline", "config"},
     "model": set(),
     "latents": {"array_cache", "assets", "data", "images"},
-    "objectives": {"config", "data", "diffusion", "images", "latents"},
+    "objectives": {"config", "data", "diffusion", "images", "latents", "perceptual"},
     "costs": {"config", "exchange", "parts"},
     "exchange": {"codec", "config", "wire"},
     "broadcast": {"config", "exchange"},
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "node_config": {"config", "data", "state_folder"},
     "node_round": {
         *("architecture", "assets", "config", "data", "latents", "model", "node_link", "node_state", "objectives"),
-        *("parts", "pipelines", "training"),
+        *("parts", "perceptual", "pipelines", "training"),
     },
     "worker": {"config", "node_config", "node_round"},
     "training": {"config", "model", "objectives"},
@@ -87,12 +88,22 @@ ALLOWED: dict[str, set[str]] = {
 TOP = {"server_app", "client_app", "cli"}
 FLWR = {"messages", "collection", "probes", "nodes", "strategy", "server_app", "client_app", "cli"}
 CODING = {"packing", "grid_codec", "sparse_codec", "codec", "exchange", "node_link"}
-MODELS = {"architecture", "assets", "class_pipeline", "diffusion", "latents", "model", "objectives", "pipelines"}
+MODELS = {
+    "architecture",
+    "assets",
+    "class_pipeline",
+    "diffusion",
+    "latents",
+    "model",
+    "objectives",
+    "perceptual",
+    "pipelines",
+}
 ABOUT_TENSORS = CODING | MODELS | {"training", "evaluation", "node_round"}
 #: No torch at all, not even inside a function.
 NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.
-HEAVY = {"torch", "diffusers", "datasets", "flwr_datasets", "matplotlib", "sklearn", "ray"}
+HEAVY = {"bitsandbytes", "torch", "diffusers", "datasets", "flwr_datasets", "matplotlib", "sklearn", "ray"}
 MAY_BE_HEAVY = ABOUT_TENSORS | {"server_app"}
 
 
