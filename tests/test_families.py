@@ -7,13 +7,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from local_grid import LocalGrid, config, nodes
 from safetensors.torch import save_file
 
-from feddm_flwr import architecture, assets, model, pipelines
+from feddm_flwr import architecture, assets, cli, model, pipelines
 from feddm_flwr.config import ConfigError
 from feddm_flwr.parts import parts_of
 from feddm_flwr.perceptual import VGG16
@@ -46,6 +47,24 @@ def test_a_class_conditional_model_knows_its_classes(tmp_path: Path) -> None:
     trained(tmp_path, model__class_conditional=True)
     assert drawn(tmp_path) == ("ClassPipeline", (8, 8))
     assert pipelines.class_names(pipelines.load(tmp_path / "model")) == [str(i) for i in range(10)]
+
+
+def test_a_class_is_sampled_when_asked_for_and_others_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path, model__class_conditional=True)
+
+    def drawn_by(*arguments: str) -> list[bytes]:
+        line = ["sample", str(tmp_path), "-n", "2", "--steps", "4", "-o", str(tmp_path / "images.npz"), *arguments]
+        assert cli.main(line) == 0
+        return [image.tobytes() for image in np.load(tmp_path / "images.npz")["images"]]
+
+    three = drawn_by("--class", "3", "--guidance", "2")
+    assert drawn_by("--class", "3") == three
+    assert drawn_by("--class", "4") != three
+    assert drawn_by("--class", "3", "--guidance", "5") != three
+    assert cli.main(["sample", str(tmp_path), "--class", "cat"]) == 2
+    assert "--class = 'cat': must be one of 0, 1, 2" in capsys.readouterr().err
 
 
 def test_an_autoencoder_is_trained_and_a_latent_model_on_it(tmp_path: Path) -> None:
