@@ -1,4 +1,4 @@
-"""`feddm`: run, sample, data, report, certs. Heavy libraries are imported by the command that needs them."""
+"""`feddm`: run, sample, evaluate, data, report, certs. Heavy libraries are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -97,6 +97,34 @@ def _parser() -> argparse.ArgumentParser:
         help="a grid (x.png), an array (x.npz, key images: uint8 N,H,W,C) or a folder of PNGs (x/)",
     )
     sample.set_defaults(command=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="compare a model's samples with real images: FID, KID, and others")
+    evaluate.add_argument(
+        "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
+    )
+    evaluate.add_argument(
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE …'",
+        help="data.name and so on, of the real images (default: those of the run, as the server finds them)",
+    )
+    evaluate.add_argument(
+        "--features",
+        choices=("classifier", "dinov2", "inception"),
+        default="classifier",
+        help="network whose features are compared (default: a classifier, trained on the real images)",
+    )
+    evaluate.add_argument(
+        "--features-from", default="", metavar="ID", help="folder or hub id of dinov2 (default: facebook/dinov2-base)"
+    )
+    evaluate.add_argument("-n", "--samples", type=_positive, default=2000, metavar="N", help="samples (default 2000)")
+    evaluate.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default 50)")
+    evaluate.add_argument("--guidance", type=float, default=1.0, metavar="W", help="of classes; 1: none (default 1)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
+    evaluate.add_argument("-o", "--output", type=Path, help="write the figures there, too (x.json)")
+    evaluate.set_defaults(command=_evaluate, of_class=None)
 
     data = commands.add_parser("data", help="look at images before a run: counts, sizes, classes, a contact sheet")
     data.add_argument(
@@ -226,37 +254,15 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    folder = options.model / "model" if (options.model / "model").is_dir() else options.model
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"MODEL_OR_RUN = {str(options.model)!r}: no run with a model/ and no pipeline folder (model_index.json)"
-        )
+    folder = _model_folder(options.model)
     output, as_folder = Path(options.output), options.output.endswith(("/", os.sep)) or Path(options.output).is_dir()
     if not as_folder and output.suffix not in (".png", ".npz"):
         raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
     import numpy as np
-    import torch
-    from diffusers.utils.logging import disable_progress_bar
 
-    from feddm_flwr import evaluation, pipelines
+    from feddm_flwr import evaluation
 
-    disable_progress_bar()
-    pipeline = pipelines.load(folder)
-    limit = pipeline.scheduler.config.num_train_timesteps
-    if options.steps > limit:
-        raise ConfigError(f"--steps = {options.steps}: must be at most {limit}, the model's noise levels")
-    names = pipelines.class_names(pipeline)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = evaluation.sample(
-        pipeline.unet,
-        pipeline.scheduler.config,
-        options.count,
-        options.steps,
-        options.seed,
-        labels=_labels(options, names),
-        guidance=options.guidance,
-        autoencoder=pipelines.autoencoder(pipeline),
-    )
+    images = _draw(options, folder, options.count)
     (output if as_folder else output.parent).mkdir(parents=True, exist_ok=True)
     if as_folder:
         for i, image in enumerate(images):
@@ -269,20 +275,90 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
-def _labels(options: argparse.Namespace, names: list[str]) -> list[int] | None:
+def _evaluate(options: argparse.Namespace) -> int:
+    folder, run = _model_folder(options.model), options.model / "config.toml"
+    if options.output and options.output.suffix != ".json":
+        raise ConfigError(f"--output = {str(options.output)!r}: must end in .json")
+    config = parse(_overrides([*([str(run)] if run.is_file() else []), *options.run_config]))
+    from feddm_flwr import data, features, scores
+    from feddm_flwr.state_folder import state_root
+
+    real, classes, _ = data.load_all(config)
+    network = features.make(options.features, real, classes, state_root(None), options.features_from)
+    fake = _draw(options, folder, options.samples)
+    if fake.shape[1:] != real.shape[1:]:
+        raise ConfigError(
+            f"data.name = {config.data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
+            "(channels, height, width): set data.image-size and data.channels"
+        )
+    result = {
+        **scores.compare(network(real), network(fake), options.seed),
+        "features": network.name,
+        "resize": network.resize,
+        "samples": len(fake),
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "seed": options.seed,
+        "weights": "averaged",
+        "real": len(real),
+        "data": config.data.name,
+        "split": config.data.split,
+    }
+    print("\n".join(scores.lines(result)))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _model_folder(path: Path) -> Path:
+    """The pipeline folder that is meant: a run's, or the path itself."""
+    folder = path / "model" if (path / "model").is_dir() else path
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"MODEL_OR_RUN = {str(path)!r}: no run with a model/ and no pipeline folder (model_index.json)"
+        )
+    return folder
+
+
+def _draw(options: argparse.Namespace, folder: Path, count: int) -> Any:
+    """Samples of the pipeline in a folder, uint8 (count, C, H, W)."""
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from feddm_flwr import evaluation, pipelines
+
+    disable_progress_bar()
+    pipeline = pipelines.load(folder)
+    limit = pipeline.scheduler.config.num_train_timesteps
+    if options.steps > limit:
+        raise ConfigError(f"--steps = {options.steps}: must be at most {limit}, the model's noise levels")
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return evaluation.sample(
+        pipeline.unet,
+        pipeline.scheduler.config,
+        count,
+        options.steps,
+        options.seed,
+        labels=_labels(options.of_class, count, pipelines.class_names(pipeline)),
+        guidance=options.guidance,
+        autoencoder=pipelines.autoencoder(pipeline),
+    )
+
+
+def _labels(asked: str | None, count: int, names: list[str]) -> list[int] | None:
     """The label of each image; None for a model without classes."""
     from feddm_flwr import evaluation
 
-    asked = options.of_class
     if not names:
         if asked is not None:
             raise ConfigError(f"--class = {asked!r}: the model knows no classes")
         return None
     if asked is None:
-        return evaluation.every_class(len(names), options.count)
+        return evaluation.every_class(len(names), count)
     if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):
         raise ConfigError(f"--class = {asked!r}: must be one of {', '.join(names)}, or a number below {len(names)}")
-    return [names.index(asked) if asked in names else int(asked)] * options.count
+    return [names.index(asked) if asked in names else int(asked)] * count
 
 
 def _data(options: argparse.Namespace) -> int:

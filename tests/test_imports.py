@@ -62,6 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"config", "node_config", "node_round"},
     "training": {"config", "model", "objectives"},
     "evaluation": {"class_pipeline", "images", "latents"},
+    "features": {"array_cache", "config", "images"},
+    "scores": set(),
     "survey": {"config", "data", "evaluation", "presets", "sources"},
     "messages": set(),
     "probes": {"messages"},
@@ -99,7 +101,7 @@ MODELS = {
     "perceptual",
     "pipelines",
 }
-ABOUT_TENSORS = CODING | MODELS | {"training", "evaluation", "node_round"}
+ABOUT_TENSORS = CODING | MODELS | {"training", "evaluation", "features", "node_round", "scores"}
 #: No torch at all, not even inside a function.
 NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.

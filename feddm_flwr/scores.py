@@ -1,0 +1,96 @@
+"""How near generated images are to real ones, with everything that a figure depends on."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+#: Below this, FID is dominated by its bias (Chong and Forsyth 2020).
+FEW = 10_000
+_KID_SUBSETS, _KID_SIZE = 100, 1000
+_NEIGHBOURS = 3
+_AT_A_TIME = 1024
+
+
+class _Same(nn.Module):
+    """Hands on features that were extracted before."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def compare(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
+    """The figures for features (N, D) of real and of generated images.
+
+    `fid` (Heusel et al. 2017), `kid` and `kid_std` (Binkowski et al. 2018, over subsets), `precision` and `recall`
+    (Kynkäänniemi et al. 2019), and `fid_floor`, the FID of as many real images against the rest, where there are
+    enough: what a perfect model would get.
+    """
+    random = np.random.default_rng(seed)
+    figures = {"fid": frechet(real, fake)}
+    if len(real) >= 2 * len(fake):
+        chosen, rest = np.split(random.permutation(len(real)), [len(fake)])
+        figures["fid_floor"] = frechet(real[rest], real[chosen])
+    size = min(_KID_SIZE, len(real), len(fake))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save", UserWarning)
+        torch.manual_seed(seed)
+        kid = KernelInceptionDistance(_Same(real.shape[1]), subsets=_KID_SUBSETS, subset_size=size)
+        kid.update(real, real=True)
+        kid.update(fake, real=False)
+        mean, std = kid.compute()
+    figures |= {"kid": float(mean), "kid_std": float(std)}
+    count = min(len(real), len(fake), FEW)
+    some = (of[torch.from_numpy(random.permutation(len(of))[:count])] for of in (real, fake))
+    figures["precision"], figures["recall"] = precision_and_recall(*some)
+    return figures
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """The Fréchet distance of two sets of features (N, D), by torchmetrics."""
+    fid = FrechetInceptionDistance(_Same(real.shape[1])).set_dtype(torch.float64)
+    fid.update(real.double(), real=True)
+    fid.update(fake.double(), real=False)
+    return float(fid.compute())
+
+
+def precision_and_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    """The share of generated images within the real ones' manifold, and the other way round (Kynkäänniemi et al. 2019):
+    within the distance of some image to its third nearest neighbour."""
+    return _covered(fake, real), _covered(real, fake)
+
+
+def _covered(points: Tensor, by: Tensor) -> float:
+    nearest = torch.cat([torch.cdist(part, by).kthvalue(_NEIGHBOURS + 1).values for part in by.split(_AT_A_TIME)])
+    inside = [(torch.cdist(part, by) <= nearest).any(1) for part in points.split(_AT_A_TIME)]
+    return float(torch.cat(inside).double().mean())
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The figures as they are printed."""
+    kid = f"{result['kid']:.5f} ± {result['kid_std']:.5f}"
+    floor = f"   (as many real images: {result['fid_floor']:.3f})" if "fid_floor" in result else ""
+    said = [
+        f"FID        {result['fid']:.3f}{floor}",
+        f"KID        {kid}",
+        f"precision  {result['precision']:.3f}",
+        f"recall     {result['recall']:.3f}",
+        f"features   {result['features']}; resized: {result['resize']}",
+        f"samples    {result['samples']} (seed {result['seed']}, {result['steps']} DDIM steps, averaged weights)",
+        f"real       {result['real']} of {result['data']}, split {result['split']}",
+    ]
+    if result["samples"] < FEW:
+        said.append(
+            f"warning    FID of fewer than {FEW} samples depends on their number: compare equal numbers, or KID"
+        )
+    return said

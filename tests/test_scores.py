@@ -1,0 +1,101 @@
+"""Figures of image quality: they equal the textbook's, and say what they depend on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from feddm_flwr import cli, features, pipelines, scores
+from feddm_flwr.architecture import build
+from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.data import load_all
+
+
+def normal(seed: int, count: int, size: int = 12) -> torch.Tensor:
+    random = np.random.default_rng(seed)
+    mixed = random.standard_normal((count, size)) @ random.standard_normal((size, size)) + random.standard_normal(size)
+    return torch.from_numpy(mixed.astype(np.float32))
+
+
+def test_fid_is_the_textbook_s() -> None:
+    a, b = normal(0, 500), normal(1, 300)
+    of_a, of_b = (np.cov(x.double().numpy(), rowvar=False) for x in (a, b))
+    root = scipy.linalg.sqrtm(of_a @ of_b)
+    expected = float((a.double().mean(0) - b.double().mean(0)).square().sum()) + np.trace(of_a + of_b - 2 * root.real)
+    assert scores.frechet(a, b) == pytest.approx(expected, rel=1e-6)
+    assert scores.frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_kid_is_the_unbiased_estimate() -> None:
+    a, b = normal(0, 80), normal(1, 80)
+    x, y = a.double().numpy(), b.double().numpy()
+    kernels = [(p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y))]
+    within = sum((k.sum() - np.trace(k)) / (80 * 79) for k in kernels[:2])
+    expected = within - 2 * kernels[2].mean()
+    figures = scores.compare(a, b, 0)  # subsets of all 80 are all the same
+    assert figures["kid"] == pytest.approx(expected, rel=1e-3)
+    assert figures["kid_std"] == pytest.approx(0, abs=1e-3 * abs(expected))
+
+
+def test_precision_and_recall_tell_what_is_missing() -> None:
+    real = torch.cat([normal(0, 200), normal(0, 200) + 50])
+    half = normal(2, 100) * 0 + real[:100] + 0.01  # one of two modes
+    precision, recall = scores.precision_and_recall(real, half)
+    assert precision == 1
+    assert 0.1 < recall <= 0.5
+    assert scores.precision_and_recall(real, real + 500) == (0, 0)
+
+
+def test_a_floor_is_there_where_the_real_images_suffice() -> None:
+    figures = scores.compare(normal(0, 400), normal(0, 400)[:100], 0)
+    assert 0 < figures["fid_floor"] < figures["fid"] * 50
+    assert "fid_floor" not in scores.compare(normal(0, 150), normal(0, 100), 0)
+    assert figures == scores.compare(normal(0, 400), normal(0, 400)[:100], 0)
+
+
+def test_a_classifier_tells_its_classes_apart_and_is_the_same_each_time(tmp_path: Path) -> None:
+    images, classes, _ = load_all(parse({}))
+    first = features.make("classifier", images, classes, tmp_path / "one")
+    assert float(first.name.partition(", ")[2].partition("%")[0]) > 90
+    second = features.make("classifier", images, classes, tmp_path / "two")
+    assert torch.equal(first(images[:50]), second(images[:50]))
+    with pytest.raises(ConfigError, match="--features = 'classifier': needs images of two classes"):
+        features.make("classifier", images, [], tmp_path)
+
+
+def test_dinov2_is_read_from_a_folder_and_grey_images_are_fit_to_it(tmp_path: Path) -> None:
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=224)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    images, classes, _ = load_all(parse({}))
+    network = features.make("dinov2", images, classes, tmp_path, str(tmp_path))
+    assert network(images[:3]).shape == (3, 16)
+    assert network.resize == "antialiased bicubic to 224x224"
+    with pytest.raises(ConfigError, match=r"--features = 'dinov2': .*cannot be read"):
+        features.make("dinov2", images, classes, tmp_path, str(tmp_path / "nothing"))
+
+
+def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse({"model.preset": "tiny"})
+    pipelines.save(build(config, {}), config, {}, tmp_path / "model", "")
+    line = ["evaluate", str(tmp_path), "-n", "40", "--steps", "3", "-o", str(tmp_path / "out" / "scores.json")]
+    assert cli.main(line) == 0
+    said = capsys.readouterr().out
+    for text in (
+        "FID  ",
+        "KID  ",
+        "features   classifier (trained",
+        "samples    40 (seed 0, 3 DDIM steps",
+        "split train",
+    ):
+        assert text in said
+    assert "warning    FID of fewer than 10000 samples" in said
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert written["fid"] > 10 * written["fid_floor"]  # noise
+    assert cli.main([*line[:-2], "-c", "data.image-size=16"]) == 2
+    assert "its images are (1, 16, 16), the model's (1, 8, 8)" in capsys.readouterr().err
