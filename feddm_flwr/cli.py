@@ -277,6 +277,8 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     folder, run = _model_folder(options.model), options.model / "config.toml"
+    if options.samples < 10:
+        raise ConfigError(f"--samples = {options.samples}: must be at least 10, fewer cannot be compared")
     if options.output and options.output.suffix != ".json":
         raise ConfigError(f"--output = {str(options.output)!r}: must end in .json")
     config = parse(_overrides([*([str(run)] if run.is_file() else []), *options.run_config]))

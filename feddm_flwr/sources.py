@@ -119,13 +119,17 @@ def _stream(config: RunConfig, origin: str, stamp: str, name: str, options: dict
     images = stream.select_columns([d.image_column]).cast_column(d.image_column, datasets.Image(decode=False))
     labels = [c for c in names if c in (d.label_column, d.natural_column)]
     counted = labels or [c for c in names if c != d.image_column][:1]
-    rows = [*(stream.select_columns(counted) if counted else images)]
-    columns = {c: [row[c] for row in rows] for c in labels} or {"row": [*range(len(rows))]}
+    count = 0
+    columns: dict[str, list[Any]] = {c: [] for c in labels}
+    for row in stream.select_columns(counted) if counted else images:
+        count += 1
+        for c in labels:
+            columns[c].append(row[c])
     kinds = datasets.Features({c: stream.features[c] for c in labels}) if labels and stream.features else None
-    table = datasets.Dataset.from_dict(columns, kinds)
+    table = datasets.Dataset.from_dict(columns or {"row": [*range(count)]}, kinds)
 
     def fill(chosen: Sequence[int], out: Images) -> Decoded:
-        assert [*chosen] == [*range(len(rows))]
+        assert [*chosen] == [*range(count)]
         cells = (row[d.image_column] for row in images)
         return decode(d, map(_file, cells), [f"row {row}" for row in chosen], origin, out)
 

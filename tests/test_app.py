@@ -203,6 +203,7 @@ def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Pat
         (["certs", "keys"], "certs: name the SuperLink with --host, and nodes with --node"),
         (["certs", "keys", "--host", "a b"], "--host 'a b' is not allowed: must be a host name or an IP address"),
         (["certs", "keys", "--node", "../x"], "--node '../x' is not allowed"),
+        (["evaluate", "nothing"], "MODEL_OR_RUN = 'nothing': no run with a model/"),
         (["data", "./nothing"], "data.name = './nothing': no such file or folder"),
         (["data", "digits", "-o", "x.jpg"], "--output = 'x.jpg': must end in .png"),
         (["report", "nothing"], "RUN = 'nothing': not a run's folder"),

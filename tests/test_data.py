@@ -302,6 +302,8 @@ def test_a_stream_gives_every_node_the_images_that_a_table_does(tmp_path: Path) 
             assert both(table) == both(stream)
             assert table.class_counts == stream.class_counts
             assert table.skipped == stream.skipped
+    unlabelled = {**keys, "data.label-column": "none", "data.streaming": True}
+    assert len(load(parse(unlabelled), (0, 3), None).train) == 9
 
 
 def test_a_survey_shows_what_there_is_and_guesses_what_is_missing(folder: Path, tmp_path: Path) -> None:
