@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from feddm_flwr.whole_file import whole_folder
@@ -31,7 +32,7 @@ _FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) -> Path:
     """The folder of what depends on `key` and on nothing else; where it is not there, `fill` makes its files.
 
-    Two processes may fill it at once: one of the two, which are alike, stays.
+    Of several processes that want it at once, one fills it and the others wait.
 
     Raises:
         OSError: it cannot be written.
@@ -41,9 +42,11 @@ def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) 
     if not (folder / _FACTS).is_file():
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _forget_old(folder.parent)
-        with whole_folder(folder) as filled:
-            filled.mkdir()
-            fill(filled)
+        with FileLock(f"{folder}.lock"):  # ends with the process, however that ends
+            if not (folder / _FACTS).is_file():
+                with whole_folder(folder) as filled:
+                    filled.mkdir()
+                    fill(filled)
     os.utime(folder)
     return folder
 

@@ -138,7 +138,9 @@ def _stream(config: RunConfig, origin: str, stamp: str, name: str, options: dict
 
 def _file(cell: dict[str, Any] | None) -> bytes | Path | None:
     """What a cell of an image column is decoded from."""
-    return (cell["bytes"] or Path(cell["path"])) if cell else None
+    if not cell or not (cell["bytes"] or cell["path"]):
+        return None
+    return cell["bytes"] or Path(cell["path"])
 
 
 def _check_column(column: str, origin: str, names: Sequence[str]) -> None:

@@ -174,9 +174,6 @@ def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Te
 @contextmanager
 def _seeded_dropout(config: RunConfig, name: str, progress: Progress, device: torch.device) -> Iterator[None]:
     """Dropout draws from the global generator: seed it for the round, restore it after."""
-    if config.model.dropout == 0:
-        yield
-        return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(config.seed, name, progress.round, "dropout"))
         yield
