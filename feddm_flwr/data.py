@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,8 @@ from numpy.typing import NDArray
 from feddm_flwr.array_cache import array, cached, facts, new_array, write_facts
 from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
 from feddm_flwr.images import Decoded, Images
+from feddm_flwr.partition import partition_rows
 from feddm_flwr.sources import Source, open_source, stamp_of
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
 
 Labels = NDArray[np.int64]  # (N,)
 
@@ -80,7 +77,9 @@ def _load_node(
         source = open_source(config, name, origin, own=bool(data_path), stamp=stamp)
         if source.streamed:
             source = _kept(config, source, name, root)
-        rows = _partition(config, source, *partition) if partition and not data_path else [*range(len(source.table))]
+        rows = (
+            partition_rows(config, source, *partition) if partition and not data_path else [*range(len(source.table))]
+        )
         order = np.random.default_rng(derive_seed(config.seed, "held out", partition)).permutation(len(rows))
         rows = [rows[i] for i in order]
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
@@ -153,7 +152,7 @@ def partitions(config: RunConfig, count: int) -> list[dict[str, int]]:
     name = config.data.name
     source = open_source(config, name, f"data.name = {name!r}", stamp=stamp_of(name))
     classes = source.classes(config.data.label_column) or [""] * len(source.table)
-    return [dict(Counter(classes[row] for row in _partition(config, source, i, count))) for i in range(count)]
+    return [dict(Counter(classes[row] for row in partition_rows(config, source, i, count))) for i in range(count)]
 
 
 def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
@@ -180,53 +179,3 @@ def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
         return decoded
 
     return replace(source, decode=copy)
-
-
-def _partition(config: RunConfig, source: Source, index: int, count: int) -> list[int]:
-    """The rows of partition `index` of `count`, through flwr-datasets' partitioners."""
-    from datasets import Dataset
-    from flwr_datasets import partitioner as flower
-
-    d = config.data
-    seed = derive_seed(config.seed, "partition") % 2**32
-    makers: dict[str, tuple[str, Callable[[], Partitioner]]] = {
-        "iid": ("", lambda: flower.IidPartitioner(count)),
-        "dirichlet": (
-            d.label_column,
-            lambda: flower.DirichletPartitioner(count, "by", d.alpha, min_partition_size=2, seed=seed),
-        ),
-        "pathological": (
-            d.label_column,
-            lambda: flower.PathologicalPartitioner(count, "by", d.classes_per_node, "first-deterministic", seed=seed),
-        ),
-        "shard": (
-            d.label_column,
-            lambda: flower.ShardPartitioner(count, "by", num_shards_per_partition=d.shards_per_node, seed=seed),
-        ),
-        "natural": (d.natural_column, lambda: flower.NaturalIdPartitioner("by")),
-    }
-    column, make = makers[d.partition]
-    rows = len(source.table)
-    problem = f"data.partition = {d.partition!r} for {count} nodes and {rows} images ({source.origin})"
-    if count > rows:
-        raise ConfigError(f"{problem}: more partitions than images; use at most {rows} nodes")
-    if column and column not in source.table.column_names:
-        key = "data.natural-column" if d.partition == "natural" else "data.label-column"
-        there = source.table.column_names
-        hint = "; subfolders would be the classes" if there == ["file"] else ""
-        raise ConfigError(f"{key} = {column!r}: no such column; {source.origin} has {there}{hint}")
-    # The partitioners see the label alone, in shuffled order: nothing is decoded for other nodes.
-    order = np.random.default_rng(seed).permutation(rows)
-    columns: dict[str, Any] = {"row": order}
-    if column:
-        values = source.table[column][:]
-        columns["by"] = [values[i] for i in order]
-    partitions = make()
-    partitions.dataset = Dataset.from_dict(columns)
-    try:
-        if d.partition == "natural" and partitions.num_partitions != count:
-            raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
-        chosen: list[int] = partitions.load_partition(index)["row"][:]
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{problem}: {error}") from error
-    return chosen

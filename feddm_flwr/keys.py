@@ -31,7 +31,7 @@ class Data:
     )
     partition: str = key(
         "iid",
-        "how a simulation shares the images among its nodes",
+        "how a simulation shares the images among its nodes; pathological: few classes each, dealt like cards",
         choices=("iid", "dirichlet", "pathological", "shard", "natural"),
     )
     alpha: float = key(0.3, "concentration of the Dirichlet partition: smaller is more skewed", above=0)

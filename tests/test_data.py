@@ -44,9 +44,20 @@ def test_partitions_share_out_every_image_once(partition: str, lost: int) -> Non
         assert n.train.shape[1:] == (1, 8, 8)
 
 
-def test_pathological_nodes_hold_few_classes() -> None:
-    for i in range(4):
-        assert len(node(i, 4, data__partition="pathological", **{"data__classes-per-node": 3}).class_counts) == 3
+@pytest.mark.parametrize(("count", "each", "copies"), [(4, 3, {1, 2}), (5, 2, {1}), (10, 2, {2}), (3, 2, {0, 1})])
+def test_pathological_nodes_hold_few_classes_and_every_class_as_many_nodes(
+    count: int, each: int, copies: set[int]
+) -> None:
+    keys: dict[str, Any] = {"data__partition": "pathological", "data__classes-per-node": each}
+    nodes = [node(i, count, **keys) for i in range(count)]
+    assert {len(n.class_counts) for n in nodes} == {each}
+    everything, shared = Counter(load_all(parse({}))[1]), Counter[str]()
+    held = Counter(dict.fromkeys(everything, 0))
+    for n in nodes:
+        shared.update(n.class_counts)
+        held.update([*n.class_counts])
+    assert {*held.values()} == copies
+    assert all(shared[c] == everything[c] for c in shared)  # no image of a class that is held is left out
 
 
 def test_dirichlet_is_more_skewed_for_smaller_alpha() -> None:

@@ -1,0 +1,97 @@
+"""Which images each node of a simulation has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from feddm_flwr.config import ConfigError, RunConfig, derive_seed
+from feddm_flwr.sources import Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import Partitioner
+
+
+def partition_rows(config: RunConfig, source: Source, index: int, count: int) -> list[int]:
+    """The rows of partition `index` of `count`, through flwr-datasets' partitioners but for `pathological`.
+
+    Raises:
+        ConfigError: the images cannot be shared out like that.
+    """
+    from datasets import Dataset
+    from flwr_datasets import partitioner as flower
+
+    d = config.data
+    seed = derive_seed(config.seed, "partition") % 2**32
+    makers: dict[str, tuple[str, Callable[[], Partitioner]]] = {
+        "iid": ("", lambda: flower.IidPartitioner(count)),
+        "dirichlet": (
+            d.label_column,
+            lambda: flower.DirichletPartitioner(count, "by", d.alpha, min_partition_size=2, seed=seed),
+        ),
+        "pathological": (d.label_column, lambda: _Pathological(count, d.classes_per_node, seed)),
+        "shard": (
+            d.label_column,
+            lambda: flower.ShardPartitioner(count, "by", num_shards_per_partition=d.shards_per_node, seed=seed),
+        ),
+        "natural": (d.natural_column, lambda: flower.NaturalIdPartitioner("by")),
+    }
+    column, make = makers[d.partition]
+    rows = len(source.table)
+    problem = f"data.partition = {d.partition!r} for {count} nodes and {rows} images ({source.origin})"
+    if count > rows:
+        raise ConfigError(f"{problem}: more partitions than images; use at most {rows} nodes")
+    if column and column not in source.table.column_names:
+        key = "data.natural-column" if d.partition == "natural" else "data.label-column"
+        there = source.table.column_names
+        hint = "; subfolders would be the classes" if there == ["file"] else ""
+        raise ConfigError(f"{key} = {column!r}: no such column; {source.origin} has {there}{hint}")
+    # The partitioners see the label alone, in shuffled order: nothing is decoded for other nodes.
+    order = np.random.default_rng(seed).permutation(rows)
+    columns: dict[str, Any] = {"row": order}
+    if column:
+        values = source.table[column][:]
+        columns["by"] = [values[i] for i in order]
+    partitions = make()
+    partitions.dataset = Dataset.from_dict(columns)
+    try:
+        if d.partition == "natural" and partitions.num_partitions != count:
+            raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
+        chosen: list[int] = partitions.load_partition(index)["row"][:]
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{problem}: {error}") from error
+    return chosen
+
+
+class _Pathological:
+    """Few classes on each node (McMahan et al. 2017). Flower's own partitioner leaves out classes that it dealt to no
+    node; here classes are dealt like cards, so that no class has more than one node more than another."""
+
+    dataset: Dataset
+
+    def __init__(self, count: int, classes_per_node: int, seed: int) -> None:
+        self._count, self._each, self._seed = count, classes_per_node, seed
+
+    def load_partition(self, index: int) -> Dataset:
+        labels = self.dataset["by"][:]
+        classes = sorted({*labels})
+        if self._each > len(classes):
+            raise ValueError(f"data.classes-per-node = {self._each}, but there are {len(classes)} classes")
+        random, deck = np.random.default_rng(self._seed), list[Any]()
+        hands: list[list[Any]] = []
+        for _ in range(self._count):
+            hand: list[Any] = []
+            while len(hand) < self._each:
+                if not {*deck} - {*hand}:
+                    deck += [classes[i] for i in random.permutation(len(classes))]
+                hand.append(deck.pop(next(i for i, c in enumerate(deck) if c not in hand)))
+            hands.append(hand)
+        rows: list[int] = []
+        for c in hands[index]:
+            holders = [node for node, hand in enumerate(hands) if c in hand]
+            own = [row for row, label in enumerate(labels) if label == c]
+            rows += own[holders.index(index) :: len(holders)]
+        return self.dataset.select(rows)
