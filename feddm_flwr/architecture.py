@@ -59,11 +59,18 @@ def _unet(config: RunConfig, assets: Assets) -> UNet2DModel:
                 f"model.init-from = {config.model.init_from!r}: it has {own['in_channels']} channels, "
                 f"here {channels} are needed"
             )
+        known = own.get("num_class_embeds")
+        if known != (wanted := classes.get("num_class_embeds")) and (known or config.model.lora_rank):
+            raise ConfigError(
+                f"model.init-from = {config.model.init_from!r}: it knows {max(0, (known or 0) - 1)} classes, "
+                f"this run {max(0, (wanted or 0) - 1)}; set model.class-conditional and data.classes to fit"
+                + (", or model.lora-rank = 0" if config.model.lora_rank else "")
+            )
         _check_stride(size, own["block_out_channels"], f"model.init-from = {config.model.init_from!r}")
         network: UNet2DModel = UNet2DModel.from_config(own | classes, sample_size=size)
         left = network.load_state_dict(tensors_of(assets[UNET]), strict=False)
         if left.unexpected_keys or any(not name.startswith("class_embedding") for name in left.missing_keys):
-            raise ConfigError(f"model.init-from = {config.model.init_from!r}: its classes are not those of this run")
+            raise ConfigError(f"model.init-from = {config.model.init_from!r}: its file lacks some of its weights")
         return network
     m = config.model
     _check_stride(size, m.block_channels, f"model.block-channels = {','.join(map(str, m.block_channels))!r}")

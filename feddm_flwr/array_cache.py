@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from feddm_flwr.whole_file import whole_folder
+from feddm_flwr.whole_file import forgotten, whole_folder
 
 log = logging.getLogger("feddm")
 
 _FACTS = "facts.json"
-_FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 
 
 def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) -> Path:
@@ -52,8 +50,15 @@ def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) 
 
 
 def new_array(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    """An array in a file of the folder, to be written to."""
-    array: NDArray[Any] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(dtype), shape)
+    """An array in a file of the folder, to be written to.
+
+    Raises:
+        OSError: the disk has no room for it. (Written through the mapping, a full disk would kill the process.)
+    """
+    path = folder / f"{name}.npy"
+    array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 
@@ -77,7 +82,7 @@ def facts(folder: Path) -> dict[str, Any]:
 def _forget_old(folder: Path) -> None:
     for entry in folder.iterdir():
         try:
-            if time.time() - entry.stat().st_mtime > _FORGET_AFTER:
+            if forgotten(entry.stat().st_mtime):
                 log.info("removing %s: nobody used it for two weeks", entry)
                 if entry.is_dir():
                     shutil.rmtree(entry, ignore_errors=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -19,13 +20,17 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.config import ConfigError, RunConfig, local_path
+from feddm_flwr.diffusion import PREDICTIONS, SCHEDULES
 from feddm_flwr.perceptual import VGG16
 from feddm_flwr.whole_file import whole_file
+
+log = logging.getLogger("feddm")
 
 #: By kind, their files.
 Assets = Mapping[str, Path]
@@ -55,20 +60,21 @@ def fetch(config: RunConfig, folder: Path) -> dict[str, Path]:
             files[kind] = folder / f"{kind}.safetensors"
             if not files[kind].is_file():  # where a run is resumed, the hub may have another by now
                 folder.mkdir(parents=True, exist_ok=True)
+                if kind == UNET:
+                    _check_process(config)
                 _write(_read_vgg(key, name) if kind == PERCEPTUAL else _read(kind, key, name), files[kind])
     return files
 
 
 def _read(kind: str, key: str, name: str) -> torch.nn.Module:
     cls, subfolders = _KINDS[kind]
-    here = Path(name).expanduser()
-    local = here.exists() or here.is_absolute() or name.startswith((".", "~"))
+    here = local_path(name)
     problem: Exception | None = None
     for subfolder in subfolders:
-        if local and not (here / subfolder / "config.json").is_file():
+        if here and not (here / subfolder / "config.json").is_file():
             continue
         try:
-            model: torch.nn.Module = cls.from_pretrained(str(here) if local else name, subfolder=subfolder or None)
+            model: torch.nn.Module = cls.from_pretrained(str(here or name), subfolder=subfolder or None)
             if any(not torch.isfinite(p).all() for p in model.parameters()):
                 raise ValueError("it has weights that are not finite")
             return model
@@ -83,10 +89,37 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
     )
 
 
-def _read_vgg(key: str, name: str) -> VGG16:
-    here = Path(name).expanduser()
+def _check_process(config: RunConfig) -> None:
+    """Whether the U-Net to fine-tune was trained for the noise of this run, where a scheduler beside it tells."""
+    name = config.model.init_from
+    here = local_path(name)
     try:
-        if here.exists() or here.is_absolute() or name.startswith((".", "~")):
+        if here:
+            folder = next(f for f in (here / "scheduler", here.parent / "scheduler") if f.is_dir())
+            own = DDPMScheduler.load_config(folder)
+        else:
+            own = DDPMScheduler.load_config(name, subfolder="scheduler")
+    except (OSError, StopIteration):
+        log.warning("model.init-from = %r: has no scheduler; diffusion.* must be what it was trained with", name)
+        return
+    d = config.diffusion
+    wrong = [
+        f"{key} = {ours!r}: model.init-from = {name!r} was trained with {known.get(theirs, theirs)!r}; must be the same"
+        for key, ours, known, theirs in (
+            ("diffusion.timesteps", d.timesteps, {}, own["num_train_timesteps"]),
+            ("diffusion.schedule", d.schedule, {v: k for k, v in SCHEDULES.items()}, own["beta_schedule"]),
+            ("diffusion.prediction", d.prediction, {v: k for k, v in PREDICTIONS.items()}, own["prediction_type"]),
+        )
+        if known.get(theirs, theirs) != ours
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _read_vgg(key: str, name: str) -> VGG16:
+    here = local_path(name)
+    try:
+        if here:
             file = here / "model.safetensors" if here.is_dir() else here
         else:
             file = Path(hf_hub_download(name, "model.safetensors"))

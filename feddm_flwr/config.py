@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from feddm_flwr.contradictions import contradictions
 from feddm_flwr.keys import CODECS, KEYS, NODE_NAME, Codec, RunConfig
-from feddm_flwr.presets import decided
+from feddm_flwr.presets import ARCHITECTURE, decided
 from feddm_flwr.schema import PRESET, ConfigError, Scalar, sections
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "defaults",
     "derive_seed",
     "flatten",
+    "local_path",
     "local_steps",
     "parse",
 ]
@@ -59,6 +61,8 @@ def parse(run_config: Mapping[str, object]) -> RunConfig:
                 problems.append(f"{name} must be set for data.name = {data!r}: {spec.doc}")
                 continue
             value = presets[name]
+        elif run_config.get("model.init-from") and name in ARCHITECTURE and value != presets.get(name):
+            problems.append(f"{name} = {value!r} with model.init-from: that model decides it; leave it out")
         try:
             values[name] = spec.convert(value)
         except ConfigError as error:
@@ -102,6 +106,12 @@ def flatten(config: RunConfig) -> dict[str, Scalar]:
 def local_steps(config: RunConfig, images: int) -> int:
     """How many optimizer steps a node with that many training images takes in a round."""
     return config.train.local_steps or config.train.local_epochs * -(-images // config.train.batch_size)
+
+
+def local_path(name: str) -> Path | None:
+    """The path that a name means; None where it is an id on a hub."""
+    path = Path(name).expanduser()
+    return path if path.exists() or path.is_absolute() or name.startswith((".", "~")) else None
 
 
 def derive_seed(*parts: object) -> int:

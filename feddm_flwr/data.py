@@ -91,9 +91,9 @@ def _load_node(
 
     try:
         folder = cached(root, key, fill)
+        found, kept = facts(folder), array(folder, "images")
     except OSError as error:
         raise ConfigError(f"state-path = {str(root)!r}: decoded images cannot be kept there ({error})") from error
-    found = facts(folder)
     own, count, share = found["classes"], found["count"], d.eval_fraction
     held_out = min(math.ceil(share * count), count - 1)
     if count < (2 if share else 1):
@@ -101,7 +101,7 @@ def _load_node(
             f"{origin}: {count} images are too few; at least one is needed to train on, "
             "and one to hold out where data.eval-fraction is above 0"
         )
-    images, labels = array(folder, "images")[:count], _labels(config, own, count, origin)
+    images, labels = kept[:count], _labels(config, own, count, origin)
     return NodeData(
         train=images[held_out:],
         held_out=images[:held_out],

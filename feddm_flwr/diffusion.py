@@ -10,6 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+#: What diffusers' schedulers call ours.
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+
 
 def alphas_cumprod(schedule: str, timesteps: int) -> Tensor:
     """abar_t for t = 0..T-1, shape (T,), float32.

@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import IO
 
+import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -77,7 +79,17 @@ class Decoded:
         return f"{low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if high != low else "")
 
 
-def decode(data: Data, files: Iterable[bytes | Path | None], names: Sequence[str], origin: str, out: Images) -> Decoded:
+def _opened(file: bytes | Path | str) -> IO[bytes]:
+    """A file's bytes; text is an address, such as of a hub's file."""
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    opened: IO[bytes] = file.open("rb") if isinstance(file, Path) else fsspec.open(file, "rb").open()
+    return opened
+
+
+def decode(
+    data: Data, files: Iterable[bytes | Path | str | None], names: Sequence[str], origin: str, out: Images
+) -> Decoded:
     """Decode image files, in parallel, into the first rows of `out`, shape (N, C, H, W).
 
     Raises:
@@ -85,11 +97,11 @@ def decode(data: Data, files: Iterable[bytes | Path | None], names: Sequence[str
     """
     found = Decoded()
 
-    def one(file: bytes | Path | None) -> tuple[Images, tuple[int, int], str] | str:
+    def one(file: bytes | Path | str | None) -> tuple[Images, tuple[int, int], str] | str:
         try:
             if file is None:
                 raise ValueError("no image")
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            with _opened(file) as opened, Image.open(opened) as image:
                 return fit(data, image), image.size, image.mode
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
             log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else "an image", error)

@@ -25,7 +25,10 @@ class Data:
         "`digits` (scikit-learn's handwritten digits, 8x8, no download), a Hugging Face data set id, "
         "a folder of images, or a parquet file; a relative path starts at the server's folder",
     )
-    split: str = key("train", "split of a hub data set or folder that is trained on")
+    split: str = key(
+        "train",
+        "split of a hub data set that is trained on; or of a folder that has train, test, … in it",
+    )
     streaming: bool = key(
         False, "read a hub data set or parquet as a stream: only decoded images are kept on disk, at their final size"
     )

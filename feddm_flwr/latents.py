@@ -26,6 +26,7 @@ log = logging.getLogger("feddm")
 
 _FORMAT = 1
 _SAY_EVERY = 10.0  # seconds
+_SMALLEST_TILE = 4  # latents, high and wide
 _PIXELS_AT_A_TIME = 1 << 19  # encoded together: bounds the memory
 
 
@@ -74,7 +75,9 @@ def encoded(data: NodeData, autoencoder: Path, flip: bool, root: Path, device: t
             _encode(model, images, flip, folder, name, device)
         write_facts(folder, {})
 
-    folder = cached(root, {**key, "autoencoder": autoencoder.stem}, fill)
+    # What decides the bits of an encoding.
+    machine = [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), device.type]
+    folder = cached(root, {**key, "autoencoder": autoencoder.stem, "machine": machine}, fill)
     config = config_of(autoencoder)
     train, held_out = (Latents(array(folder, name), config, device) for name in ("train", "held-out"))
     return train, held_out
@@ -82,7 +85,7 @@ def encoded(data: NodeData, autoencoder: Path, flip: bool, root: Path, device: t
 
 @torch.no_grad()
 def _encode(model: Any, images: Images, flip: bool, folder: Path, name: str, device: torch.device) -> None:
-    size = images.shape[-1] // 2 ** (len(model.config.block_out_channels) - 1)
+    size = images.shape[-1] // stride_of(model)
     shape = (len(images), 1 + flip, 2, model.config.latent_channels, size, size)
     out = new_array(folder, name, shape, np.float16)
     step = max(1, _PIXELS_AT_A_TIME // images.shape[-1] ** 2)
@@ -103,12 +106,21 @@ def decode(model: Any, latents: Tensor) -> Tensor:
     shift, scale = scaling(model.config)
     images = []
     for one in latents.split(1):
-        try:
-            image = model.decode(one / scale + shift).sample
-        except torch.OutOfMemoryError:
-            log.info("out of memory: images are decoded in tiles from here on")
+        while True:
+            try:
+                images.append(model.decode(one / scale + shift).sample.cpu())
+                break
+            except torch.OutOfMemoryError:
+                tile = min(model.tile_latent_min_size, one.shape[-1]) // 2
+                if tile < _SMALLEST_TILE:
+                    raise
+            log.info("out of memory: images are decoded in tiles of %d latents from here on", tile)
             torch.cuda.empty_cache()
             model.enable_tiling()
-            image = model.decode(one / scale + shift).sample
-        images.append(image.cpu())
+            model.tile_sample_min_size, model.tile_latent_min_size = tile * stride_of(model), tile
     return torch.cat(images)
+
+
+def stride_of(model: Any) -> int:
+    """How many pixels a latent is high and wide."""
+    return int(2 ** (len(model.config.block_out_channels) - 1))

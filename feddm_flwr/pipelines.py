@@ -16,6 +16,7 @@ from feddm_flwr.architecture import merge_adapters
 from feddm_flwr.assets import AUTOENCODER, Assets, load_autoencoder
 from feddm_flwr.class_pipeline import ClassPipeline
 from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.diffusion import PREDICTIONS, SCHEDULES
 
 
 def noise_scheduler(config: RunConfig) -> DDPMScheduler:
@@ -23,8 +24,8 @@ def noise_scheduler(config: RunConfig) -> DDPMScheduler:
     d = config.diffusion
     return DDPMScheduler(
         num_train_timesteps=d.timesteps,
-        beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[d.schedule],
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[d.prediction],
+        beta_schedule=SCHEDULES[d.schedule],
+        prediction_type=PREDICTIONS[d.prediction],
         clip_sample=config.model.kind == "ddpm",  # latents have no bounds
     )
 

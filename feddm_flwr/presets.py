@@ -85,6 +85,8 @@ MODELS: dict[str, _Keys] = {
     "lsun-church-256-small": _unet("64,128,128", "0,1,1") | _SMALL_KL8,
 }
 
+#: What a model to fine-tune brings with it.
+ARCHITECTURE = frozenset(_unet("", ""))
 
 _DIGITS = ",".join(map(str, range(10)))
 
@@ -100,7 +102,7 @@ def _known(size: int, channels: int, image: str, label: str, flip: bool, classes
     }
 
 
-_FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+_FASHION = "T - shirt / top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 _CIFAR = "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"
 #: Data sets whose shape is known; for any other the user gives `data.image-size` and `data.channels`.
 DATASETS: dict[str, _Keys] = {

@@ -71,6 +71,7 @@ def precision_and_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
 
 
 def _covered(points: Tensor, by: Tensor) -> float:
+    points, by = points.double(), by.double()  # by matrix products, float32 would lose small distances
     nearest = torch.cat([torch.cdist(part, by).kthvalue(_NEIGHBOURS + 1).values for part in by.split(_AT_A_TIME)])
     inside = [(torch.cdist(part, by) <= nearest).any(1) for part in points.split(_AT_A_TIME)]
     return float(torch.cat(inside).double().mean())

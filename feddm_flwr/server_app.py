@@ -49,7 +49,8 @@ def main(grid: Grid, context: Context) -> None:
         layout = model.layout(network)
         log.info("run=%s strategy=%s", run.path, config.strategy)
         parts = parts_of(layout, config)
-        log.info("parameters=%d rounds=%d %s", layout.size, config.num_server_rounds, costs.text(config, parts))
+        frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
+        log.info("parameters=%d rounds=%d %s", layout.size, config.num_server_rounds, costs.text(config, parts, frozen))
         incomplete = _personal(parts)
         undrawn = incomplete or ("an autoencoder draws none" if config.stage == "autoencoder" else "")
         if undrawn:

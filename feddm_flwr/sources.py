@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.config import ConfigError, RunConfig, local_path
 from feddm_flwr.images import ENDINGS, Decoded, Images, decode, fit
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_SPLITS = {"train", "test", "validation", "val"}
+_UNLABELLED = "unlabelled"  # the class of a row that has none
 _DIGITS_TEST_SHARE = 5  # one digit in five is kept apart from training, as split "test"
 
 
@@ -38,9 +40,9 @@ class Source:
         """The class of every row, or nothing where there is no such column."""
         if column not in self.table.column_names:
             return []
-        feature = self.table.features[column]
+        names: list[str] = getattr(self.table.features[column], "names", [])
         values = self.table[column][:]
-        return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
+        return [_UNLABELLED if v is None or (names and v < 0) else names[v] if names else str(v) for v in values]
 
 
 def stamp_of(name: str) -> str:
@@ -70,13 +72,18 @@ def open_source(config: RunConfig, name: str, origin: str, *, own: bool = False,
         return _digits(config, origin)
     path = Path(name).expanduser()
     if path.is_dir() and not sorted(path.glob("*.parquet")):
-        return _folder(config, path, origin, own, stamp)
-    if not path.exists() and (own or path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
+        below = _split({p.name: [p] for p in sorted(path.glob("[!.]*")) if p.is_dir()}, config.data.split, origin)
+        return _folder(config, below[0] if below else path, origin, own, stamp)
+    if not path.exists() and (own or local_path(name) or path.suffix == ".parquet"):
         raise ConfigError(f"{origin}: no such file or folder")
     try:
         if path.exists():
-            files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
-            found = ("parquet", {"data_files": files, "split": "train"})
+            files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+            by_split: dict[str, list[Path]] = {}
+            for file in files:  # a hub's are called train-00000-of-00002.parquet
+                by_split.setdefault(file.stem.partition("-")[0], []).append(file)
+            chosen = _split(by_split if path.is_dir() else {}, config.data.split, origin) or files
+            found = ("parquet", {"data_files": [*map(str, chosen)], "split": "train"})
         else:
             found = (name, {"split": config.data.split})
         if config.data.streaming:
@@ -90,6 +97,16 @@ def open_source(config: RunConfig, name: str, origin: str, *, own: bool = False,
             "a Hugging Face data set id in reach, a folder of images, or parquet with images in column "
             f"{config.data.image_column!r}"
         ) from error
+
+
+def _split(found: dict[str, list[Path]], split: str, origin: str) -> list[Path]:
+    """What belongs to a split, where everything that was `found` is of one; nothing where there are none."""
+    if found and {*found} <= _SPLITS and split in found:
+        return found[split]
+    if split != "train" or (found and {*found} <= _SPLITS):
+        there = ", ".join(sorted({*found} & _SPLITS)) or "none"
+        raise ConfigError(f"data.split = {split!r}: {origin} has no such split; there are: {there}")
+    return []
 
 
 def _table(config: RunConfig, origin: str, stamp: str, table: Dataset) -> Source:
@@ -136,11 +153,11 @@ def _stream(config: RunConfig, origin: str, stamp: str, name: str, options: dict
     return Source(origin, table, fill, stamp or str(HfApi().dataset_info(name).sha), streamed=True)
 
 
-def _file(cell: dict[str, Any] | None) -> bytes | Path | None:
+def _file(cell: dict[str, Any] | None) -> bytes | Path | str | None:
     """What a cell of an image column is decoded from."""
     if not cell or not (cell["bytes"] or cell["path"]):
         return None
-    return cell["bytes"] or Path(cell["path"])
+    return cell["bytes"] or (cell["path"] if "://" in cell["path"] else Path(cell["path"]))
 
 
 def _check_column(column: str, origin: str, names: Sequence[str]) -> None:

@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from pathlib import Path
+
+from feddm_flwr.whole_file import forgotten
 
 log = logging.getLogger("feddm")
 
 RUN_UUID = r"[0-9a-f]{32}"  # the name of a run's folder
-_FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 
 
 def state_root(configured: str | None) -> Path:
@@ -50,6 +50,6 @@ def forget_old(root: Path, run: str) -> None:
             touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except OSError:  # another node was faster
             continue
-        if time.time() - touched > _FORGET_AFTER:
+        if forgotten(touched):
             log.info("removing %s: nobody used it for two weeks", folder)
             shutil.rmtree(folder, ignore_errors=True)

@@ -68,13 +68,15 @@ def _guess(keys: Mapping[str, Any]) -> dict[str, int]:
     name = str(keys.get("data.name", "digits"))
     if not wanted or name in DATASETS or keys.get("data.streaming"):
         return {}
-    config = parse({"data.image-size": 8, "data.channels": 3, **keys, "data.max-broken": 1 - 1e-9})
+    config = parse({"data.image-size": _SIZES[0], "data.channels": 3, **keys, "data.max-broken": 1 - 1e-9})
     source = open_source(config, name, f"data.name = {name!r}", stamp=stamp_of(name))
     rows = np.linspace(0, len(source.table) - 1, min(_GLANCED_AT, len(source.table))).round().astype(int).tolist()
     out = np.empty((len(rows), config.data.channels, config.data.image_size, config.data.image_size), np.uint8)
     found = source.decode(rows, out)
     side = min((min(size) for size in found.sizes), default=_SIZES[-1])
     fits = side if len(found.sizes) == 1 and side <= _SIZES[0] else next((s for s in _SIZES if s <= side), _SIZES[-1])
+    stride = 2 ** (len(config.model.block_channels) - 1)
+    fits = max(fits // stride, 1) * stride
     grey = all(mode.partition(";")[0] in _GREY for mode in found.modes)
     return {k: v for k, v in {"data.image-size": fits, "data.channels": 1 if grey else 3}.items() if k in wanted}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
-        sync_folder(path.parent)
+        _sync(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -38,13 +40,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
         filled = Path(temporary) / path.name
         yield filled
-        shutil.rmtree(path, ignore_errors=True)
+        for folder, _, files in os.walk(filled):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if path.exists():
+            path.rename(Path(temporary) / "earlier")
         filled.rename(path)
+        _sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def forgotten(touched: float) -> bool:
+    """Whether what was last used at that time, in seconds since the epoch, may be removed: after two weeks."""
+    return time.time() - touched > _FORGET_AFTER
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -247,6 +247,55 @@ def test_labels_are_places_in_the_federation_s_classes(folder: Path) -> None:
         load(parse({**keys, "data.classes": "bird,dog"}), None, str(folder))
 
 
+def test_a_split_is_a_subfolder_or_files_of_that_name_and_never_ignored(tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("test", 3)):
+        for i in range(count):
+            place = tmp_path / "folder" / split / "cat"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (i, count, 0)).save(place / f"{i}.png")
+    keys = {**SHAPE, "data.name": str(tmp_path / "folder")}
+    assert len(load_all(parse(keys))[0]) == 4
+    assert len(load_all(parse({**keys, "data.split": "test"}))[0]) == 3
+    assert load_all(parse({**keys, "data.split": "test"}))[1] == ["cat"] * 3
+    with pytest.raises(ConfigError, match=r"data.split = 'val': .* has no such split; there are: test, train"):
+        load_all(parse({**keys, "data.split": "val"}))
+    with pytest.raises(ConfigError, match=r"data.split = 'test': .* has no such split; there are: none"):
+        load_all(parse({**keys, "data.name": str(tmp_path / "folder" / "train"), "data.split": "test"}))
+
+
+def test_rows_without_a_class_are_a_class_of_their_own(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["round", "square"])})
+    rows = {"image": [Image.new("RGB", (16, 16))] * 3, "label": [1, -1, None]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    found = load_all(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}))[1]
+    assert found == ["square", "unlabelled", "unlabelled"]
+
+
+def test_an_image_at_an_address_is_fetched(tmp_path: Path) -> None:
+    import fsspec
+
+    with fsspec.open("memory://hub/a.png", "wb") as file:
+        Image.new("RGB", (16, 16), "white").save(file, "png")
+    out = np.zeros((2, 3, 16, 16), np.uint8)
+    config = parse({**SHAPE, "data.max-broken": 0.6})
+    cells = [{"bytes": None, "path": f"memory://hub/{name}.png"} for name in "ab"]
+    found = images.decode(config.data, map(sources._file, cells), ["a", "b"], "here", out)
+    assert (found.kept, found.broken) == ([0], {"b": "FileNotFoundError"})
+    assert out[0].min() == 255
+
+
+@pytest.mark.parametrize(("side", "size"), [(75, 72), (28, 28), (300, 256)])
+def test_what_is_guessed_of_images_is_a_size_that_the_model_takes(side: int, size: int, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("L", (side, side)).save(tmp_path / "images" / "a.png")
+    keys = {"data.name": str(tmp_path / "images"), "model.preset": "cifar10-32-small"}
+    lines = survey.describe(keys, 0, tmp_path / "data.png")
+    assert f"guessed  data.image-size={size} data.channels=1" in lines
+
+
 def test_parquet_is_read_by_column(tmp_path: Path) -> None:
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature

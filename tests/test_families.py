@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from feddm_flwr import architecture, assets, cli, model, pipelines
 from feddm_flwr.config import ConfigError
+from feddm_flwr.latents import decode
 from feddm_flwr.parts import parts_of
 from feddm_flwr.perceptual import VGG16
 from feddm_flwr.strategy import FedDM
@@ -35,6 +36,12 @@ def trained(folder: Path, **keys: Any) -> list[Round]:
     power = rounds[-1].latent_power
     pipelines.save(network, c, files, folder / "model", "card", power if math.isfinite(power) else 1.0)
     return rounds
+
+
+def tuned(base: Path, **keys: Any) -> Any:
+    """The network of a run that fine-tunes a model."""
+    c = config(model__init_from=str(base), **keys)
+    return architecture.build(c, assets.fetch(c, base.parent / uuid.uuid4().hex))
 
 
 def drawn(folder: Path) -> tuple[str, tuple[int, int]]:
@@ -115,6 +122,61 @@ def test_adapters_are_all_that_travels_and_end_up_in_the_model(tmp_path: Path) -
     _, second = trained(tmp_path / "tuned", **lora, model__lora_targets="to_q,to_v")
     assert second.bytes_up < 10_000
     assert drawn(tmp_path / "tuned") == ("DDPMPipeline", (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"diffusion__prediction": "epsilon"}, r"diffusion.prediction = 'epsilon': .* was trained with 'v'; must be"),
+        ({"diffusion__timesteps": 500}, r"diffusion.timesteps = 500: .* was trained with 1000; must be the same"),
+        ({"diffusion__schedule": "linear"}, r"diffusion.schedule = 'linear': .* was trained with 'cosine'"),
+        ({"model__preset": "small", "model__dropout": 0.5}, r"model.dropout = 0.5 with model.init-from: that model"),
+        ({"model__class_conditional": True, "model__lora_rank": 2}, r"it knows 0 classes, this run 10"),
+        ({"data__channels": 3}, r"it has 1 channels, here 3 are needed"),
+    ],
+)
+def test_a_model_to_fine_tune_must_fit_the_run(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    c = config()
+    pipelines.save(architecture.build(c, {}), c, {}, tmp_path / "model", "")
+    with pytest.raises(ConfigError, match=said):
+        tuned(tmp_path / "model", **keys)
+
+
+def test_classes_are_added_to_a_model_that_has_none_and_others_than_its_own_are_refused(tmp_path: Path) -> None:
+    c = config()
+    pipelines.save(architecture.build(c, {}), c, {}, tmp_path / "model", "")
+    keys: dict[str, Any] = {"model__class_conditional": True}
+    network = tuned(tmp_path / "model", **keys)
+    pipelines.save(network, config(**keys), {}, tmp_path / "ten", "")
+    eleven = {"data__name": "own", "data__image_size": 8, "data__channels": 1, "data__classes": ",".join("abcdefghijk")}
+    with pytest.raises(ConfigError, match="it knows 10 classes, this run 11"):
+        tuned(tmp_path / "ten", **keys, **eleven)
+    with pytest.raises(ConfigError, match="it knows 10 classes, this run 0"):
+        tuned(tmp_path / "ten")
+
+
+def test_latents_are_decoded_in_ever_smaller_tiles_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = config(stage="autoencoder", data__image_size=64)
+    model_ = architecture.build(c, {}).eval()
+    latents = torch.randn(2, 4, 16, 16)
+    whole = decode(model_, latents)
+    real = model_.decoder.forward
+    sizes = []
+
+    def short(z: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(z.shape[-1])
+        if z.shape[-1] > 8:
+            raise torch.OutOfMemoryError
+        return real(z, *rest)
+
+    monkeypatch.setattr(model_.decoder, "forward", short)
+    tiled = decode(model_, latents)
+    assert tiled.shape == whole.shape
+    assert max(sizes[1:]) == 8
+    model_.disable_tiling()
+    monkeypatch.setattr(model_.decoder, "forward", lambda z, *rest: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(model_, latents)
 
 
 @pytest.mark.parametrize("key", ["model.autoencoder", "model.init-from"])

@@ -1,0 +1,40 @@
+"""What is written appears whole and stays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from feddm_flwr.whole_file import whole_folder
+
+
+def test_everything_in_a_folder_is_durable_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durable: list[int] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (durable.append(os.fstat(handle).st_ino), sync(handle)))
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "weights").write_text("w")
+        (folder / "card").write_text("c")
+    written = [tmp_path / "model", *(tmp_path / "model").rglob("*")]
+    assert {path.stat().st_ino for path in written} <= {*durable}
+    assert durable[-1] == tmp_path.stat().st_ino  # then that it is there
+
+
+def test_an_earlier_folder_stays_where_the_new_one_fails(tmp_path: Path) -> None:
+    def write(text: str, fails: bool = False) -> None:
+        with whole_folder(tmp_path / "model") as folder:
+            folder.mkdir()
+            (folder / "card").write_text(text)
+            if fails:
+                raise OSError("full")
+
+    write("first")
+    with pytest.raises(OSError, match="full"):
+        write("second", fails=True)
+    assert (tmp_path / "model" / "card").read_text() == "first"
+    write("third")
+    assert (tmp_path / "model" / "card").read_text() == "third"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
