@@ -35,7 +35,7 @@ log = logging.getLogger("feddm")
 #: By kind, their files.
 Assets = Mapping[str, Path]
 
-AUTOENCODER, UNET, PERCEPTUAL = "autoencoder", "unet", "perceptual"
+AUTOENCODER, UNET, PERCEPTUAL, FEATURES = "autoencoder", "unet", "perceptual", "features"
 #: By kind: the class, and where a pipeline's folder has it.
 _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     AUTOENCODER: (AutoencoderKL, ("", "vae", "vqvae")),
@@ -151,7 +151,7 @@ def kept(root: Path, wanted: Mapping[str, str], sent: Mapping[str, bytes]) -> di
     """
     files = {}
     for kind, digest in wanted.items():
-        if kind not in (*_KINDS, PERCEPTUAL) or not re.fullmatch("[0-9a-f]{64}", digest):
+        if kind not in (*_KINDS, PERCEPTUAL, FEATURES) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"the server names an unknown asset {kind!r}, {digest!r}")
         path = files[kind] = root / "cache" / f"{digest}.safetensors"
         if path.is_file():

@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--features",
-        choices=("classifier", "dinov2", "inception"),
+        choices=("classifier", "random", "dinov2", "inception"),
         default="classifier",
         help="network whose features are compared (default: a classifier, trained on the real images)",
     )
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance", type=float, default=1.0, metavar="W", help="of classes; 1: none (default 1)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
     evaluate.add_argument("-o", "--output", type=Path, help="write the figures there, too (x.json)")
-    evaluate.set_defaults(command=_evaluate, of_class=None)
+    evaluate.set_defaults(command=_evaluate)
 
     data = commands.add_parser("data", help="look at images before a run: counts, sizes, classes, a contact sheet")
     data.add_argument(
@@ -137,8 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("-o", "--output", type=Path, default=Path("data.png"), help="the contact sheet (x.png)")
     data.set_defaults(command=_data)
 
-    report = commands.add_parser("report", help="write a run's report.html again")
-    report.add_argument("run", type=Path, help="a run's folder")
+    report = commands.add_parser("report", help="write a run's report.html again, or a page that compares several runs")
+    report.add_argument("run", type=Path, nargs="+", help="a run's folder")
+    report.add_argument(
+        "-o", "--output", type=Path, default=Path("comparison.html"), help="the page of several runs (comparison.html)"
+    )
     report.set_defaults(command=_report)
 
     certs = commands.add_parser("certs", help="make the keys and certificates of a federation of real nodes")
@@ -254,15 +257,15 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    folder = _model_folder(options.model)
     output, as_folder = Path(options.output), options.output.endswith(("/", os.sep)) or Path(options.output).is_dir()
     if not as_folder and output.suffix not in (".png", ".npz"):
         raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
     import numpy as np
 
-    from feddm_flwr import evaluation
+    from feddm_flwr import evaluation, finished
 
-    images = _draw(options, folder, options.count)
+    how = finished.How(options.steps, options.guidance, options.seed)
+    images = finished.draw(finished.find(options.model), how, options.count, options.of_class)
     (output if as_folder else output.parent).mkdir(parents=True, exist_ok=True)
     if as_folder:
         for i, image in enumerate(images):
@@ -276,91 +279,27 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    folder, run = _model_folder(options.model), options.model / "config.toml"
+    run = options.model / "config.toml"
     if options.samples < 10:
         raise ConfigError(f"--samples = {options.samples}: must be at least 10, fewer cannot be compared")
     if options.output and options.output.suffix != ".json":
         raise ConfigError(f"--output = {str(options.output)!r}: must end in .json")
     config = parse(_overrides([*([str(run)] if run.is_file() else []), *options.run_config]))
-    from feddm_flwr import data, features, scores
-    from feddm_flwr.state_folder import state_root
+    from feddm_flwr import finished, scores
 
-    real, classes, _ = data.load_all(config)
-    network = features.make(options.features, real, classes, state_root(None), options.features_from)
-    fake = _draw(options, folder, options.samples)
-    if fake.shape[1:] != real.shape[1:]:
-        raise ConfigError(
-            f"data.name = {config.data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
-            "(channels, height, width): set data.image-size and data.channels"
-        )
-    result = {
-        **scores.compare(network(real), network(fake), options.seed),
-        "features": network.name,
-        "resize": network.resize,
-        "samples": len(fake),
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "seed": options.seed,
-        "weights": "averaged",
-        "real": len(real),
-        "data": config.data.name,
-        "split": config.data.split,
-    }
+    result = finished.evaluate(
+        finished.find(options.model),
+        config,
+        finished.How(options.steps, options.guidance, options.seed),
+        options.samples,
+        options.features,
+        options.features_from,
+    )
     print("\n".join(scores.lines(result)))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def _model_folder(path: Path) -> Path:
-    """The pipeline folder that is meant: a run's, or the path itself."""
-    folder = path / "model" if (path / "model").is_dir() else path
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"MODEL_OR_RUN = {str(path)!r}: no run with a model/ and no pipeline folder (model_index.json)"
-        )
-    return folder
-
-
-def _draw(options: argparse.Namespace, folder: Path, count: int) -> Any:
-    """Samples of the pipeline in a folder, uint8 (count, C, H, W)."""
-    import torch
-    from diffusers.utils.logging import disable_progress_bar
-
-    from feddm_flwr import evaluation, pipelines
-
-    disable_progress_bar()
-    pipeline = pipelines.load(folder)
-    limit = pipeline.scheduler.config.num_train_timesteps
-    if options.steps > limit:
-        raise ConfigError(f"--steps = {options.steps}: must be at most {limit}, the model's noise levels")
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluation.sample(
-        pipeline.unet,
-        pipeline.scheduler.config,
-        count,
-        options.steps,
-        options.seed,
-        labels=_labels(options.of_class, count, pipelines.class_names(pipeline)),
-        guidance=options.guidance,
-        autoencoder=pipelines.autoencoder(pipeline),
-    )
-
-
-def _labels(asked: str | None, count: int, names: list[str]) -> list[int] | None:
-    """The label of each image; None for a model without classes."""
-    from feddm_flwr import evaluation
-
-    if not names:
-        if asked is not None:
-            raise ConfigError(f"--class = {asked!r}: the model knows no classes")
-        return None
-    if asked is None:
-        return evaluation.every_class(len(names), count)
-    if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):
-        raise ConfigError(f"--class = {asked!r}: must be one of {', '.join(names)}, or a number below {len(names)}")
-    return [names.index(asked) if asked in names else int(asked)] * count
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -391,7 +330,12 @@ def _certs(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from feddm_flwr import report
 
-    if not (options.run / "config.toml").is_file():
-        raise ConfigError(f"RUN = {str(options.run)!r}: not a run's folder (no config.toml)")
-    print(report.write(options.run))
+    for run in options.run:
+        if not (run / "config.toml").is_file():
+            raise ConfigError(f"RUN = {str(run)!r}: not a run's folder (no config.toml)")
+    runs = [run.resolve() for run in options.run]
+    try:
+        print(report.write(runs[0]) if len(runs) == 1 else report.write_comparison(runs, options.output))
+    except ValueError as error:
+        raise ConfigError(f"RUN: {error}") from error
     return 0

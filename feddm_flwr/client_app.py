@@ -50,6 +50,12 @@ def introduce(message: Message, context: Context) -> Message:
     return Message(RecordDict({"report": report}), reply_to=message)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Judge a model, or sum features of the images, as the message says."""
+    return train(message, context)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train as the message says, and reply with the coded result."""

@@ -31,6 +31,7 @@ class Traffic:
 
     up: Counter[str] = field(default_factory=Counter)  # by node
     down: Counter[str] = field(default_factory=Counter)
+    other: int = 0  # both ways, what is not of the training: assets, evaluations
     full: int = 0  # of `down`: whole shadows, for nodes that had lost theirs or were far behind
     float32_up: int = 0  # what the same messages would have been as plain float32
     float32_down: int = 0  # a second one with the whole shadow is not counted
@@ -40,6 +41,7 @@ class Traffic:
         """Count another attempt's as well: what was sent was paid for."""
         self.up += other.up
         self.down += other.down
+        self.other += other.other
         self.full += other.full
         self.float32_up += other.float32_up
         self.float32_down += other.float32_down
@@ -54,8 +56,9 @@ def collect(
     size: int,
     timeout: float,
     probes: Probes,
+    kind: str = MessageType.TRAIN,
 ) -> Iterator[tuple[int, RecordDict | Failure]]:
-    """Ask the nodes (id -> name) to train; their replies as they come, one pulled at a time.
+    """Ask the nodes (id -> name) to train, or what else is of a `kind`; their replies as they come, one by one.
 
     `content(name, whole)` is what a node is sent, of `size` parameters. A node that says it lost what it should hold is
     asked again, once, with the whole of it. A node whose process died is asked again for as long as
@@ -77,7 +80,7 @@ def collect(
             while queue and len(pending) < window:
                 node_id = queue.popleft()
                 sent = content(names[node_id], node_id in whole)
-                if message := push(grid, sent, node_id, MessageType.TRAIN, timeout):
+                if message := push(grid, sent, node_id, kind, timeout):
                     pending[message] = node_id
                     _count(traffic, names[node_id], sent)
                     traffic.float32_down += 0 if node_id in whole else 4 * size
@@ -123,8 +126,10 @@ def collect(
 
 def _count(traffic: Traffic, name: str, sent: RecordDict) -> None:
     arrays = sent.array_records["weights"]
-    size = sum(len(array.data) for array in arrays.values())
+    assets = sum(len(array.data) for key, array in arrays.items() if key.startswith("asset-"))
+    size = sum(len(array.data) for array in arrays.values()) - assets
     traffic.down[name] += size
+    traffic.other += assets
     traffic.full += size * ("shadow" in arrays)
 
 

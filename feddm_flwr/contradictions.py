@@ -84,11 +84,23 @@ def _about_models(c: RunConfig) -> Iterator[str]:
         for key, value in (
             ("model.class-conditional", c.model.class_conditional),
             ("model.init-from", c.model.init_from),
+            ("exchange.personal", c.exchange.personal),
         ):
             if value:
                 yield f"{key} = {value!r} with stage = 'autoencoder': is for stage = 'diffusion'"
         if c.exchange.parts != "full":
             yield f"exchange.parts = {c.exchange.parts!r} with stage = 'autoencoder': must be full"
+    e = c.eval
+    if e.features == "none" and (e.keep_best != "none" or e.audit):
+        key = "eval.audit = true" if e.audit else f"eval.keep-best = {e.keep_best!r}"
+        yield f"{key} with eval.features = 'none': needs a network to compare images by; choose one"
+    if e.features != "none" and (trains_autoencoder or c.keeps_personal):
+        yield f"eval.features = {e.features!r}: the server draws no samples in such a run; must be none"
+    if e.keep_best == "kid" and e.features in ("dinov2", "inception"):
+        yield f"eval.keep-best = 'kid' with eval.features = {e.features!r}: their KID takes images; use fid"
+    if c.data.eval_fraction == 0 and (e.audit or trains_autoencoder):
+        why = "eval.audit = true" if e.audit else "stage = 'autoencoder'"
+        yield f"data.eval-fraction = 0.0 with {why}: needs held-out images; must be above 0"
     if c.model.lora_rank and (not c.model.init_from or c.exchange.parts != "full" or c.exchange.personal):
         yield (
             f"model.lora-rank = {c.model.lora_rank}: needs model.init-from, a model to adapt; exchange.parts must be "

@@ -30,6 +30,7 @@ class NodeData:
     train: Images
     held_out: Images
     class_counts: dict[str, int]
+    classes: list[str]  # of the held-out images, then of those to train on; empty where unknown
     train_labels: Labels  # places in `data.classes`; zeros where that is empty
     held_out_labels: Labels
     skipped: int = 0  # images that cannot be read
@@ -108,6 +109,7 @@ def _load_node(
         train_labels=labels[held_out:],
         held_out_labels=labels[:held_out],
         class_counts=dict(sorted(Counter(own).items())),
+        classes=own,
         skipped=found["asked"] - count,
         sizes=found["sizes"],
         fingerprint=folder.name,

@@ -1,13 +1,17 @@
 """Networks whose features stand for images when sets of them are compared: which one it was is part of every figure.
 
 `classifier` is trained here on the reference images, so it needs their classes, and nothing to be downloaded. It is
-for comparing runs on the same images; its figures mean nothing beside others'. `dinov2` comes from a hub or a folder,
-`inception`, the field's own, from torch-fidelity.
+for comparing runs on the same images; its figures mean nothing beside others'. So is `random`, an untrained network,
+for where nobody holds the reference images. `dinov2` comes from a hub or a folder, `inception`, the field's own, from
+torch-fidelity.
+
+A network is a recipe, tensors and facts, that fits into a file: a federation's nodes must use the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from feddm_flwr.array_cache import cached, facts, write_facts
+from feddm_flwr.array_cache import cached, write_facts
 from feddm_flwr.config import ConfigError, derive_seed
 from feddm_flwr.images import Images
 
 log = logging.getLogger("feddm")
 
-KINDS = ("classifier", "dinov2", "inception")
 DINOV2 = "facebook/dinov2-base"
-_FORMAT = 1  # of the classifier: raised when it would be trained to another
+_FORMAT = 2  # of the classifier: raised when it would be trained to another
 _EPOCHS, _BATCH, _AT_MOST = 4, 128, 20_000
 _HELD_OUT = 0.1
 _AT_A_TIME = 256
@@ -41,27 +45,70 @@ class FeatureNetwork:
     name: str  # as it stands beside a figure
     resize: str  # how images are made to fit it
     extract: Callable[[Tensor], Tensor]  # uint8 (B, C, H, W) -> (B, D)
+    logits: Callable[[Tensor], Tensor] | None = None  # of its own classes, from features
 
     def __call__(self, images: Images) -> Tensor:
         """Features of uint8 images (N, C, H, W): (N, D), float32, on the CPU."""
+        parts = (torch.from_numpy(np.array(images[i : i + _AT_A_TIME])) for i in _starts(images))
         with torch.inference_mode():
-            return torch.cat([self.extract(part).float().cpu() for part in torch.from_numpy(images).split(_AT_A_TIME)])
+            return torch.cat([self.extract(part).float().cpu() for part in parts])
 
 
-def make(kind: str, images: Images, classes: list[str], root: Path, folder: str = "") -> FeatureNetwork:
-    """The network of a kind for the comparison with reference `images`; a classifier is kept in the cache below `root`.
-    `folder` is where dinov2 is read from, a hub id or a folder; empty: facebook/dinov2-base.
+def _starts(images: Images) -> range:
+    return range(0, len(images), _AT_A_TIME)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a network is made from."""
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def write(self, path: Path) -> None:
+        """Write a safetensors file with the facts in its metadata."""
+        save_file({**self.tensors, "": torch.zeros(0)}, path, {"config": json.dumps(self.facts)})
+
+    def build(self) -> FeatureNetwork:
+        """The network.
+
+        Raises:
+            ConfigError: what it needs is not installed here, or cannot be downloaded.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        build = {"classifier": _convolutional, "random": _convolutional, "dinov2": _dinov2, "inception": _inception}
+        return build[self.facts["kind"]](self, device)
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a file."""
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["config"])
+    return Recipe(facts, {name: tensor for name, tensor in load_file(path).items() if name})
+
+
+def recipe(
+    kind: str, channels: int, reference: Callable[[], tuple[Images, list[str]]], root: Path, folder: str = ""
+) -> Recipe:
+    """The recipe of a kind of network, for images of so many channels. A classifier asks for the `reference` images and
+    their classes, and is kept in the cache below `root`. `folder` is where dinov2 is read from, a hub id or a folder;
+    empty: facebook/dinov2-base.
 
     Raises:
         ConfigError: it cannot be had.
     """
     if kind == "classifier":
-        return _classifier(images, classes, root)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _dinov2(folder or DINOV2, device) if kind == "dinov2" else _inception(device)
+        return _classifier(*reference(), root)
+    if kind == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("random features", _FORMAT))
+            tensors = _Convolutional(channels, 1).state_dict()
+        name = "random (an untrained network; compares runs on the same images, no more)"
+        return Recipe({"kind": kind, "name": name, "channels": channels, "classes": []}, tensors)
+    return _read_dinov2(folder or DINOV2) if kind == "dinov2" else Recipe({"kind": kind}, {})
 
 
-class _Classifier(nn.Module):
+class _Convolutional(nn.Module):
     """A small convolutional network; its features are what its last layer sees."""
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -73,35 +120,40 @@ class _Classifier(nn.Module):
         self.head = nn.Linear(64, classes)
 
 
-def _classifier(images: Images, classes: list[str], root: Path) -> FeatureNetwork:
+def _convolutional(made: Recipe, device: str) -> FeatureNetwork:
+    facts = made.facts
+    network = _Convolutional(facts["channels"], len(facts["classes"]) or 1)
+    network.load_state_dict(made.tensors)
+    network.eval().to(device)
+    logits = (lambda x: network.head(x.to(device)).cpu()) if facts["classes"] else None
+    return FeatureNetwork(facts["name"], "none", lambda x: network.body(x.to(device).float() / 127.5 - 1), logits)
+
+
+def _classifier(images: Images, classes: list[str], root: Path) -> Recipe:
     names = sorted({*classes})
     if len(names) < 2:
-        raise ConfigError("--features = 'classifier': needs images of two classes or more; use dinov2 or inception")
+        raise ConfigError("features = 'classifier': needs images of two classes or more; use another network")
     labels = np.array([names.index(name) for name in classes])
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
     def fill(folder: Path) -> None:
         network, accuracy = _trained(images, labels)
-        save_file(network.state_dict(), folder / "classifier.safetensors")
-        write_facts(folder, {"accuracy": accuracy})
+        name = f"classifier (trained on these {len(names)} classes, {accuracy:.1%} right on held-out images)"
+        facts = {"kind": "classifier", "name": name, "channels": images.shape[1], "classes": names}
+        Recipe(facts, network.state_dict()).write(folder / "classifier.safetensors")
+        write_facts(folder, {})
 
-    folder = cached(root, {"format": _FORMAT, "classifier": digest}, fill)
-    network = _Classifier(images.shape[1], len(names))
-    network.load_state_dict(load_file(folder / "classifier.safetensors"))
-    network.eval()
-    accuracy = facts(folder)["accuracy"]
-    name = f"classifier (trained on these {len(names)} classes, {accuracy:.1%} right on held-out images)"
-    return FeatureNetwork(name, "none", lambda x: network.body(x.float() / 127.5 - 1))
+    return read(cached(root, {"format": _FORMAT, "classifier": digest}, fill) / "classifier.safetensors")
 
 
-def _trained(images: Images, labels: np.ndarray[Any, Any]) -> tuple[_Classifier, float]:
+def _trained(images: Images, labels: np.ndarray[Any, Any]) -> tuple[_Convolutional, float]:
     """The classifier, and the share of held-out images that it gets right."""
     order = np.random.default_rng(derive_seed("classifier", _FORMAT)).permutation(len(images))[:_AT_MOST]
     held_out, train = np.split(order, [max(1, round(_HELD_OUT * len(order)))])
     log.info("training the classifier whose features are compared, on %d images", len(train))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("classifier", _FORMAT))
-        network = _Classifier(images.shape[1], int(labels.max()) + 1)
+        network = _Convolutional(images.shape[1], int(labels.max()) + 1)
         steps = _EPOCHS * -(-len(train) // _BATCH)
         optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -123,18 +175,31 @@ def _trained(images: Images, labels: np.ndarray[Any, Any]) -> tuple[_Classifier,
     return network, right / len(held_out)
 
 
-def _dinov2(name: str, device: str) -> FeatureNetwork:
+def _read_dinov2(name: str) -> Recipe:
     try:
         from transformers import AutoModel
 
-        network = AutoModel.from_pretrained(name).to(device).eval()
-        patch = int(network.config.patch_size)
+        network = AutoModel.from_pretrained(name)
+        config = {**network.config.to_dict(), "patch_size": int(network.config.patch_size)}
     except Exception as error:  # the library raises many kinds for many causes
         raise ConfigError(
-            f"--features = 'dinov2': {name!r} cannot be read ({type(error).__name__}: "
+            f"features = 'dinov2': {name!r} cannot be read ({type(error).__name__}: "
             f"{str(error).strip().partition(chr(10))[0]}); without network, download it elsewhere "
-            f"(hf download {DINOV2} --local-dir FOLDER) and give --features-from FOLDER; pip install transformers"
+            f"(hf download {DINOV2} --local-dir FOLDER) and name FOLDER; pip install transformers"
         ) from error
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    return Recipe({"kind": "dinov2", "name": f"dinov2 ({name}, class token)", "config": config}, tensors)
+
+
+def _dinov2(made: Recipe, device: str) -> FeatureNetwork:
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ModuleNotFoundError as error:
+        raise ConfigError("features = 'dinov2': transformers is not installed: pip install transformers") from error
+    network = AutoModel.from_config(AutoConfig.for_model(**made.facts["config"]))
+    network.load_state_dict(made.tensors)
+    network.to(device).eval()
+    patch = made.facts["config"]["patch_size"]
     side = 224 // patch * patch
     mean, std = (
         torch.tensor(values, device=device).view(-1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -145,17 +210,17 @@ def _dinov2(name: str, device: str) -> FeatureNetwork:
         features: Tensor = network(((z.expand(-1, 3, -1, -1)) - mean) / std).last_hidden_state[:, 0]
         return features
 
-    return FeatureNetwork(f"dinov2 ({name}, class token)", f"antialiased bicubic to {side}x{side}", extract)
+    return FeatureNetwork(made.facts["name"], f"antialiased bicubic to {side}x{side}", extract)
 
 
-def _inception(device: str) -> FeatureNetwork:
+def _inception(_: Recipe, device: str) -> FeatureNetwork:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
     except Exception as error:  # not installed, or its weights cannot be downloaded
         raise ConfigError(
-            f"--features = 'inception': cannot be had ({type(error).__name__}: {error}); pip install torch-fidelity, "
+            f"features = 'inception': cannot be had ({type(error).__name__}: {error}); pip install torch-fidelity, "
             "which downloads the weights at the first use, or use classifier or dinov2"
         ) from error
 

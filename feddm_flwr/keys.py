@@ -235,10 +235,27 @@ class Server:
 
 @dataclass(frozen=True)
 class Eval:
-    """Held-out denoising loss, computed by the nodes on the weights they receive."""
+    """Held-out denoising loss, computed by the nodes on the weights they receive, and what `features` compare: FID, KID
+    and coverage of the averaged weights' samples against all nodes' images, which stay where they are."""
 
-    every: int = key(1, "rounds between evaluations; 0: never", low=0)
+    every: int = key(1, "rounds between evaluations; 0: no held-out loss, and FID of the last round only", low=0)
     images: int = key(256, "held-out images a node uses at most", low=1)
+    features: str = key(
+        "none",
+        "network whose features are compared; `classifier` is trained on data.name where the server can read it",
+        choices=("none", "random", "classifier", "dinov2", "inception"),
+    )
+    features_from: str = key("", "folder or hub id of dinov2; empty: facebook/dinov2-base")
+    samples: int = key(512, "samples that are compared; FID depends on their number", low=16)
+    min_images: int = key(
+        0, "nodes with fewer images give no sums of their features, which would tell much about them", low=0
+    )
+    keep_best: str = key(
+        "none", "also keep, as best/, the model that was best by this figure", choices=("none", "fid", "kid")
+    )
+    audit: bool = key(
+        False, "at the end each node counts samples that are near to its images, and tries to tell these by their loss"
+    )
 
 
 @dataclass(frozen=True)
@@ -277,6 +294,11 @@ class RunConfig:
     min_replies: int = key(0, "good replies that a round needs; 0: more than half of the nodes that were asked", low=0)
     max_round_retries: int = key(2, "times a round with too few good replies is repeated", low=0)
     round_timeout: float = key(3600.0, "seconds after which a round ends without its stragglers", above=0)
+    tracker: str = key(
+        "none",
+        "where figures and grids go beside the run's folder and TensorBoard: Weights & Biases, MLflow",
+        choices=("none", "wandb", "mlflow"),
+    )
     wait_timeout: float = key(300.0, "seconds to wait for nodes before the run fails", above=0)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -62,8 +60,8 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         return Outcome({"name": name, "round": task.round}, b"")
     model.load_vector(network.to(device), received)
 
-    objective, evaluate = _objective(config, name, data, assets, root, device)
-    eval_loss, latent_power = evaluate(network, config.eval.images if task.evaluate else 0)
+    objective, unseen = examples(config, data, assets, root, device)
+    held_out = unseen.held_out(network, config.eval.images if task.evaluate else 0, name)
     progress, start = training.Progress(task.round, task.steps_before), link.start(received)
     trained = training.train(network, objective, config, name, progress, device, start)
     sent = link.send(model.flat(network), received)
@@ -75,32 +73,33 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         "round": task.round,
         "steps": trained.steps,
         "train-loss": trained.loss,
-        "eval-loss": eval_loss,
-        "latent-power": latent_power,
+        "eval-loss": held_out.loss,
+        "eval-levels": json.dumps(held_out.levels),
         "coding-error": sent.error,
         "state-lost": link.state_lost,
     }
     return Outcome(report, sent.frame)
 
 
-def _objective(
-    config: RunConfig, name: str, data: NodeData, assets: Assets, root: Path, device: torch.device
-) -> tuple[objectives.Objective, Callable[[Any, int], tuple[float, float]]]:
-    """What the node minimizes, and what gives, of a network and a number of held-out images, the loss on them and the
-    mean square of their latents (an autoencoder's; else NaN)."""
+def examples(
+    config: RunConfig, data: NodeData, assets: Assets, root: Path, device: torch.device
+) -> tuple[objectives.Objective, objectives.Objective]:
+    """What the node minimizes, and the same of its held-out images."""
     flip = config.data.flip
     if config.stage == "autoencoder":
         looks = VGG16(tensors_of(assets[PERCEPTUAL])).to(device) if PERCEPTUAL in assets else None
-        unseen = objectives.Reconstruction(config, objectives.Pixels(data.held_out, False, device), device)
         pixels = objectives.Pixels(data.train, flip, device)
-        return objectives.Reconstruction(config, pixels, device, looks), unseen.held_out
-    examples: tuple[objectives.Pixels | latents.Latents, ...]
+        unseen = objectives.Pixels(data.held_out, False, device)
+        return objectives.Reconstruction(config, pixels, device, looks), objectives.Reconstruction(
+            config, unseen, device
+        )
+    both: tuple[objectives.Pixels | latents.Latents, ...]
     if AUTOENCODER in assets:
-        examples = latents.encoded(data, assets[AUTOENCODER], flip, root, device)
+        both = latents.encoded(data, assets[AUTOENCODER], flip, root, device)
     else:
-        examples = tuple(objectives.Pixels(images, flip, device) for images in (data.train, data.held_out))
+        both = tuple(objectives.Pixels(images, flip, device) for images in (data.train, data.held_out))
     train, held_out = (
         objectives.Denoising(config, some, labels, device)
-        for some, labels in zip(examples, (data.train_labels, data.held_out_labels), strict=True)
+        for some, labels in zip(both, (data.train_labels, data.held_out_labels), strict=True)
     )
-    return train, lambda network, limit: (held_out.held_out(network, limit, name), math.nan)
+    return train, held_out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,16 @@ from feddm_flwr.latents import Latents
 from feddm_flwr.perceptual import VGG16
 
 Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
+LEVELS = 10  # parts of the timesteps whose losses are told apart
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation on held-out examples came to."""
+
+    loss: float = math.nan  # NaN where there are none
+    levels: list[float] = field(default_factory=list)  # the same by noise level, from the least noise to the most
+    latent_power: float = math.nan  # an autoencoder's: the mean square of its latents
 
 
 class Objective(Protocol):
@@ -37,6 +48,9 @@ class Objective(Protocol):
 
     def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
         """The loss of each, shape (B,), float32."""
+
+    def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
+        """The network on at most `limit` of the examples, as those of node `name`; always the same way."""
 
 
 @lru_cache
@@ -124,12 +138,10 @@ class Denoising:
         return (prediction.float() - goal).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def held_out(self, network: nn.Module, limit: int, name: str) -> float:
-        """The mean squared error on the first `limit` examples, with noise and timesteps that are the same in
-        every round: the timesteps are spread evenly over 0..T-1 and weigh alike. NaN where there are none."""
+    def fixed_losses(self, network: nn.Module, limit: int, name: str) -> Tensor:
+        """The squared errors of the first `limit` examples, (B,), with noise and timesteps that are the same in every
+        round: the timesteps are spread evenly over 0..T-1, in order, and weigh alike."""
         size = min(limit, len(self))
-        if size == 0:
-            return math.nan
         network.eval()
         random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "held-out loss"))
         index = torch.arange(size, device=self._device)
@@ -140,7 +152,15 @@ class Denoising:
         pieces = zip(
             *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True
         )
-        return float(torch.cat([self._squared_errors(network, piece) for piece in pieces]).double().mean())
+        return torch.cat([self._squared_errors(network, piece) for piece in pieces])
+
+    def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
+        """The mean of these, and that of each tenth of the timesteps."""
+        if min(limit, len(self)) == 0:
+            return HeldOut()
+        losses = self.fixed_losses(network, limit, name).double().cpu()
+        levels = [float(part.mean()) for part in losses.tensor_split(LEVELS)]
+        return HeldOut(float(losses.mean()), levels)
 
 
 class Reconstruction:
@@ -174,18 +194,20 @@ class Reconstruction:
         return losses
 
     @torch.no_grad()
-    def held_out(self, network: Any, limit: int) -> tuple[float, float]:
+    def held_out(self, network: Any, limit: int, name: str) -> HeldOut:
         """Mean squared error of the reconstruction of the first `limit` images from the mean of their latents, and the
-        mean square of these latents. NaN where there are none."""
+        mean square of these latents."""
         size = min(limit, len(self))
+        if size == 0:
+            return HeldOut()
         network.eval()
-        errors, powers = [torch.full((1,), math.nan)] * (size == 0), [torch.full((1,), math.nan)] * (size == 0)
+        errors, powers = [], []
         step = self._config.train.micro_batch or self._config.train.batch_size
-        for index in torch.arange(size, device=self._device).split(step) if size else []:
+        for index in torch.arange(size, device=self._device).split(step):
             x = self._examples.fixed(index)
             with autocast(self._config, self._device):
                 mean = network.encode(x).latent_dist.mean
                 decoded = network.decode(mean).sample
             errors.append((decoded.float() - x).square().flatten(1).mean(1))
             powers.append(mean.float().square().flatten(1).mean(1))
-        return float(torch.cat(errors).double().mean()), float(torch.cat(powers).double().mean())
+        return HeldOut(float(torch.cat(errors).double().mean()), [], float(torch.cat(powers).double().mean()))

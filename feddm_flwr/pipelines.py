@@ -30,11 +30,19 @@ def noise_scheduler(config: RunConfig) -> DDPMScheduler:
     )
 
 
-def save(network: Any, config: RunConfig, assets: Assets, path: Path, card: str, latent_power: float = 1.0) -> None:
+def save(
+    network: Any, config: RunConfig, assets: Assets, path: Path, card: str, latent_power: float | None = None
+) -> None:
     """Write the network as a `DDPMPipeline`, an `LDMPipeline`, a `ClassPipeline` whose code goes with it, or, where
-    an autoencoder was trained, as an `AutoencoderKL` whose latents have the mean square `latent_power`."""
+    an autoencoder was trained, as an `AutoencoderKL` whose latents have the mean square `latent_power`.
+
+    Raises:
+        ValueError: an autoencoder's power is not known; a latent model on it would be trained on the wrong scale.
+    """
     network = copy.deepcopy(network).float().cpu()
     if config.stage == "autoencoder":
+        if not latent_power:
+            raise ValueError("no node gave the power of the latents, which the scaling factor is made of")
         network.register_to_config(scaling_factor=1 / math.sqrt(latent_power))
         network.save_pretrained(path)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,27 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from feddm_flwr.report_page import PAGE
+from feddm_flwr import charts
+from feddm_flwr.report_page import COMPARISON, PAGE
 from feddm_flwr.tracking import Row, read_metrics
-
-Points = Sequence[tuple[float, float]]
 
 
 def write(run: Path) -> Path:
     """Write the self-contained `report.html` of a run; it can be rewritten at any time."""
     rows = read_metrics(run)
     status = _read_json(run / "status.json", {"status": "running", "reason": ""})
-    with (run / "config.toml").open("rb") as file:
-        config = _flat(tomllib.load(file))
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
-    html = page.render(
+    config = _config(run)
+    html = _render(
+        PAGE,
         name=run.name,
         status=status,
         config=config,
         rows=rows,
         tiles=_tiles(rows, config),
-        charts=_charts(rows),
+        charts=charts.of_run(rows),
+        judged=_judged(run, rows),
+        final=_read_json(run / "final.json", {}),
+        faults=_faults(rows, status),
         grids=(grids := _grids(run)),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(_read_json(run / "nodes.json", []), rows),
@@ -41,6 +43,101 @@ def write(run: Path) -> Path:
     path = run / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def write_comparison(runs: Sequence[Path], path: Path) -> Path:
+    """Write one self-contained page that compares runs.
+
+    Raises:
+        ValueError: two runs have the same name.
+    """
+    names = [run.name for run in runs]
+    if len({*names}) < len(names):
+        raise ValueError(f"two runs have the same name: {', '.join(names)}")
+    rows = {run.name: read_metrics(run) for run in runs}
+    configs = {run.name: _config(run) for run in runs}
+    differing = [k for k in configs[names[0]] if len({str(c.get(k)) for c in configs.values()}) > 1 and k != "strategy"]
+    figures = {name: _figures(own) for name, own in rows.items()}
+    heads = list(dict.fromkeys(h for f in figures.values() for h in f))
+    judged = {run.name: _judged(run, rows[run.name]) for run in runs}
+    notes = sorted({f"features: {j['features']}; {configs[n]['eval.samples']} samples" for n, j in judged.items() if j})
+    shown = [
+        {
+            "name": run.name,
+            "config": configs[run.name],
+            "differs": ", ".join(f"{k}={configs[run.name].get(k)}" for k in differing[:6]) or "the same configuration",
+            "cells": [figures[run.name].get(head, "–") for head in heads],
+            "grid": next(reversed(_grids(run)), None),
+        }
+        for run in runs
+    ]
+    html = _render(COMPARISON, name="Comparison of runs", runs=shown, heads=heads, notes=notes, charts=_compared(rows))
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _figures(rows: list[Row]) -> dict[str, str]:
+    """What a run came to, by its column."""
+    if not rows:
+        return {}
+    total = _totals(rows)
+    found = {"rounds": str(rows[-1]["round"]), "training loss": f"{rows[-1]['train_loss']:.4f}"}
+    for key, head in (("eval_loss", "held-out loss"), ("fid", "FID"), ("kid", "KID"), ("coverage", "coverage")):
+        if values := [row[key] for row in rows if row.get(key) is not None]:
+            found[head] = f"{values[-1]:.4g}"
+    found |= {f"sent {way}": megabytes(total[f"bytes_{way}"]) for way in ("up", "down")}
+    return found | {"seconds": f"{sum(r['seconds'] for r in rows):.0f}"}
+
+
+def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
+    """Curves of several runs in one chart each."""
+    found = []
+    for key, title in (("train_loss", "Training loss"), ("eval_loss", "Held-out loss"), ("fid", "FID"), ("kid", "KID")):
+        series = {name: [(r["round"], r[key]) for r in own if r.get(key) is not None] for name, own in rows.items()}
+        if series := {name: points for name, points in series.items() if points}:
+            found.append((f"{title} by round", charts.lines(series)))
+    key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
+    ends = {}
+    for name, own in rows.items():
+        if values := [r[key] for r in own if r.get(key) is not None]:
+            total = _totals(own)
+            ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, values[-1])]
+    if len(ends) > 1:
+        found.append(
+            (f"{'FID' if key == 'fid' else 'Held-out loss'} by bytes", charts.dots(ends, "megabytes both ways"))
+        )
+    return found
+
+
+def _judged(run: Path, rows: list[Row]) -> dict[str, Any]:
+    """What FID and so on depend on, and the last coverage; empty where there are none."""
+    last: Row = next((row for row in reversed(rows) if row.get("fid") is not None), {})
+    if not last:
+        return {}
+    facts = _read_json(run / "reference" / "facts.json", {"features": "?", "images": 0})
+    return {**facts, "coverage": last.get("coverage_by_class")}
+
+
+def _faults(rows: list[Row], status: Row) -> list[str]:
+    """What went wrong and did not end the run."""
+    reasons = Counter[str]()
+    for row in rows:
+        reasons.update(row.get("failures", {}))
+    found = [f"{n} replies dropped: {reason}" for reason, n in reasons.most_common()]
+    found += [f"resumed after round {number}" for number in status.get("resumed_after", [])]
+    if lost := sum(row.get("state_lost", 0) for row in rows):
+        found.append(f"{lost} times a node had lost what it had kept, and began anew")
+    return found
+
+
+def _config(run: Path) -> dict[str, Any]:
+    with (run / "config.toml").open("rb") as file:
+        return _flat(tomllib.load(file))
+
+
+def _render(template: str, **values: Any) -> str:
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    return page.render(**values)
 
 
 def model_card(config: Mapping[str, object], rounds: int, nodes: int) -> str:
@@ -158,67 +255,17 @@ def _tiles(rows: list[Row], config: Mapping[str, Any]) -> list[tuple[str, str, s
             "held-out loss",
             "weights that the last evaluated round began with",
         ),
+        *(
+            (
+                f"{r['fid']:.3g}",
+                "FID of the averaged weights",
+                f"round {r['round']}; KID {r['kid']:.3g}" if r.get("kid") is not None else f"round {r['round']}",
+            )
+            for r in [r for r in rows if r.get("fid") is not None][-1:]
+        ),
         *((megabytes(sent), who, note) for who, sent, note in _traffic(_totals(rows))),
         (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
     ]
-
-
-def _charts(rows: list[Row]) -> list[tuple[str, Markup]]:
-    if not rows:
-        return []
-    loss = {
-        "training": [(r["round"], r["train_loss"]) for r in rows],
-        # A round evaluates the weights it starts from: those of the round before.
-        "held-out": [(r["round"] - 1, r["eval_loss"]) for r in rows if r["eval_loss"] is not None],
-    }
-    # The untrained model's loss would flatten everything after it.
-    loss["held-out"] = [p for p in loss["held-out"] if p[0] > 0] or loss["held-out"]
-    traffic = {
-        "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
-        "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
-    }
-    return [("Loss by round", _line_chart(loss)), ("Megabytes by round", _line_chart(traffic, zero=True))]
-
-
-def _line_chart(series: Mapping[str, Points], *, zero: bool = False) -> Markup:
-    """An inline SVG with one line per series, which takes its colours from the page."""
-    width, height, left, bottom, top, right = 560, 260, 56, 28, 24, 12
-    points = [p for line in series.values() for p in line]
-    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y0, y1 = 0.0 if zero else min(y for _, y in points), max(y for _, y in points)
-    x1, pad = (x1 if x1 > x0 else x0 + 1), (y1 - y0) * 0.08 or abs(y1) * 0.1 or 1
-    y0, y1 = (0.0 if zero else y0 - pad), y1 + pad
-
-    def at(x: float, y: float) -> str:
-        px = left + (x - x0) / (x1 - x0) * (width - left - right)
-        py = top + (1 - (y - y0) / (y1 - y0)) * (height - top - bottom)
-        return f"{px:.1f},{py:.1f}"
-
-    parts = []
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
-        (ax, ay), (bx, _) = at(x0, y).split(","), at(x1, y).split(",")
-        parts.append(f'<line class="axis" x1="{ax}" y1="{ay}" x2="{bx}" y2="{ay}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{float(ay) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-    ticks = sorted({round(x0 + (x1 - x0) * i / 4) for i in range(5)})
-    parts += [
-        f'<text class="tick" x="{at(x, y0).split(",")[0]}" y="{height - 8}" text-anchor="middle">{x}</text>'
-        for x in ticks
-    ]
-    for i, (label, line) in enumerate(series.items()):
-        parts.append(f'<polyline class="line s{i}" points="{" ".join(at(x, y) for x, y in line)}"/>')
-        parts += [
-            f'<circle class="dot s{i}" r="2.5" cx="{p.split(",")[0]}" cy="{p.split(",")[1]}"/>'
-            for p in (at(x, y) for x, y in line)
-        ]
-        parts.append(
-            f'<text class="label s{i}" x="{width - right - 90 * (len(series) - 1 - i)}" y="14" '
-            f'text-anchor="end">● {label}</text>'
-        )
-    names = " and ".join(series)
-    return Markup(
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{names} by round">{"".join(parts)}</svg>'
-    )
 
 
 def _grids(run: Path) -> list[dict[str, object]]:

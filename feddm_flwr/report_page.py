@@ -1,17 +1,17 @@
-"""The Jinja template of `report.html`. A Python file, since Flower ships no HTML with an app."""
+"""The Jinja templates of reports. A Python file, since Flower ships no HTML with an app."""
 
-PAGE = """<!doctype html>
+_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }} – FedDM run</title>
+<title>{{ name }} – FedDM</title>
 <link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #1b1f27; --soft: #667085; --line: #e3e6ec;
-  --s0: #2563eb; --s1: #d9480f; --good: #15803d; --bad: #b91c1c; }
+  --s0: #2563eb; --s1: #d9480f; --s2: #0f766e; --s3: #9333ea; --s4: #b45309; --s5: #be185d; --s6: #4d7c0f; --s7: #475569; --good: #15803d; --bad: #b91c1c; }
 @media (prefers-color-scheme: dark) { :root { --bg: #101318; --card: #181d25; --ink: #e7eaf0; --soft: #98a2b3;
-  --line: #2a313d; --s0: #7aa7ff; --s1: #ff9b66; --good: #4ade80; --bad: #f87171; } }
+  --line: #2a313d; --s0: #7aa7ff; --s1: #ff9b66; --s2: #5eead4; --s3: #d8b4fe; --s4: #fcd34d; --s5: #f9a8d4; --s6: #bef264; --s7: #cbd5e1; --good: #4ade80; --bad: #f87171; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
@@ -27,9 +27,16 @@ p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 .card h3 { margin: 0 0 .5rem; font-size: .95rem; font-weight: 600; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; display: block; } .axis { stroke: var(--line); }
-.tick { fill: var(--soft); font-size: 12px; } .label { font-size: 13px; }
-.line { fill: none; stroke-width: 2; } .line.s0 { stroke: var(--s0); } .line.s1 { stroke: var(--s1); }
-.dot.s0, .label.s0 { fill: var(--s0); } .dot.s1, .label.s1 { fill: var(--s1); }
+.tick { fill: var(--soft); font-size: 12px; } .legend { font-size: .85rem; margin: .3rem 0 0; }
+.legend span { margin-right: .8rem; white-space: nowrap; } .line { fill: none; stroke-width: 2; }
+.line.s0 { stroke: var(--s0); } .dot.s0 { fill: var(--s0); } .label.s0 { color: var(--s0); }
+.line.s1 { stroke: var(--s1); } .dot.s1 { fill: var(--s1); } .label.s1 { color: var(--s1); }
+.line.s2 { stroke: var(--s2); } .dot.s2 { fill: var(--s2); } .label.s2 { color: var(--s2); }
+.line.s3 { stroke: var(--s3); } .dot.s3 { fill: var(--s3); } .label.s3 { color: var(--s3); }
+.line.s4 { stroke: var(--s4); } .dot.s4 { fill: var(--s4); } .label.s4 { color: var(--s4); }
+.line.s5 { stroke: var(--s5); } .dot.s5 { fill: var(--s5); } .label.s5 { color: var(--s5); }
+.line.s6 { stroke: var(--s6); } .dot.s6 { fill: var(--s6); } .label.s6 { color: var(--s6); }
+.line.s7 { stroke: var(--s7); } .dot.s7 { fill: var(--s7); } .label.s7 { color: var(--s7); }
 figure { margin: 0; } figure img { width: 100%; max-width: 520px; border-radius: .4rem; display: block; }
 input[type=range] { width: 100%; max-width: 520px; accent-color: var(--s0); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
@@ -40,7 +47,11 @@ code, pre { font: .85rem/1.5 ui-monospace, monospace; } pre { overflow-x: auto; 
 summary { cursor: pointer; font-weight: 600; }
 </style>
 </head>
-<body>
+"""
+
+PAGE = (
+    _HEAD
+    + """<body>
 <main>
 <h1>{{ name }} <span class="badge {{ status.status }}">{{ status.status }}</span></h1>
 <p class="soft">{{ config.strategy }} · {{ config["data.name"] }} at {{ config["data.image-size"] }}×{{ config["data.image-size"] }}
@@ -66,7 +77,30 @@ summary { cursor: pointer; font-weight: 600; }
 <h2>Curves</h2>
 <div class="row">{% for title, chart in charts %}<div class="card"><h3>{{ title }}</h3>{{ chart }}</div>{% endfor %}</div>
 <p class="soft">Held-out loss: denoising error on images kept from training, fixed noise, of the global weights after the round;
- bytes are the coded payloads, measured. Lost by coding: norm of what the uplink lost over that of what was to be sent.</p>
+ bytes are the coded payloads, measured. Lost by coding: norm of what the uplink lost over that of what was to be sent.
+ {% if judged %}FID, KID and coverage: {{ config["eval.samples"] }} samples of the averaged weights against the {{ "{:,}".format(judged.images) }} images of the nodes,
+ which stayed there; features of {{ judged.features }}. {% if config["eval.samples"] < 10000 %}FID of so few samples depends on their number. {% endif %}{% endif %}
+ Drift: spread of the nodes' updates over the norm of their mean. Contraction: this round's step over the last one's; below 1 the steps shrink.
+ These are gauges, not proofs: the paper shows convergence for a contraction with a Lipschitz denoiser.</p>
+{% endif %}
+{% if judged and judged.coverage %}
+<h2>Classes among the samples</h2>
+<div class="card scroll"><table><tr><th>class</th><th class="n">share of the samples over share of the real images</th></tr>
+{% for name, ratio in judged.coverage.items() %}<tr><td>{{ name }}</td><td class="n">{{ "%.2f"|format(ratio) }}</td></tr>
+{% endfor %}</table></div>
+{% endif %}
+{% if final.audit %}
+<h2>Memorization audit</h2>
+<div class="card scroll"><table><tr><th>node</th><th class="n">samples near to a training image, of {{ final.audit_samples }}</th><th class="n">membership AUC</th></tr>
+{% for name, found in final.audit.items() %}<tr><td>{{ name }}</td><td class="n">{{ found.near }}</td><td class="n">{{ "%.3f"|format(found.members_auc) }}</td></tr>
+{% endfor %}</table>
+<p class="soft">Each node counted samples that are nearer to one of its training images than 99 % of its held-out images are: some {{ "%.0f"|format([final.audit_samples / 100, 1]|max) }}
+ are there by chance, many more mean copies. The AUC says how well a low loss tells training images from held-out ones: 0.5 is chance, near 1 means that
+ who has the model can tell who was in the data. Neither proves that nothing was memorized. Only these figures left the nodes.</p></div>
+{% endif %}
+{% if faults %}
+<h2>Faults survived</h2>
+<div class="card"><p>{% for line in faults %}{{ line }}<br>{% endfor %}</p></div>
 {% endif %}
 {% if nodes %}
 <h2>Nodes</h2>
@@ -106,3 +140,26 @@ if (slider) slider.addEventListener("input", () => {
 </body>
 </html>
 """
+)
+
+COMPARISON = (
+    _HEAD
+    + """<body>
+<main>
+<h1>{{ name }}</h1>
+{% for run in runs %}<p class="legend"><span class="label s{{ loop.index0 % 8 }}">●</span> <b>{{ run.name }}</b> <span class="soft">{{ run.config.strategy }}, {{ run.differs }}</span></p>
+{% endfor %}
+<h2>Figures</h2>
+<div class="card scroll"><table><tr><th>run</th>{% for head in heads %}<th class="n">{{ head }}</th>{% endfor %}</tr>
+{% for run in runs %}<tr><td>{{ run.name }}</td>{% for cell in run.cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% for note in notes %}<p class="soft">{{ note }}</p>{% endfor %}</div>
+{% if charts %}<h2>Curves</h2>
+<div class="row">{% for title, chart in charts %}<div class="card"><h3>{{ title }}</h3>{{ chart }}</div>{% endfor %}</div>{% endif %}
+<h2>Samples of the last grids</h2>
+<div class="row">{% for run in runs %}{% if run.grid %}<figure class="card"><h3>{{ run.name }}, round {{ run.grid.round }}</h3><img alt="samples of {{ run.name }}" src="{{ run.grid.ema }}"></figure>{% endif %}{% endfor %}</div>
+</main>
+</body>
+</html>
+"""
+)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
+
+from feddm_flwr.reference import coverage, covered, statistics
 
 #: Below this, FID is dominated by its bias (Chong and Forsyth 2020).
 FEW = 10_000
@@ -18,7 +23,7 @@ _NEIGHBOURS = 3
 _AT_A_TIME = 1024
 
 
-class _Same(nn.Module):
+class Features(nn.Module):
     """Hands on features that were extracted before."""
 
     def __init__(self, size: int) -> None:
@@ -29,15 +34,23 @@ class _Same(nn.Module):
         return x
 
 
-def compare(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
+def compare(
+    real: Tensor,
+    fake: Tensor,
+    seed: int,
+    classes: Sequence[str] = (),
+    logits: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
     """The figures for features (N, D) of real and of generated images.
 
     `fid` (Heusel et al. 2017), `kid` and `kid_std` (Binkowski et al. 2018, over subsets), `precision` and `recall`
-    (Kynkäänniemi et al. 2019), and `fid_floor`, the FID of as many real images against the rest, where there are
-    enough: what a perfect model would get.
+    (Kynkäänniemi et al. 2019), `mifid`, the FID divided by how far samples are from their nearest real image where that
+    is suspiciously near (Bai et al. 2021), and `fid_floor`, the FID of as many real images against the rest, where
+    there are enough: what a perfect model would get. Where the real images' classes are known, the coverage of
+    each (see `reference`); where the network has classes of its own, the `inception_score` (Salimans et al. 2016).
     """
     random = np.random.default_rng(seed)
-    figures = {"fid": frechet(real, fake)}
+    figures: dict[str, Any] = {"fid": frechet(real, fake)}
     if len(real) >= 2 * len(fake):
         chosen, rest = np.split(random.permutation(len(real)), [len(fake)])
         figures["fid_floor"] = frechet(real[rest], real[chosen])
@@ -45,7 +58,7 @@ def compare(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save", UserWarning)
         torch.manual_seed(seed)
-        kid = KernelInceptionDistance(_Same(real.shape[1]), subsets=_KID_SUBSETS, subset_size=size)
+        kid = KernelInceptionDistance(Features(real.shape[1]), subsets=_KID_SUBSETS, subset_size=size)
         kid.update(real, real=True)
         kid.update(fake, real=False)
         mean, std = kid.compute()
@@ -53,12 +66,27 @@ def compare(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
     count = min(len(real), len(fake), FEW)
     some = (of[torch.from_numpy(random.permutation(len(of))[:count])] for of in (real, fake))
     figures["precision"], figures["recall"] = precision_and_recall(*some)
+    mifid = MemorizationInformedFrechetInceptionDistance(Features(real.shape[1]), normalize=False)
+    mifid.set_dtype(torch.float64)
+    mifid.update(real.double(), real=True)
+    mifid.update(fake.double(), real=False)
+    figures["mifid"] = float(mifid.compute())
+    if classes:
+        reference = statistics(real, classes)
+        figures["coverage_by_class"] = coverage(reference, fake)
+        figures["coverage"] = covered(figures["coverage_by_class"], reference)
+    if logits:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.filterwarnings("ignore", "Metric `InceptionScore` will save", UserWarning)
+            score = InceptionScore(Features(real.shape[1]), splits=1)
+            score.update(logits(fake))
+            figures["inception_score"] = float(score.compute()[0])
     return figures
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:
     """The Fréchet distance of two sets of features (N, D), by torchmetrics."""
-    fid = FrechetInceptionDistance(_Same(real.shape[1])).set_dtype(torch.float64)
+    fid = FrechetInceptionDistance(Features(real.shape[1])).set_dtype(torch.float64)
     fid.update(real.double(), real=True)
     fid.update(fake.double(), real=False)
     return float(fid.compute())
@@ -77,6 +105,14 @@ def _covered(points: Tensor, by: Tensor) -> float:
     return float(torch.cat(inside).double().mean())
 
 
+def _coverage_lines(result: dict[str, Any]) -> list[str]:
+    by_class = result.get("coverage_by_class")
+    if not by_class:
+        return []
+    each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in by_class.items())
+    return [f"coverage   {result['coverage']:.3f} (share of each class over its share among the real: {each})"]
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The figures as they are printed."""
     kid = f"{result['kid']:.5f} ± {result['kid_std']:.5f}"
@@ -84,8 +120,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     said = [
         f"FID        {result['fid']:.3f}{floor}",
         f"KID        {kid}",
-        f"precision  {result['precision']:.3f}",
-        f"recall     {result['recall']:.3f}",
+        f"precision  {result['precision']:.3f}, recall {result['recall']:.3f}",
+        f"MIFID      {result['mifid']:.3f}",
+        *([f"IS         {result['inception_score']:.3f}"] if "inception_score" in result else []),
+        *_coverage_lines(result),
         f"features   {result['features']}; resized: {result['resize']}",
         f"samples    {result['samples']} (seed {result['seed']}, {result['steps']} DDIM steps, averaged weights)",
         f"real       {result['real']} of {result['data']}, split {result['split']}",

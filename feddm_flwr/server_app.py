@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from feddm_flwr import architecture, assets, checkpoint, costs, evaluation, model, pipelines, report
 from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import Values
+from feddm_flwr.judge import Judge, final
 from feddm_flwr.parts import Parts, parts_of
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.state_folder import forget_run, state_root
 from feddm_flwr.strategy import FedDM
-from feddm_flwr.tally import Round
 from feddm_flwr.tracking import RunDirectory, read_metrics
 from feddm_flwr.whole_file import whole_folder
 
@@ -42,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     if found:
         check_same_run(config, found.facts["config"])
         log.info("resumed after round %d", found.round)
-    run.begin(flatten(kept), found.round if found else None)
+    run.begin(flatten(kept), found.round if found else None, config.tracker)
     with _accounted(run):
         files = assets.fetch(config, run.path / "assets")
         network = architecture.build(config, files)
@@ -57,7 +59,8 @@ def main(grid: Grid, context: Context) -> None:
             log.warning("no samples are drawn: %s", undrawn)
         run_uuid = found.facts["run-uuid"] if found else uuid.uuid4().hex
         feddm = FedDM(config, parts.shared.take(model.to_vector(network)), parts, run_uuid, files)
-        model_of = _Model(network, config, files)
+        model_of = GlobalModel(network, config, files)
+        judge = Judge(model_of, run.path) if config.eval.features != "none" and not undrawn else None
         if found:
             feddm.restore(found)
         else:
@@ -65,14 +68,19 @@ def main(grid: Grid, context: Context) -> None:
         del found
         if not undrawn:
             _show(run, model_of, feddm)  # what a run that was killed here still owes
+        if judge:
+            judge.refer(feddm, grid)
         for done in feddm.run(grid):
-            _save(run, feddm, kept, done)
+            _save(run, feddm, kept, done.figures() | _judged(run, judge, model_of, feddm, done.eval_loss))
             if not undrawn:
                 _show(run, model_of, feddm)
+        last: dict[str, Any] = {}
         if incomplete := incomplete or _never_sent(feddm):
             log.warning("no model/ is written: %s", incomplete)
         else:
-            _ship(run, model_of, feddm)
+            if config.stage == "autoencoder" or config.eval.audit:
+                run.write_final(last := final(feddm, grid, model_of, judge.recipe if judge else None))
+            _ship(run, model_of, feddm, last.get("latent_power"))
         for line in report.traffic(read_metrics(run.path)):
             log.info("%s", line)
         if not config.keeps_personal:
@@ -95,14 +103,32 @@ def _accounted(run: RunDirectory) -> Iterator[None]:
         _report(run)
 
 
-def _save(run: RunDirectory, feddm: FedDM, config: RunConfig, done: Round | None = None) -> None:
+def _judged(
+    run: RunDirectory, judge: Judge | None, model_of: GlobalModel, feddm: FedDM, eval_loss: float
+) -> dict[str, Any]:
+    """The figures of the averaged weights where the round is to have them; the best model is kept."""
+    config = model_of.config
+    if config.stage == "autoencoder" and math.isfinite(eval_loss):  # of pixels in [-1, 1]
+        return {"psnr": round(10 * math.log10(4 / max(eval_loss, 1e-12)), 3)}
+    due = feddm.round == config.num_server_rounds or (config.eval.every and feddm.round % config.eval.every == 0)
+    if not judge or not due:
+        return {}
+    model_of.load(feddm.ema)
+    figures, best = judge.figures(), config.eval.keep_best
+    if run.keep_better(figures, best):
+        log.info("round=%d best so far by %s = %.5g", feddm.round, best, figures[best])
+        _write_model(run, model_of, feddm, "best")
+    return figures
+
+
+def _save(run: RunDirectory, feddm: FedDM, config: RunConfig, row: dict[str, Any] | None = None) -> None:
     """Write a round's figures and a checkpoint; the round is not done before both are on the disk."""
     state = feddm.checkpoint()
     state.facts["config"] = flatten(config)
     try:
-        if done:
+        if row:
             run.log_nodes([asdict(node) for node in feddm.nodes])
-            run.log_round(done.figures())
+            run.log_round(row)
         checkpoint.save(run.checkpoints, state, config.keep_checkpoints)
     except OSError as error:
         raise RuntimeError(
@@ -127,16 +153,7 @@ def _never_sent(feddm: FedDM) -> str:
     return f"in no round did a node send the part {parts}" if parts else ""
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The network whose weights a run trains, and what it builds upon."""
-
-    network: torch.nn.Module
-    config: RunConfig
-    files: assets.Assets
-
-
-def _show(run: RunDirectory, model_of: _Model, feddm: FedDM) -> None:
+def _show(run: RunDirectory, model_of: GlobalModel, feddm: FedDM) -> None:
     """Draw the grids that the round is to have."""
     config = model_of.config
     last, due = feddm.round == config.num_server_rounds, config.sample.every
@@ -147,35 +164,28 @@ def _show(run: RunDirectory, model_of: _Model, feddm: FedDM) -> None:
     _sample(run, model_of, feddm.round, feddm.ema)
 
 
-def _sample(run: RunDirectory, model_of: _Model, number: int, weights: Values, kind: str = "") -> None:
+def _sample(run: RunDirectory, model_of: GlobalModel, number: int, weights: Values, kind: str = "") -> None:
     """A grid of the averaged weights, or one of the `raw` weights to set beside it."""
-    network, config, s = model_of.network, model_of.config, model_of.config.sample
+    s = model_of.config.sample
     log.info("round=%d sampling=%d steps=%d weights=%s", number, s.count, s.steps, kind or "averaged")
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.load_vector(network, weights)
-    device = next(network.parameters()).device
-    autoencoder = assets.load_autoencoder(f).to(device) if (f := model_of.files.get(assets.AUTOENCODER)) else None
-    labels = evaluation.every_class(len(config.data.class_names), s.count) if config.data.class_names else None
-    images = evaluation.sample(
-        network,
-        pipelines.noise_scheduler(config).config,
-        s.count,
-        s.steps,
-        config.seed,
-        labels=labels,
-        guidance=s.guidance,
-        autoencoder=autoencoder,
-    )
+    model_of.load(weights)
+    images = model_of.draw(s.count, s.guidance)
     log.info("round=%d grid=%s", number, run.save_grid(evaluation.grid(images), number, kind))
 
 
-def _ship(run: RunDirectory, model_of: _Model, feddm: FedDM) -> None:
-    """Write `model/`: a diffusers pipeline, or an autoencoder, with the averaged weights, and its card."""
-    model.load_vector(model_of.network, feddm.ema)
+def _ship(run: RunDirectory, model_of: GlobalModel, feddm: FedDM, latent_power: float | None) -> None:
+    """Write `model/`, with the averaged weights."""
+    model_of.load(feddm.ema)
+    _write_model(run, model_of, feddm, "model", latent_power)
+
+
+def _write_model(
+    run: RunDirectory, model_of: GlobalModel, feddm: FedDM, name: str, latent_power: float | None = None
+) -> None:
+    """A diffusers pipeline, or an autoencoder, with the weights that the model has now, and its card."""
     card = report.model_card(flatten(model_of.config), feddm.round, len(feddm.nodes))
-    powers = [row["latent_power"] for row in read_metrics(run.path) if row.get("latent_power")]
-    with whole_folder(run.path / "model") as folder:
-        pipelines.save(model_of.network, model_of.config, model_of.files, folder, card, *powers[-1:])
+    with whole_folder(run.path / name) as folder:
+        pipelines.save(model_of.network, model_of.config, model_of.files, folder, card, latent_power)
 
 
 def _report(run: RunDirectory) -> None:

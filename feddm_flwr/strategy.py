@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_update, euclidean_norm, server_optimizer
@@ -35,13 +35,12 @@ from feddm_flwr.outliers import Outliers
 from feddm_flwr.parts import Parts, assign
 from feddm_flwr.probes import Probes
 from feddm_flwr.robust import RobustMean
-from feddm_flwr.tally import Round, Tally, weighted
+from feddm_flwr.tally import ABSURD, Round, Tally, levels_of, weighted, weighted_levels
 
 log = logging.getLogger("feddm")
 
 
 _GARBAGE = 1 << 26  # bytes of replies until they are collected: Flower's messages are in cycles
-_ABSURD = 1e6  # losses and errors above this are a broken node's
 
 
 class FedDM:
@@ -59,9 +58,12 @@ class FedDM:
         self._assets = {kind: path.read_bytes() for kind, path in (assets or {}).items()}
         self._fingerprints = {kind: sha256(content).hexdigest() for kind, content in self._assets.items()}
         self._roster = Roster(config)
+        self._begun = False  # whether nodes were heard that this process waited for
         self._outliers = Outliers(s.norm_limit, s.clip_norm)
         self.round = 0  # the last one that was committed
         self.weights, self.ema = initial, initial.copy()
+        self._step_norm = 0.0  # of the last round's step
+        self._other = 0  # bytes of what was asked beside the training since the last round
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
         self._broadcast = Broadcast(config, initial, parts.shared.layout.fingerprint)
         self._up = {
@@ -90,6 +92,7 @@ class FedDM:
         facts = {
             "run-uuid": self._run_uuid,
             "steps": self._steps,
+            "step-norm": self._step_norm,
             "held": self._held,
             "acked": [[*key, number] for key, number in sorted(self._acked.items())],
             "norms": self._outliers.state(),
@@ -109,6 +112,7 @@ class FedDM:
         self._state = groups["optimizer."]
         self._broadcast.restore(groups["broadcast."])
         self._run_uuid, self._steps, self._held = facts["run-uuid"], facts["steps"], facts["held"]
+        self._step_norm = facts["step-norm"]
         self._acked = {(name, part): number for name, part, number in facts["acked"]}
         self._outliers.restore(facts["norms"])
         self.never_sent = {*facts["never-sent"]}
@@ -122,14 +126,14 @@ class FedDM:
             RunFailedError: nodes stay away longer than `wait-timeout`, or a round has too few good
                 replies however often it is repeated.
         """
-        first = self.round + 1
-        for number in range(first, self.config.num_server_rounds + 1):
+        for number in range(self.round + 1, self.config.num_server_rounds + 1):
             start = time.monotonic()
             earlier = Traffic()
             # What the nodes will hold: the base of their updates.
             received = self._broadcast.prepare(self.weights, number)
             for attempt in range(1 + self.config.max_round_retries):
-                online = self._roster.wait(grid, first=number == first and attempt == 0)
+                online = self._roster.wait(grid, first=not self._begun)
+                self._begun = True
                 chosen = {online[name]: name for name in self._sample(sorted(online), number, attempt)}
                 tally = self._attempt(grid, number, chosen, received)
                 earlier.add(tally.traffic)
@@ -232,14 +236,14 @@ class FedDM:
             tally.traffic.float32_up += 4 * self._up[tally.part[name]].size
             said = reply.config_records["report"]
             steps, train_loss, eval_loss = said["steps"], said["train-loss"], said["eval-loss"]
-            coding_error, lost, power = said["coding-error"], said["state-lost"], said.get("latent-power", math.nan)
+            coding_error, lost, levels = said["coding-error"], said["state-lost"], said.get("eval-levels", "[]")
             if (said["name"], said["round"]) != (name, number):
                 return Failure("stale", clean(f"the reply is of {said['name']!r}, round {said['round']!r}"))
         except (KeyError, TypeError, AttributeError) as error:
             return Failure("malformed", clean(repr(error)))
-        if not (isinstance(train_loss, float) and 0 <= train_loss <= _ABSURD and isinstance(eval_loss, float)):
+        if not (isinstance(train_loss, float) and 0 <= train_loss <= ABSURD and isinstance(eval_loss, float)):
             return Failure("malformed", clean(f"losses {train_loss!r} and {eval_loss!r}"))
-        if not (isinstance(coding_error, float) and 0 <= coding_error <= _ABSURD and isinstance(lost, bool)):
+        if not (isinstance(coding_error, float) and 0 <= coding_error <= ABSURD and isinstance(lost, bool)):
             return Failure("malformed", clean(f"coding-error = {coding_error!r}, state-lost = {lost!r}"))
         if type(steps) is not int or not 0 < steps <= local_steps(self.config, node.images):
             return Failure("malformed", clean(f"steps = {steps!r}"))
@@ -264,6 +268,7 @@ class FedDM:
         except ValueError as error:
             return Failure("bad-update", str(error))
         tally.norms.setdefault(part, []).append(norm / steps)
+        tally.squares.append((name, (norm * scale) ** 2, node.images))
         tally.loss.append((name, train_loss, node.images))
         tally.steps.append((name, steps, node.images))
         tally.error.append((name, coding_error, node.images))
@@ -271,10 +276,11 @@ class FedDM:
         if lost:
             tally.lost += 1
             log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)
-        if node.held_out and 0 <= eval_loss <= _ABSURD:  # NaN where it was not evaluated
-            tally.eval.append((name, eval_loss, min(node.held_out, self.config.eval.images)))
-            if isinstance(power, float) and 0 < power <= _ABSURD:
-                tally.power.append((name, power, min(node.held_out, self.config.eval.images)))
+        if node.held_out and 0 <= eval_loss <= ABSURD:  # NaN where it was not evaluated
+            weight = min(node.held_out, self.config.eval.images)
+            tally.eval.append((name, eval_loss, weight))
+            if by_level := levels_of(levels):
+                tally.levels.append((name, by_level, weight))
         log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
         return None
 
@@ -289,7 +295,7 @@ class FedDM:
             else:
                 log.warning("round=%d: no reply covers the part %r; only momentum moves it", number, name)
             del aggregate
-        delta = self._parts.join(means)
+        delta, whole = self._parts.join(means), len(means) == 1
         del means
         # Where weights are coded, what the server's coding lost is gone: the step starts from what the
         # nodes had. Where differences are, it is still owed to them: the step starts from the model.
@@ -297,6 +303,8 @@ class FedDM:
         weights, state = self._optimizer.update(base, delta, self._state)
         if not np.isfinite(weights).all():
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
+        before, step = self._step_norm, euclidean_norm(weights - base)
+        self._step_norm = step
         steps = round(weighted(tally.steps))
         factor = ema_factor(self.config.server.ema_decay, self._steps, steps)
         self.round, self.weights, self._state = number, weights, state
@@ -311,7 +319,8 @@ class FedDM:
             ema=self.ema,
             train_loss=weighted(tally.loss),
             eval_loss=weighted(tally.eval) if tally.eval else float("nan"),
-            latent_power=weighted(tally.power) if tally.power else float("nan"),
+            eval_levels=weighted_levels(tally.levels),
+            eval_losses={name: loss for name, loss, _ in sorted(tally.eval)},
             clients_ok=tally.count,
             clients_failed=asked - tally.count,
             failures=dict(sorted(traffic.failures.items())),
@@ -320,12 +329,15 @@ class FedDM:
             bytes_full=traffic.full,
             bytes_up_fp32=traffic.float32_up,
             bytes_down_fp32=traffic.float32_down,
+            bytes_other=traffic.other + self._other,
             bytes_data_parallel=4 * len(delta) * sum(s for _, s, _ in tally.steps),
             nodes={name: {"up": traffic.up[name], "down": traffic.down[name]} for name in sorted(traffic.down)},
             state_lost=tally.lost,
             coding_error=weighted(tally.error),
             local_steps=sum(s for _, s, _ in tally.steps),
-            update_norm=euclidean_norm(delta),
+            update_norm=(norm := euclidean_norm(delta)),
+            drift=tally.drift(norm) if whole and self.config.server.aggregation == "mean" else math.nan,
+            contraction=step / before if before else math.nan,
             seconds=round(seconds, 3),
         )
         log.info(
@@ -340,4 +352,38 @@ class FedDM:
             done.bytes_down,
             seconds,
         )
+        self._other = 0
         return done
+
+    def ask(
+        self, grid: Grid, kind: str, frames: Mapping[str, bytes], assets: dict[str, bytes], least: int = 0
+    ) -> Iterator[tuple[Node, RecordDict | Failure]]:
+        """Ask every node with at least so many images something beside the training (see `node_evaluation`): their
+        replies as they come. `assets` are sent beside those of the training, which a node has unless it says not.
+
+        Raises:
+            ConfigError, RunFailedError: as `run`.
+        """
+        online = self._roster.wait(grid, first=not self._begun)
+        chosen = {i: name for name, i in online.items() if self._roster.nodes[name].images >= least}
+        fingerprints = self._fingerprints | {name: sha256(content).hexdigest() for name, content in assets.items()}
+        task = ConfigRecord({"kind": kind, "assets": json.dumps(fingerprints)})
+
+        def content(name: str, whole: bool) -> RecordDict:
+            needed = assets if name in self._held and not whole else self._assets | assets
+            sent = {**frames, **{f"asset-{key}": asset for key, asset in needed.items()}}
+            arrays = {key: Array("uint8", (len(f),), "feddm.frame", f) for key, f in sent.items()}
+            return RecordDict({"weights": ArrayRecord(arrays), "task": task})
+
+        traffic, probes = Traffic(), Probes(grid, self._roster.processes)
+        timeout = self.config.round_timeout
+        for i, reply in collect(grid, chosen, content, traffic, 0, timeout, probes, MessageType.EVALUATE):
+            if not isinstance(reply, Failure):
+                traffic.other += sum(len(a.data) for r in reply.array_records.values() for a in r.values())
+            yield self._roster.nodes[chosen[i]], reply
+        self._other += traffic.other + traffic.down.total()
+
+    @property
+    def bytes_other(self) -> int:
+        """What was asked beside the training since the last round, in bytes both ways."""
+        return self._other

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from statistics import pstdev
 from typing import Any
 
 from feddm_flwr.aggregation import Aggregate
 from feddm_flwr.collection import Traffic
 from feddm_flwr.exchange import Values
+
+ABSURD = 1e6  # losses and errors above this are a broken node's
+_LEVELS = 100  # a node may tell no more losses by noise level
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,8 @@ class Round:
     ema: Values
     train_loss: float
     eval_loss: float  # of the weights that the round started from; NaN where not evaluated
-    latent_power: float  # mean square of an autoencoder's latents on held-out images; NaN where not evaluated
+    eval_levels: list[float]  # the same by noise level, from the least noise to the most; empty where not evaluated
+    eval_losses: dict[str, float]  # the same by node
     clients_ok: int
     clients_failed: int
     failures: dict[str, int]
@@ -31,20 +37,25 @@ class Round:
     bytes_up_fp32: int  # what the same messages would have been as plain float32
     bytes_down_fp32: int
     bytes_data_parallel: int  # each way, had the nodes exchanged float32 gradients after every step
+    bytes_other: int  # both ways, of what is not training: models that the run builds upon, evaluations
     nodes: dict[str, dict[str, int]]  # by name: bytes up and down
     state_lost: int  # nodes whose residual was gone: the run is then not bit for bit that without
     coding_error: float  # norm of what the uplink lost over that of what was to be sent
     local_steps: int
     update_norm: float
+    drift: float  # spread of the nodes' updates around their mean, over its norm; NaN where it is not known
+    contraction: float  # norm of this round's step of the weights over that of the round before; NaN for the first
     seconds: float
 
     def figures(self) -> dict[str, Any]:
         """The round as a line of `metrics.jsonl`: everything but the vectors."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema")}
-        if math.isfinite(self.latent_power):  # an autoencoder: its error is that of pixels in [-1, 1]
-            own["psnr"] = round(10 * math.log10(4 / max(self.eval_loss, 1e-12)), 3)
-        else:
-            del own["latent_power"]
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema", "eval_losses")}
+        if losses := [*self.eval_losses.values()]:
+            own["eval_spread"] = pstdev(losses)  # how unequally the model serves the nodes
+            own["nodes"] = {
+                name: of | ({"eval_loss": self.eval_losses[name]} if name in self.eval_losses else {})
+                for name, of in self.nodes.items()
+            }
         return own
 
 
@@ -59,7 +70,8 @@ class Tally:
     eval: list[tuple[str, float, int]] = field(default_factory=list)
     steps: list[tuple[str, int, int]] = field(default_factory=list)
     error: list[tuple[str, float, int]] = field(default_factory=list)
-    power: list[tuple[str, float, int]] = field(default_factory=list)
+    levels: list[tuple[str, list[float], int]] = field(default_factory=list)
+    squares: list[tuple[str, float, int]] = field(default_factory=list)  # of the norms of updates
     norms: dict[str, list[float]] = field(default_factory=dict)  # by part
     lost: int = 0
 
@@ -68,8 +80,31 @@ class Tally:
         """Good replies."""
         return len(self.steps)
 
+    def drift(self, norm: float) -> float:
+        """How far the nodes' updates d_k are from their weighted mean d, over its `norm`:
+        sum w_k |d_k - d|^2 = sum w_k |d_k|^2 - |d|^2, for whole updates."""
+        return math.sqrt(max(0.0, weighted(self.squares) - norm**2)) / norm if norm else math.nan
+
 
 def weighted(values: Iterable[tuple[str, float, int]]) -> float:
     """The mean weighted by the third entry, summed in order of name so that its bits are fixed."""
     ordered = sorted(values)
     return sum(v * w for _, v, w in ordered) / sum(w for _, _, w in ordered)
+
+
+def weighted_levels(values: Iterable[tuple[str, list[float], int]]) -> list[float]:
+    """The same of lists, place by place; those of another length than the first are left out."""
+    ordered = sorted(values)
+    alike = [(name, v, w) for name, v, w in ordered if len(v) == len(ordered[0][1])]
+    return [weighted((name, v[i], w) for name, v, w in alike) for i in range(len(alike[0][1]))] if alike else []
+
+
+def levels_of(text: object) -> list[float]:
+    """A node's losses by noise level, as JSON; none where they are not that."""
+    try:
+        values = json.loads(str(text)[: 100 * _LEVELS])
+        if isinstance(values, list) and len(values) <= _LEVELS and all(0 <= float(v) <= ABSURD for v in values):
+            return [float(v) for v in values]
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return []

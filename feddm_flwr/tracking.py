@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from filelock import FileLock, Timeout
-from tensorboardX import SummaryWriter
 
+from feddm_flwr import trackers
 from feddm_flwr.whole_file import whole_file
 
 Row = dict[str, Any]
@@ -34,6 +35,7 @@ class RunDirectory:
             RunInUseError: the run still goes on.
         """
         self.path, self.checkpoints = path, path / "checkpoints"
+        self._trackers: list[trackers.Tracker] = []
         if not resume:
             path.mkdir(parents=True)
         elif not (path / "config.toml").is_file():
@@ -44,9 +46,13 @@ class RunDirectory:
         except Timeout:
             raise RunInUseError(f"{path} is in use by another process: is the run still going on?") from None
 
-    def begin(self, config: Mapping[str, object], after: int | None) -> None:
+    def begin(self, config: Mapping[str, object], after: int | None, tracker: str = "none") -> None:
         """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
-        forget the figures of later ones, which are made again."""
+        forget the figures of later ones, which are made again. The `tracker` gets them beside the folder.
+
+        Raises:
+            ConfigError: the tracker cannot be had.
+        """
         with whole_file(self.path / "config.toml") as file:
             tomli_w.dump(nest(config), file)
         (self.path / "samples").mkdir(exist_ok=True)
@@ -58,7 +64,10 @@ class RunDirectory:
                     if row["round"] <= after:
                         file.write(_line(row))
         write_status(self.path, "running", resumed_after=resumed)
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=after and after + 1)
+        identity = self.path / ".identity"  # the folder's name may be used again
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        self._trackers = trackers.make(tracker, self.path, identity.read_text(), config, after)
 
     def log_nodes(self, nodes: list[Row]) -> None:
         """Write `nodes.json`: name, images, held_out, class_counts of each node."""
@@ -66,22 +75,33 @@ class RunDirectory:
             file.write(json.dumps(nodes, indent=1).encode())
 
     def log_round(self, row: Row) -> None:
-        """Append a line to `metrics.jsonl`, durably, NaN as null, and the numbers to TensorBoard."""
+        """Append a line to `metrics.jsonl`, durably, NaN as null, and give the numbers to the trackers."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.path / "metrics.jsonl").open("ab") as file:
             file.write(_line(clean))
             file.flush()
             os.fsync(file.fileno())
-        for key, value in clean.items():
-            if isinstance(value, int | float) and key != "round":
-                self._board.add_scalar(key, value, row["round"])
-        self._board.flush()
+        numbers = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "round"}
+        for tracker in self._trackers:
+            tracker.log(numbers, row["round"])
+
+    def keep_better(self, row: Row, figure: str) -> bool:
+        """Whether a round, not logged yet, has a lower figure of that name than any before."""
+        before = [r[figure] for r in read_metrics(self.path) if r.get(figure) is not None]
+        return row.get(figure) is not None and row[figure] < min(before, default=math.inf)
+
+    def write_final(self, row: Row) -> None:
+        """Write `final.json`: what the nodes said of the averaged weights at the end."""
+        with whole_file(self.path / "final.json") as file:
+            file.write(json.dumps(row, indent=1).encode())
 
     def save_grid(self, image: Any, number: int, kind: str = "") -> Path:
         """Write `samples/round-0005.png` (or `round-0005-raw.png`) from a Pillow image."""
         path = self.path / "samples" / f"round-{number:04d}{'-' + kind if kind else ''}.png"
         with whole_file(path) as file:
             image.save(file, "PNG")
+        for tracker in self._trackers:
+            tracker.image(path, number)
         return path
 
     def has_grid(self, number: int) -> bool:
@@ -89,9 +109,10 @@ class RunDirectory:
         return (self.path / "samples" / f"round-{number:04d}.png").exists()
 
     def finish(self, status: str, reason: str = "") -> None:
-        """Write the status (`completed` or `failed`), close the event file and let others resume the run."""
+        """Write the status (`completed` or `failed`), tell the trackers and let others resume the run."""
         write_status(self.path, status, reason)
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.finish(completed=status == "completed")
         self._lock.release()
 
 

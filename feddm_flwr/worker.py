@@ -75,11 +75,12 @@ def do(job: Job) -> Result:
 
 
 def _do_here(job: Job) -> Result:
-    from feddm_flwr import node_round
+    from feddm_flwr import node_evaluation, node_round
 
     config, own = parse(job.run_config), job.node_config
     data = node_data(config, own)
-    outcome = node_round.do(config, node_name(own), data, node_state_root(own), job.task, job.frames)
+    do_task = node_evaluation.do if "kind" in job.task else node_round.do
+    outcome = do_task(config, node_name(own), data, node_state_root(own), job.task, job.frames)
     return outcome.report, outcome.frame
 
 

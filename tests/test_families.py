@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from local_grid import LocalGrid, config, nodes
 from safetensors.torch import save_file
 
 from feddm_flwr import architecture, assets, cli, model, pipelines
 from feddm_flwr.config import ConfigError
+from feddm_flwr.data import load_node
+from feddm_flwr.drawing import GlobalModel
+from feddm_flwr.judge import final
 from feddm_flwr.latents import decode
 from feddm_flwr.parts import parts_of
 from feddm_flwr.perceptual import VGG16
+from feddm_flwr.state_folder import state_root
 from feddm_flwr.strategy import FedDM
 from feddm_flwr.tally import Round
 
@@ -30,11 +34,12 @@ def trained(folder: Path, **keys: Any) -> list[Round]:
     network = architecture.build(c, files)
     parts = parts_of(model.layout(network), c)
     feddm = FedDM(c, parts.shared.take(model.to_vector(network)), parts, uuid.uuid4().hex, files)
-    rounds = list(feddm.run(LocalGrid(nodes(c))))
+    grid = LocalGrid(nodes(c))
+    rounds = list(feddm.run(grid))
     assert all(r.clients_ok == 4 and not r.failures for r in rounds)
     model.load_vector(network, feddm.ema)
-    power = rounds[-1].latent_power
-    pipelines.save(network, c, files, folder / "model", "card", power if math.isfinite(power) else 1.0)
+    last = final(feddm, grid, GlobalModel(network, c, files), None) if c.stage == "autoencoder" else {}
+    pipelines.save(network, c, files, folder / "model", "card", last.get("latent_power"))
     return rounds
 
 
@@ -76,10 +81,19 @@ def test_a_class_is_sampled_when_asked_for_and_others_are_refused(
 
 def test_an_autoencoder_is_trained_and_a_latent_model_on_it(tmp_path: Path) -> None:
     rounds = trained(tmp_path / "first", stage="autoencoder", data__image_size=16)
-    assert "psnr" in rounds[-1].figures()
+    assert rounds[-1].eval_loss < rounds[0].eval_loss
+    autoencoder = AutoencoderKL.from_pretrained(tmp_path / "first" / "model").eval()
+    power = []
+    for i in range(4):  # the nodes' own, on the weights that are shipped
+        held_out = load_node(config(data__image_size=16), (i, 4), None, state_root(None)).held_out[:256]
+        with torch.no_grad():
+            latents = autoencoder.encode(torch.from_numpy(held_out).float() / 127.5 - 1).latent_dist.mean
+        power.append(float(latents.square().mean()))
+    assert autoencoder.config.scaling_factor == pytest.approx(1 / math.sqrt(np.median(power)), rel=1e-4)
     latent = {"model__kind": "ldm", "data__image_size": 16, "model__autoencoder": str(tmp_path / "first" / "model")}
     first, second = trained(tmp_path / "second", strategy="feddm-lean", **latent)
-    assert first.bytes_down > 5 * second.bytes_down  # the autoencoder is sent once
+    assert first.bytes_other > 4 * 100_000  # the autoencoder is sent once, and counted apart
+    assert second.bytes_other == 0
     assert drawn(tmp_path / "second") == ("LDMPipeline", (16, 16))
 
 
@@ -89,7 +103,7 @@ def test_a_perceptual_loss_is_sent_to_the_nodes_and_changes_the_training(tmp_pat
     keys: dict[str, Any] = {"stage": "autoencoder", "data__image_size": 16}
     plain = trained(tmp_path / "plain", **keys)
     looked_at = trained(tmp_path / "looked-at", **keys, autoencoder__perceptual=str(tmp_path / "vgg.safetensors"))
-    assert looked_at[0].bytes_down > plain[0].bytes_down + 4 * 4 * 14_700_000
+    assert looked_at[0].bytes_other > plain[0].bytes_other + 4 * 4 * 14_700_000
     assert looked_at[1].bytes_down == pytest.approx(plain[1].bytes_down, rel=0.01)
     assert looked_at[0].train_loss > plain[0].train_loss
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")

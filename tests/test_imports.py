@@ -22,13 +22,15 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"whole_file"},
     "outliers": {"aggregation"},
     "robust": {"aggregation"},
-    "tracking": {"whole_file"},
+    "trackers": {"schema"},
+    "tracking": {"trackers", "whole_file"},
     "report_page": set(),
     "presets": {"schema"},
     "keys": {"presets", "schema"},
     "contradictions": {"keys"},
     "config": {"contradictions", "keys", "presets", "schema"},
-    "report": {"report_page", "tracking"},
+    "charts": {"tracking"},
+    "report": {"charts", "report_page", "tracking"},
     "packing": {"wire"},
     "grid_codec": {"packing"},
     "sparse_codec": {"grid_codec", "packing", "wire"},
@@ -60,11 +62,23 @@ ALLOWED: dict[str, set[str]] = {
         *("architecture", "assets", "config", "data", "latents", "model", "node_link", "node_state", "objectives"),
         *("parts", "perceptual", "pipelines", "training"),
     },
-    "worker": {"config", "node_config", "node_round"},
+    "worker": {"config", "node_config", "node_evaluation", "node_round"},
     "training": {"config", "model", "objectives"},
     "evaluation": {"class_pipeline", "images", "latents"},
     "features": {"array_cache", "config", "images"},
-    "scores": set(),
+    "reference": set(),
+    "gauges": set(),
+    "scores": {"reference"},
+    "finished": {*("config", "data", "evaluation", "features", "images", "pipelines", "scores", "state_folder")},
+    "node_evaluation": {
+        *("architecture", "assets", "config", "data", "exchange", "features", "model", "node_round", "objectives"),
+        *("reference", "training"),
+    },
+    "drawing": {*("assets", "config", "evaluation", "exchange", "images", "latents", "model", "pipelines")},
+    "judge": {
+        *("assets", "config", "data", "diffusion", "drawing", "exchange", "features", "gauges", "images", "messages"),
+        *("model", "node_evaluation", "reference", "state_folder", "strategy", "whole_file"),
+    },
     "survey": {"config", "data", "evaluation", "presets", "sources"},
     "messages": set(),
     "probes": {"messages"},
@@ -89,7 +103,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "display", "tracking"},
 }
 TOP = {"server_app", "client_app", "cli"}
-FLWR = {"messages", "collection", "probes", "nodes", "strategy", "server_app", "client_app", "cli"}
+FLWR = {"judge", "messages", "collection", "probes", "nodes", "strategy", "server_app", "client_app", "cli"}
 CODING = {"packing", "grid_codec", "sparse_codec", "codec", "exchange", "node_link"}
 MODELS = {
     "architecture",
@@ -102,7 +116,14 @@ MODELS = {
     "perceptual",
     "pipelines",
 }
-ABOUT_TENSORS = CODING | MODELS | {"training", "evaluation", "features", "node_round", "scores"}
+ABOUT_TENSORS = (
+    CODING
+    | MODELS
+    | {"training", "evaluation", "features", "node_round", "scores"}
+    | {
+        *("drawing", "finished", "gauges", "judge", "node_evaluation", "reference"),
+    }
+)
 #: No torch at all, not even inside a function.
 NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
 #: Costly to import: only inside the functions that need them, outside the modules that are about them.

@@ -61,23 +61,26 @@ def test_a_floor_is_there_where_the_real_images_suffice() -> None:
 
 def test_a_classifier_tells_its_classes_apart_and_is_the_same_each_time(tmp_path: Path) -> None:
     images, classes, _ = load_all(parse({}))
-    first = features.make("classifier", images, classes, tmp_path / "one")
+    first = features.recipe("classifier", 1, lambda: (images, classes), tmp_path / "one").build()
     assert float(first.name.partition(", ")[2].partition("%")[0]) > 90
-    second = features.make("classifier", images, classes, tmp_path / "two")
+    second = features.recipe("classifier", 1, lambda: (images, classes), tmp_path / "two").build()
     assert torch.equal(first(images[:50]), second(images[:50]))
-    with pytest.raises(ConfigError, match="--features = 'classifier': needs images of two classes"):
-        features.make("classifier", images, [], tmp_path)
+    with pytest.raises(ConfigError, match="features = 'classifier': needs images of two classes"):
+        features.recipe("classifier", 1, lambda: (images, []), tmp_path)
 
 
 def test_dinov2_is_read_from_a_folder_and_grey_images_are_fit_to_it(tmp_path: Path) -> None:
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=224)
     Dinov2Model(config).save_pretrained(tmp_path)
     images, classes, _ = load_all(parse({}))
-    network = features.make("dinov2", images, classes, tmp_path, str(tmp_path))
+    network = features.recipe("dinov2", 1, lambda: (images, classes), tmp_path, str(tmp_path))
+    network.write(tmp_path / "features.safetensors")  # as nodes get it
+    network, again = network.build(), features.read(tmp_path / "features.safetensors").build()
     assert network(images[:3]).shape == (3, 16)
+    assert torch.equal(network(images[:3]), again(images[:3]))
     assert network.resize == "antialiased bicubic to 224x224"
-    with pytest.raises(ConfigError, match=r"--features = 'dinov2': .*cannot be read"):
-        features.make("dinov2", images, classes, tmp_path, str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"features = 'dinov2': .*cannot be read"):
+        features.recipe("dinov2", 1, lambda: (images, classes), tmp_path, str(tmp_path / "nothing"))
 
 
 def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +95,9 @@ def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.Capt
         "features   classifier (trained",
         "samples    40 (seed 0, 3 DDIM steps",
         "split train",
+        "MIFID  ",
+        "IS  ",
+        "coverage   0.",
     ):
         assert text in said
     assert "warning    FID of fewer than 10000 samples" in said

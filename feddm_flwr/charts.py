@@ -1,0 +1,113 @@
+"""Inline SVG for reports: it takes its colours from the page, and fetches nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup, escape
+
+from feddm_flwr.tracking import Row
+
+Points = Sequence[tuple[float, float]]
+
+COLOURS = 8  # that a page has, s0 to s7
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 260, 56, 12, 10, 42
+
+
+def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
+    """A run's charts, with their titles."""
+    if not rows:
+        return []
+    loss = {
+        "training": [(r["round"], r["train_loss"]) for r in rows],
+        # A round evaluates the weights it starts from: those of the round before.
+        "held-out": _points(rows, "eval_loss", -1),
+    }
+    # The untrained model's loss would flatten everything after it.
+    loss["held-out"] = [p for p in loss["held-out"] if p[0] > 0] or loss["held-out"]
+    traffic = {
+        "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
+        "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
+    }
+    charts = [("Loss by round", lines(loss)), ("Megabytes by round", lines(traffic, zero=True))]
+    for key, title in (("fid", "FID by round"), ("kid", "KID by round"), ("psnr", "PSNR in dB by round")):
+        if points := _points(rows, key, -1 if key == "psnr" else 0):
+            charts.append((title, lines({title.split()[0]: points})))
+    if levels := [r for r in rows if r.get("eval_levels")]:
+        ends = {
+            f"round {r['round'] - 1}": r["eval_levels"] for r in {id(r): r for r in (levels[-1], levels[0])}.values()
+        }
+        tenths = {name: [(10.0 * (i + 1), v) for i, v in enumerate(of)] for name, of in ends.items()}
+        charts.append(("Held-out loss by noise level", lines(tenths, across="noise level, % of the time steps")))
+    gauges = {
+        "drift of the nodes": _points(rows, "drift"),
+        "contraction": _points(rows, "contraction"),
+    }
+    if any(gauges.values()):
+        charts.append(("Gauges", lines({name: p for name, p in gauges.items() if p})))
+    if points := _points(rows, "lipschitz"):
+        charts.append(("Steepness of the denoiser", lines({"Lipschitz constant, at least": points})))
+    return charts
+
+
+def _points(rows: list[Row], key: str, later: int = 0) -> list[tuple[float, float]]:
+    return [(r["round"] + later, r[key]) for r in rows if r.get(key) is not None]
+
+
+def lines(series: Mapping[str, Points], *, zero: bool = False, across: str = "round") -> Markup:
+    """A line for each series, by `across`."""
+    return _chart(series, zero=zero, across=across, joined=True)
+
+
+def dots(series: Mapping[str, Points], across: str) -> Markup:
+    """A dot for each point, by `across` on a logarithmic axis."""
+    logs = {name: [(math.log10(x), y) for x, y in points] for name, points in series.items()}
+    return _chart(logs, zero=False, across=across, joined=False)
+
+
+def _chart(series: Mapping[str, Points], *, zero: bool, across: str, joined: bool) -> Markup:
+    points = [p for line in series.values() for p in line]
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y0, y1 = 0.0 if zero else min(y for _, y in points), max(y for _, y in points)
+    if x1 == x0:
+        x1 = x0 + 1
+    if not joined:
+        x0, x1 = x0 - 0.05 * (x1 - x0), x1 + 0.05 * (x1 - x0)
+    pad = (y1 - y0) * 0.08 or abs(y1) * 0.1 or 1
+    y0, y1 = (0.0 if zero else y0 - pad), y1 + pad
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        px = _LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
+        return px, _TOP + (1 - (y - y0) / (y1 - y0)) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        (ax, ay), (bx, _) = at(x0, y), at(x1, y)
+        parts.append(f'<line class="axis" x1="{ax:.1f}" y1="{ay:.1f}" x2="{bx:.1f}" y2="{ay:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{ay + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    for x in sorted({round(x0 + (x1 - x0) * i / 4, 0 if joined else 2) for i in range(5)}):
+        label = f"{x:g}" if joined else f"{10**x:.3g}"
+        parts.append(
+            f'<text class="tick" x="{at(x, y0)[0]:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{label}</text>'
+        )
+    parts.append(f'<text class="tick" x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        places, colour = [at(x, y) for x, y in line], f"s{i % COLOURS}"
+        if joined:
+            parts.append(
+                f'<polyline class="line {colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
+            )
+        size = 2.5 if joined else 6
+        parts += [
+            f'<circle class="dot {colour}" r="{size}" cx="{x:.1f}" cy="{y:.1f}">'
+            f"<title>{escape(name)}: {of[1]:.4g}</title></circle>"
+            for (x, y), of in zip(places, line, strict=True)
+        ]
+    names = [f'<span class="label s{i % COLOURS}">● {escape(name)}</span>' for i, name in enumerate(series)]
+    spoken = escape(f"{' and '.join(series)} by {across}")
+    return Markup(
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
+        f'<p class="legend">{" ".join(names)}</p>'
+    )

@@ -1,0 +1,68 @@
+"""Samples of the model that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feddm_flwr import assets, evaluation, model, pipelines
+from feddm_flwr.config import RunConfig
+from feddm_flwr.exchange import Values
+from feddm_flwr.images import Images
+from feddm_flwr.latents import scaling
+
+
+class GlobalModel:
+    """The network whose weights a run trains, and what it builds upon."""
+
+    def __init__(self, network: torch.nn.Module, config: RunConfig, files: assets.Assets) -> None:
+        self.network, self.config, self.files = network, config, files
+
+    def load(self, weights: Values) -> None:
+        """Take these weights, on the GPU where there is one."""
+        self.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.load_vector(self.network, weights)
+
+    def draw(self, count: int, guidance: float, labels: Sequence[int] | None = None) -> Images:
+        """Samples by the run's seed; by default as many of each class as can be."""
+        c = self.config
+        if labels is None and c.data.class_names:
+            labels = evaluation.every_class(len(c.data.class_names), count)
+        return evaluation.sample(
+            self.network,
+            pipelines.noise_scheduler(c).config,
+            count,
+            c.sample.steps,
+            c.seed,
+            labels=labels,
+            guidance=guidance,
+            autoencoder=self._autoencoder(),
+        )
+
+    def _autoencoder(self) -> Any:
+        file = self.files.get(assets.AUTOENCODER)
+        return assets.load_autoencoder(file).to(self._device) if file else None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @torch.no_grad()
+    def inputs(self, images: Images) -> Tensor:
+        """Images as the U-Net sees them: pixels in [-1, 1], or latents."""
+        x = torch.from_numpy(images).to(self._device).float() / 127.5 - 1
+        if autoencoder := self._autoencoder():
+            shift, scale = scaling(autoencoder.config)
+            x = (autoencoder.encode(x).latent_dist.mean - shift) * scale
+        return x
+
+
+def labels_like(counts: Mapping[str, int], names: Sequence[str], count: int) -> list[int]:
+    """Labels of `count` samples, of each class in proportion to its images."""
+    shares = np.cumsum([counts.get(name, 0) for name in names], dtype=float)
+    places = (np.arange(count) + 0.5) / count * shares[-1]
+    return [int(i) for i in np.searchsorted(shares, places, side="right")]

@@ -1,0 +1,102 @@
+"""Drawing from a finished model, this package's or any other diffusers pipeline of a U-Net, and judging it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.logging import disable_progress_bar
+
+from feddm_flwr import data, evaluation, features, pipelines, scores
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.images import Images
+from feddm_flwr.state_folder import state_root
+
+
+@dataclass(frozen=True)
+class How:
+    """How samples are drawn."""
+
+    steps: int  # of DDIM
+    guidance: float
+    seed: int
+
+
+def find(path: Path) -> Path:
+    """The pipeline folder that is meant: a run's, or the path itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = path / "model" if (path / "model").is_dir() else path
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"MODEL_OR_RUN = {str(path)!r}: no run with a model/ and no pipeline folder (model_index.json)"
+        )
+    return folder
+
+
+def draw(folder: Path, how: How, count: int, of_class: str | None = None) -> Images:
+    """Samples of the pipeline in a folder, uint8 (count, C, H, W): of one class, or of all in turns.
+
+    Raises:
+        ConfigError: the folder has no such pipeline, or it cannot do what is asked.
+    """
+    disable_progress_bar()
+    pipeline = pipelines.load(folder)
+    limit = pipeline.scheduler.config.num_train_timesteps
+    if how.steps > limit:
+        raise ConfigError(f"--steps = {how.steps}: must be at most {limit}, the model's noise levels")
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return evaluation.sample(
+        pipeline.unet,
+        pipeline.scheduler.config,
+        count,
+        how.steps,
+        how.seed,
+        labels=_labels(of_class, count, pipelines.class_names(pipeline)),
+        guidance=how.guidance,
+        autoencoder=pipelines.autoencoder(pipeline),
+    )
+
+
+def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, kind_from: str = "") -> dict[str, Any]:
+    """The figures of that many samples against the images of `config.data`, with all that they depend on.
+
+    Raises:
+        ConfigError: images, model or feature network cannot be had, or do not fit each other.
+    """
+    real, classes, _ = data.load_all(config)
+    network = features.recipe(kind, config.data.channels, lambda: (real, classes), state_root(None), kind_from).build()
+    fake = draw(folder, how, count)
+    if fake.shape[1:] != real.shape[1:]:
+        raise ConfigError(
+            f"data.name = {config.data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
+            "(channels, height, width): set data.image-size and data.channels"
+        )
+    return {
+        **scores.compare(network(real), network(fake), how.seed, classes, network.logits),
+        "features": network.name,
+        "resize": network.resize,
+        "samples": len(fake),
+        **asdict(how),
+        "weights": "averaged",
+        "real": len(real),
+        "data": config.data.name,
+        "split": config.data.split,
+    }
+
+
+def _labels(asked: str | None, count: int, names: list[str]) -> list[int] | None:
+    """The label of each image; None for a model without classes."""
+    if not names:
+        if asked is not None:
+            raise ConfigError(f"--class = {asked!r}: the model knows no classes")
+        return None
+    if asked is None:
+        return evaluation.every_class(len(names), count)
+    if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):
+        raise ConfigError(f"--class = {asked!r}: must be one of {', '.join(names)}, or a number below {len(names)}")
+    return [names.index(asked) if asked in names else int(asked)] * count

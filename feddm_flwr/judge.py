@@ -1,0 +1,194 @@
+"""What the server finds out about the global model: FID, KID and coverage against images that it never sees, gauges,
+and, at the end, what the nodes say of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from feddm_flwr import diffusion, features, gauges, reference
+from feddm_flwr.assets import FEATURES
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.data import load_all
+from feddm_flwr.drawing import GlobalModel, labels_like
+from feddm_flwr.exchange import exact
+from feddm_flwr.images import Images
+from feddm_flwr.messages import Failure, clean
+from feddm_flwr.model import layout
+from feddm_flwr.node_evaluation import FINAL, REFERENCE, SAMPLES, WEIGHTS
+from feddm_flwr.reference import Statistics
+from feddm_flwr.state_folder import state_root
+from feddm_flwr.strategy import FedDM
+from feddm_flwr.whole_file import whole_file
+
+log = logging.getLogger("feddm")
+
+_LEVELS = (0.05, 0.25, 0.5, 0.9)  # of the time steps, where the denoiser's steepness is looked at
+_LOOKED_AT = 2  # samples at each
+_AUDITED = 256  # samples that nodes compare with their images
+
+
+class Judge:
+    """Judges a run's models; what it takes for that lies in the run's folder."""
+
+    def __init__(self, model: GlobalModel, run: Path) -> None:
+        """Read or make the feature network.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        self._model, self._folder, config = model, run / "reference", model.config
+        self._folder.mkdir(exist_ok=True)
+        self.recipe = self._folder / "features.safetensors"
+        if not self.recipe.exists():
+            made = features.recipe(
+                config.eval.features,
+                config.data.channels,
+                lambda: _readable(config),
+                state_root(None),
+                config.eval.features_from,
+            )
+            made.write(self.recipe)
+        self._network = features.read(self.recipe).build()
+        self._real: Statistics | None = None
+
+    def refer(self, feddm: FedDM, grid: Grid) -> None:
+        """Have the nodes sum the features of their images, once for a run: the reference."""
+        kept, facts = self._folder / "sums", self._folder / "facts.json"
+        if not kept.exists():
+            real, left_out = _gather(feddm, grid, self.recipe, self._size(), self._model.config.eval.min_images)
+            with whole_file(facts) as file:
+                names = sorted(real.classes)
+                file.write(
+                    json.dumps(
+                        {"classes": names, "features": self._network.name, "images": real.count, "without": left_out}
+                    ).encode()
+                )
+            with whole_file(kept) as file:
+                file.write(real.pack())
+        said = json.loads(facts.read_text(encoding="utf-8"))
+        self._real = reference.unpack(kept.read_bytes(), self._size(), said["classes"])
+        without = f" without {', '.join(said['without'])}" if said["without"] else ""
+        log.info("reference=%d images%s features=%s", self._real.count, without, self._network.name)
+
+    def figures(self) -> dict[str, Any]:
+        """FID, KID, coverage by class and the gauge of steepness of the model with the weights that it has now."""
+        assert self._real
+        config = self._model.config
+        names = config.data.class_names
+        counts = {name: count for name, (count, _) in self._real.classes.items()}
+        labels = labels_like(counts, names, config.eval.samples) if names else None
+        images = self._model.draw(config.eval.samples, 1.0, labels)
+        seen = self._network(images)
+        fake = reference.statistics(seen)
+        by_class = reference.coverage(self._real, seen)
+        found: dict[str, Any] = {"fid": reference.fid(self._real, fake), "kid": reference.kid(self._real, fake)}
+        if by_class:
+            found |= {"coverage": reference.covered(by_class, self._real), "coverage_by_class": by_class}
+        found["lipschitz"] = self._steepness(images, labels)
+        kid = "" if found["kid"] is None else f" kid={found['kid']:.5f}"
+        log.info("fid=%.4f%s samples=%d", found["fid"], kid, len(images))
+        return found
+
+    def _steepness(self, images: Images, labels: list[int] | None) -> float:
+        config = self._model.config
+        some = images[:: max(1, len(images) // (_LOOKED_AT * len(_LEVELS)))][: _LOOKED_AT * len(_LEVELS)]
+        x0 = self._model.inputs(some)
+        steps = [int(level * config.diffusion.timesteps) for level in _LEVELS for _ in range(_LOOKED_AT)]
+        t = torch.tensor(steps, device=x0.device)
+        abar = diffusion.alphas_cumprod(config.diffusion.schedule, config.diffusion.timesteps).to(x0.device)[t]
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed)).to(x0.device)
+        own = None if labels is None else torch.tensor(labels[: len(x0)], device=x0.device)
+        return gauges.lipschitz(self._model.network, diffusion.add_noise(x0, noise, abar), t, own)
+
+    def _size(self) -> int:
+        c = self._model.config.data
+        return self._network(np.zeros((1, c.channels, c.image_size, c.image_size), np.uint8)).shape[1]
+
+
+def _readable(config: RunConfig) -> tuple[Images, list[str]]:
+    """The images of `data.name`, for a classifier."""
+    try:
+        images, classes, _ = load_all(config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"eval.features = 'classifier': the server has no images to train it on ({error}); use random or dinov2"
+        ) from error
+    return images, classes
+
+
+def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tuple[Statistics, list[str]]:
+    """The sums of all nodes that can be had, added in order of name, and the nodes that are not among them."""
+    names: list[str] = []
+    with tempfile.TemporaryDirectory() as spooled:  # so that memory does not grow with the nodes
+        for node, reply in feddm.ask(grid, REFERENCE, {}, {FEATURES: recipe.read_bytes()}, least):
+            failure: object = reply
+            if isinstance(reply, RecordDict):
+                try:
+                    sums = bytes(reply.array_records["weights"]["frame"].data)
+                    found = reference.unpack(sums, size, sorted(node.class_counts))
+                    if found.count != node.images + node.held_out:
+                        raise ValueError(f"sums over {found.count} images")
+                    Path(spooled, node.name).write_bytes(sums)
+                    names.append(node.name)
+                    continue
+                except (KeyError, TypeError, AttributeError, ValueError) as error:
+                    failure = Failure("malformed", clean(repr(error)))
+            log.warning("node=%s: no sums of features: %s", node.name, failure)
+        if not names:
+            raise RuntimeError(f"eval.features: no node gave sums of features (eval.min-images = {least})")
+        known = {node.name: node for node in feddm.nodes}
+        parts = (
+            reference.unpack(Path(spooled, n).read_bytes(), size, sorted(known[n].class_counts)) for n in sorted(names)
+        )
+        return reference.total(parts), sorted({*known} - {*names})
+
+
+def final(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> dict[str, Any]:
+    """What the nodes say of the averaged weights at the end: the held-out loss, the power of an autoencoder's latents
+    (the median of the nodes, which a few cannot move far) and, where asked for, the audit."""
+    own = layout(model.network)
+    frame = exact(own.fingerprint, own.size).encode(feddm.ema, "weights", model.config.num_server_rounds, 0)
+    frames, audit = {WEIGHTS: frame}, recipe is not None and model.config.eval.audit
+    samples = min(_AUDITED, model.config.eval.samples)
+    if audit:
+        model.load(feddm.ema)
+        frames[SAMPLES] = model.draw(samples, 1.0).tobytes()
+    sent = {FEATURES: recipe.read_bytes()} if audit and recipe else {}
+    losses, powers, audited = [], [], {}
+    for node, reply in feddm.ask(grid, FINAL, frames, sent):
+        said: dict[str, Any] = {}
+        if isinstance(reply, RecordDict) and "report" in reply.config_records:
+            said = dict(reply.config_records["report"])
+        loss, power, near, auc = (said.get(k) for k in ("eval-loss", "latent-power", "near", "members-auc"))
+        if not isinstance(loss, float):
+            log.warning(
+                "node=%s: no final evaluation: %s", node.name, reply if isinstance(reply, Failure) else "malformed"
+            )
+            continue
+        if math.isfinite(loss) and loss >= 0:
+            losses.append((node.held_out, loss))
+        if isinstance(power, float) and math.isfinite(power) and power > 0:
+            powers.append(power)
+        if type(near) is int and 0 <= near <= samples and isinstance(auc, float) and 0 <= auc <= 1:
+            audited[node.name] = {"near": near, "members_auc": auc, "images": said.get("audited")}
+    weight = sum(n for n, _ in losses)
+    found: dict[str, Any] = {
+        "eval_loss": sum(n * loss for n, loss in losses) / weight if weight else None,
+        "latent_power": median(powers) if powers else None,
+        "bytes_other": feddm.bytes_other,
+    }
+    if audited:
+        found |= {"audit": dict(sorted(audited.items())), "audit_samples": samples}
+    log.info("final held-out loss of the averaged weights: %s", found["eval_loss"])
+    return found

@@ -1,0 +1,97 @@
+"""A node's part in judging a model: sums of its images' features, the final model's loss, and the audit.
+
+Only sums and counts leave the node.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feddm_flwr import architecture, features, model, training
+from feddm_flwr.assets import FEATURES, Assets, kept
+from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.data import NodeData
+from feddm_flwr.exchange import exact
+from feddm_flwr.node_round import ASSET, Outcome, Report, examples
+from feddm_flwr.objectives import Denoising
+from feddm_flwr.reference import statistics
+
+log = logging.getLogger("feddm")
+
+REFERENCE, FINAL = "reference", "final"
+WEIGHTS, SAMPLES = "weights", "samples"  # frames of the final evaluation
+
+_QUANTILE = 0.01  # of unseen images that are as near to a training image by chance
+_AUDITED = 2048  # images of each kind that are compared
+
+
+def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, frames: Mapping[str, bytes]) -> Outcome:
+    """Answer the question that the server `said`, with its frames, as node `name`.
+
+    Raises:
+        ConfigError: the feature network cannot be had here.
+        FrameError: a frame is corrupt.
+    """
+    device = training.prepare_process(config)
+    sent_assets = {key.removeprefix(ASSET): frame for key, frame in frames.items() if key.startswith(ASSET)}
+    assets = kept(root, json.loads(str(said["assets"])), sent_assets)
+    report: Report = {"name": name, "kind": said["kind"]}
+    if assets is None:
+        return Outcome(report, b"")
+    if said["kind"] == REFERENCE:
+        network = features.read(assets[FEATURES]).build()
+        log.info("summing the features of %d images", len(data.train) + len(data.held_out))
+        seen = torch.cat([network(data.held_out), network(data.train)])
+        return Outcome(report, statistics(seen, data.classes).pack())
+    return Outcome(report | _final(config, name, data, assets, root, frames, device), b"done")
+
+
+def _final(
+    config: RunConfig,
+    name: str,
+    data: NodeData,
+    assets: Assets,
+    root: Path,
+    frames: Mapping[str, bytes],
+    device: torch.device,
+) -> Report:
+    network = architecture.build(config, assets).to(device)
+    layout = model.layout(network)
+    channel = exact(layout.fingerprint, layout.size)
+    model.load_vector(network, channel.decode(frames[WEIGHTS], "weights", config.num_server_rounds))
+    trained, unseen = examples(config, data, assets, root, device)
+    held_out = unseen.held_out(network, config.eval.images, name)
+    report: Report = {"eval-loss": held_out.loss, "latent-power": held_out.latent_power}
+    if config.eval.audit and isinstance(trained, Denoising) and isinstance(unseen, Denoising):
+        shape = (-1, config.data.channels, config.data.image_size, config.data.image_size)
+        samples = np.frombuffer(frames[SAMPLES], np.uint8).reshape(shape)
+        extract = features.read(assets[FEATURES]).build()
+        order = np.random.default_rng(derive_seed(config.seed, name, "audit"))
+        count = min(len(data.train), len(data.held_out), _AUDITED)
+        some = data.train[np.sort(order.permutation(len(data.train))[:_AUDITED])]
+        near = near_copies(extract(samples), extract(some), extract(data.held_out[:_AUDITED]))
+        losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
+        report |= {"near": near, "members-auc": separability(*losses), "audited": count}
+    return report
+
+
+def near_copies(samples: Tensor, trained: Tensor, unseen: Tensor) -> int:
+    """How many samples are nearer to a training image, by their features (N, D), than all but one in a hundred real
+    images are that the model never saw."""
+    chance = torch.cdist(unseen.double(), trained.double()).min(1).values.quantile(_QUANTILE)
+    return int((torch.cdist(samples.double(), trained.double()).min(1).values < chance).sum())
+
+
+def separability(members: Tensor, others: Tensor) -> float:
+    """How well the loss tells images that were trained on from others: the area under the curve of the attack that
+    takes a low loss for membership (Yeom et al. 2018). 0.5 is chance, 1 certainty. Both losses are of the same noise
+    levels, in order, and are compared level by level."""
+    below = (members < others).double() + 0.5 * (members == others).double()
+    return float(below.mean())

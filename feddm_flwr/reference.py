@@ -1,0 +1,168 @@
+"""What a set of images amounts to for FID, KID and coverage: sums of features, which add up across nodes.
+
+No image, and no feature of a single image, is among them; but sums over a few images tell much about these (see
+docs/evaluation.md), so nodes with few can be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Doubles = NDArray[np.float64]
+
+_CUBED = 128  # features up to this wide have their third moments summed, which KID needs
+_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the features x, shape (D,), of some images."""
+
+    count: int
+    first: Doubles  # of x, (D,)
+    second: Doubles  # of x x^T, (D, D)
+    third: Doubles  # of x x^T x, (D, D, D); empty for wide features
+    itself: float  # of the kernel k(x, x)
+    classes: Mapping[str, tuple[int, Doubles]]  # of each class: its images, and their sum of x
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return len(self.first)
+
+    def pack(self) -> bytes:
+        """As little-endian doubles; the classes in order of name."""
+        parts = [[self.count], self.first, self.second.ravel(), self.third.ravel(), [self.itself]]
+        for _, (count, first) in sorted(self.classes.items()):
+            parts += [[count], first]
+        return np.concatenate([np.asarray(part, "<f8") for part in parts]).tobytes()
+
+
+def unpack(packed: bytes, size: int, classes: Sequence[str]) -> Statistics:
+    """What `pack` wrote, of features of that size and these classes.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    cubed = size**3 if size <= _CUBED else 0
+    wanted = 2 + size + size**2 + cubed + len(classes) * (1 + size)
+    if len(packed) != 8 * wanted:
+        raise ValueError(f"{len(packed)} bytes of statistics instead of {8 * wanted}")
+    values = np.frombuffer(packed, "<f8")
+    if not np.isfinite(values).all():
+        raise ValueError("statistics that are not finite")
+    count, first, second, third, itself, rest = np.split(values, np.cumsum([1, size, size**2, cubed, 1]), axis=0)
+    of_class = rest.reshape(len(classes), 1 + size)
+    return Statistics(
+        int(count[0]),
+        first,
+        second.reshape(size, size),
+        third.reshape((size,) * 3 if cubed else 0),
+        float(itself[0]),
+        {name: (int(row[0]), row[1:]) for name, row in zip(sorted(classes), of_class, strict=True)},
+    )
+
+
+def statistics(features: Tensor, classes: Sequence[str] = ()) -> Statistics:
+    """The statistics of features (N, D), and of each class where the N `classes` are known."""
+    x = features.double().numpy()
+    size = x.shape[1]
+    cubed = size <= _CUBED
+    second, third = np.zeros((size, size)), np.zeros((size * size, size) if cubed else 0)
+    for start in range(0, len(x), _AT_A_TIME):
+        part = x[start : start + _AT_A_TIME]
+        second += part.T @ part
+        if cubed:
+            third += (part[:, :, None] * part[:, None]).reshape(len(part), -1).T @ part
+    named = np.asarray(classes)
+    return Statistics(
+        len(x),
+        x.sum(0),
+        second,
+        third.reshape((size,) * 3) if cubed else third,
+        float(_kernel((x * x).sum(1), size).sum()),
+        {str(name): (int((named == name).sum()), x[named == name].sum(0)) for name in sorted({*classes})},
+    )
+
+
+def total(parts: Iterable[Statistics]) -> Statistics:
+    """The statistics of all images together; its last bits depend on the order."""
+    first, *rest = parts
+    count, itself = first.count, first.itself
+    sums = (first.first.copy(), first.second.copy(), first.third.copy())
+    classes = dict(first.classes)
+    for part in rest:
+        count, itself = count + part.count, itself + part.itself
+        for whole, more in zip(sums, (part.first, part.second, part.third), strict=True):
+            whole += more
+        for name, (n, x) in part.classes.items():
+            before = classes.get(name, (0, np.zeros(part.size)))
+            classes[name] = (before[0] + n, before[1] + x)
+    return Statistics(count, *sums, itself=itself, classes=classes)
+
+
+def fid(real: Statistics, fake: Statistics) -> float:
+    """The Fréchet distance (Heusel et al. 2017): |m - n|^2 + tr(A + B - 2 (A B)^(1/2)). torchmetrics, which agrees,
+    takes no sums."""
+    a, b = _covariance(real), _covariance(fake)
+    apart = real.first / real.count - fake.first / fake.count
+    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real
+    return float(apart @ apart + np.trace(a) + np.trace(b) - 2 * roots.sum())
+
+
+def kid(real: Statistics, fake: Statistics) -> float | None:
+    """The unbiased estimate of the squared maximum mean discrepancy over all images (Binkowski et al. 2018), with
+    k(x, y) = (x.y / D + 1)^3, whose mean over pairs is that of the moments; None for wide features."""
+    if not real.third.size:
+        return None
+    return _mean_kernel(real) + _mean_kernel(fake) - 2 * _pairs(real, fake) / (real.count * fake.count)
+
+
+def coverage(real: Statistics, features: Tensor) -> dict[str, float]:
+    """The share of each class among images, by the nearest mean of a class, over its share among the real ones: 1 is
+    as it should be, 0 is a class that never appears. Empty where the classes are unknown."""
+    names = [name for name, (count, _) in sorted(real.classes.items()) if count]
+    if not names:
+        return {}
+    means = np.stack([real.classes[name][1] / real.classes[name][0] for name in names])
+    nearest = torch.cdist(features.double(), torch.from_numpy(means)).argmin(1).numpy()
+    everything = sum(real.classes[name][0] for name in names)
+    return {name: float((nearest == i).mean() / (real.classes[name][0] / everything)) for i, name in enumerate(names)}
+
+
+def covered(by_class: Mapping[str, float], real: Statistics) -> float:
+    """The overlap of the two distributions of classes, 0 to 1."""
+    everything = sum(real.classes[name][0] for name in by_class)
+    return sum(min(1.0, ratio) * real.classes[name][0] / everything for name, ratio in by_class.items())
+
+
+def _covariance(a: Statistics) -> Doubles:
+    covariance: Doubles = (a.second - np.outer(a.first, a.first) / a.count) / (a.count - 1)
+    return covariance
+
+
+def _kernel(products: Doubles, size: int) -> Doubles:
+    cubes: Doubles = (products / size + 1) ** 3
+    return cubes
+
+
+def _pairs(a: Statistics, b: Statistics) -> float:
+    """The kernel summed over all pairs of an image of `a` and one of `b`: (1 + u)^3 = 1 + 3 u + 3 u^2 + u^3."""
+    d = a.size
+    return float(
+        a.count * b.count
+        + 3 / d * (a.first @ b.first)
+        + 3 / d**2 * (a.second * b.second).sum()
+        + 1 / d**3 * (a.third * b.third).sum()
+    )
+
+
+def _mean_kernel(a: Statistics) -> float:
+    """Over pairs of different images."""
+    return (_pairs(a, a) - a.itself) / (a.count * (a.count - 1))

@@ -1,0 +1,161 @@
+"""Where a run's figures and grids go beside its folder: TensorBoard always, Weights & Biases or MLflow where asked for.
+
+A service that cannot be reached costs its own figures, never the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tensorboardX import SummaryWriter
+
+from feddm_flwr.schema import ConfigError
+
+log = logging.getLogger("feddm")
+
+_PROJECT = "feddm"
+
+
+class Tracker(Protocol):
+    """One of them."""
+
+    def log(self, figures: Mapping[str, float], number: int) -> None:
+        """The figures of a round."""
+
+    def image(self, path: Path, number: int) -> None:
+        """A grid of a round."""
+
+    def finish(self, *, completed: bool) -> None:
+        """The run is over."""
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def __init__(self, folder: Path, after: int | None) -> None:
+        """Events of rounds later than `after`, which are made again, are forgotten."""
+        self._board = SummaryWriter(str(folder), purge_step=after and after + 1)
+
+    def log(self, figures: Mapping[str, float], number: int) -> None:
+        """Write and flush."""
+        for key, value in figures.items():
+            self._board.add_scalar(key, value, number)
+        self._board.flush()
+
+    def image(self, path: Path, number: int) -> None:
+        """Left in its file: events with images are large."""
+
+    def finish(self, *, completed: bool) -> None:
+        """Close the file."""
+        self._board.close()
+
+
+class WeightsAndBiases:
+    """wandb; its environment variables say where to."""
+
+    def __init__(self, run: Path, identity: str, config: Mapping[str, object]) -> None:
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=_PROJECT, name=run.name, id=identity, resume="allow", dir=str(run), config=dict(config)
+        )
+
+    def log(self, figures: Mapping[str, float], number: int) -> None:
+        """Of a resumed run, wandb passes over rounds that it has already."""
+        self._run.log(dict(figures), step=number)
+
+    def image(self, path: Path, number: int) -> None:
+        """As the step's samples."""
+        self._run.log({path.stem.partition("-")[0]: self._wandb.Image(str(path))}, step=number)
+
+    def finish(self, *, completed: bool) -> None:
+        """Upload what is left."""
+        self._run.finish(exit_code=0 if completed else 1)
+
+
+class MLflow:
+    """mlflow; its environment variables say where to."""
+
+    def __init__(self, run: Path, identity: str, config: Mapping[str, object]) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        found = self._client.get_experiment_by_name(_PROJECT)
+        experiment = found.experiment_id if found else self._client.create_experiment(_PROJECT)
+        before = self._client.search_runs([experiment], f"tags.feddm = '{identity}'")
+        if before:
+            self._id = before[0].info.run_id
+            self._client.update_run(self._id, "RUNNING")
+            return
+        self._id = self._client.create_run(experiment, run_name=run.name, tags={"feddm": identity}).info.run_id
+        for key, value in config.items():
+            self._client.log_param(self._id, key, value)
+
+    def log(self, figures: Mapping[str, float], number: int) -> None:
+        """One metric each."""
+        for key, value in figures.items():
+            self._client.log_metric(self._id, key, value, step=number)
+
+    def image(self, path: Path, number: int) -> None:
+        """As an artifact."""
+        self._client.log_artifact(self._id, str(path), "samples")
+
+    def finish(self, *, completed: bool) -> None:
+        """Set the run's status."""
+        self._client.set_terminated(self._id, "FINISHED" if completed else "FAILED")
+
+
+class Unfailing:
+    """A tracker whose errors are said once and cost nothing else."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker = name, tracker
+        self._said = False
+
+    def log(self, figures: Mapping[str, float], number: int) -> None:
+        """As the tracker."""
+        self._try(self._tracker.log, figures, number)
+
+    def image(self, path: Path, number: int) -> None:
+        """As the tracker."""
+        self._try(self._tracker.image, path, number)
+
+    def finish(self, *, completed: bool) -> None:
+        """As the tracker."""
+        self._try(self._tracker.finish, completed=completed)
+
+    def _try(self, method: Any, *arguments: Any, **named: Any) -> None:
+        try:
+            method(*arguments, **named)
+        except Exception as error:  # whatever a service does
+            if not self._said:
+                log.warning("tracker = %r: %s: %s; the run goes on", self._name, type(error).__name__, error)
+            self._said = True
+
+
+def make(kind: str, run: Path, identity: str, config: Mapping[str, object], after: int | None) -> list[Tracker]:
+    """TensorBoard and the tracker of a `kind`, of a run that goes on `after` a round or is new; `identity` tells it
+    from others.
+
+    Raises:
+        ConfigError: the tracker's package is not installed, or it takes no runs.
+    """
+    trackers: list[Tracker] = [TensorBoard(run / "tensorboard", after)]
+    if kind != "none":
+        try:
+            services: dict[str, type[WeightsAndBiases | MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
+            service = services[kind](run, identity, config)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"tracker = {kind!r}: {error.name} is not installed: pip install 'feddm-flwr[{kind}]'"
+            ) from error
+        except Exception as error:  # the services raise many kinds
+            raise ConfigError(
+                f"tracker = {kind!r}: {type(error).__name__}: {error}; its environment variables say where it is"
+            ) from error
+        trackers.append(Unfailing(kind, service))
+    return trackers

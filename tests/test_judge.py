@@ -1,0 +1,168 @@
+"""Judging a global model without an image leaving its node."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from local_grid import Handler, LocalGrid, config, nodes
+from torch import nn
+
+from feddm_flwr import architecture, features, gauges, model
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.data import load_all
+from feddm_flwr.drawing import GlobalModel, labels_like
+from feddm_flwr.judge import Judge, final
+from feddm_flwr.node_evaluation import near_copies, separability
+from feddm_flwr.parts import parts_of
+from feddm_flwr.reference import statistics
+from feddm_flwr.strategy import FedDM
+
+
+def federation(c: RunConfig) -> tuple[GlobalModel, FedDM]:
+    network = architecture.build(c, {})
+    parts = parts_of(model.layout(network), c)
+    return GlobalModel(network, c, {}), FedDM(c, model.to_vector(network), parts, "0" * 32)
+
+
+def on_evaluate(handle: Handler, change: Any) -> Handler:
+    def changed(message: Message) -> Message | None:
+        reply = handle(message)
+        assert reply
+        if message.metadata.message_type == "evaluate":
+            change(reply.content)
+        return reply
+
+    return changed
+
+
+@pytest.mark.parametrize("kind", ["classifier", "random"])
+def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, tmp_path: Path) -> None:
+    c = config(eval__features=kind, eval__samples=32, sample__steps=3)
+    of, feddm = federation(c)
+    judge = Judge(of, tmp_path)
+    judge.refer(feddm, LocalGrid(nodes(c)))
+    images, classes, _ = load_all(c)
+    network = features.read(judge.recipe).build()
+    pooled = statistics(network(images), classes)
+    assert judge._real
+    assert judge._real.count == pooled.count == 1438
+    for ours, theirs in ((judge._real.second, pooled.second), (judge._real.third, pooled.third)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
+    found = judge.figures()
+    assert found["fid"] > 0
+    assert found["lipschitz"] > 0
+    assert 0 <= found["coverage"] <= 1
+    assert {*found["coverage_by_class"]} == {str(i) for i in range(10)}
+    # What was gathered is kept: no node is asked again.
+    again = Judge(of, tmp_path)
+    again.refer(feddm, LocalGrid({}))
+    assert again.figures() == found
+
+
+def test_the_sum_does_not_depend_on_who_answers_first_and_bad_sums_cost_their_node(tmp_path: Path) -> None:
+    c = config(eval__features="random")
+    sums = []
+    for folder, backwards in (("one", False), ("two", True)):
+        (tmp_path / folder).mkdir()
+        of, feddm = federation(c)
+        handlers = nodes(c)
+        handlers[998] = on_evaluate(handlers[998], lambda content: content.array_records.pop("weights"))
+        judge = Judge(of, tmp_path / folder)
+        judge.refer(feddm, LocalGrid(handlers, backwards=backwards))
+        sums.append((tmp_path / folder / "reference" / "sums").read_bytes())
+    assert sums[0] == sums[1]
+    assert json.loads((tmp_path / "one" / "reference" / "facts.json").read_text())["without"] == ["node-2"]
+
+
+def test_small_nodes_give_no_sums(tmp_path: Path) -> None:
+    c = config(eval__features="random", eval__min_images=10_000)
+    of, feddm = federation(c)
+    with pytest.raises(RuntimeError, match=r"no node gave sums of features \(eval.min-images = 10000\)"):
+        Judge(of, tmp_path).refer(feddm, LocalGrid(nodes(c)))
+
+
+def test_a_classifier_needs_images_on_the_server(tmp_path: Path) -> None:
+    own = {"data__name": "xrays", "data__image_size": 8, "data__channels": 1}
+    of, _ = federation(config(eval__features="classifier", **own))
+    with pytest.raises(ConfigError, match=r"eval.features = 'classifier': the server has no images to train it on"):
+        Judge(of, tmp_path)
+
+
+def test_the_end_of_a_run_is_judged_by_the_nodes(tmp_path: Path) -> None:
+    c = config(eval__features="random", eval__audit=True, eval__samples=32, sample__steps=3)
+    of, feddm = federation(c)
+    grid, judge = LocalGrid(nodes(c)), Judge(of, tmp_path)
+    done = list(feddm.run(grid))
+    found = final(feddm, grid, of, judge.recipe)
+    assert {*found["audit"]} == {f"node-{i}" for i in range(4)}
+    assert all(0 <= a["near"] <= 32 and 0.3 < a["members_auc"] < 0.7 for a in found["audit"].values())
+    assert 0 < found["eval_loss"] < done[0].eval_loss
+    assert found["bytes_other"] > 4 * 4 * len(feddm.ema)  # the averaged weights went to four nodes
+    row = done[1].figures()
+    assert len(row["eval_levels"]) == 10
+    assert np.mean(row["eval_levels"]) == pytest.approx(row["eval_loss"], rel=0.05)
+    assert {n["eval_loss"] > 0 for n in row["nodes"].values()} == {True}
+    assert row["eval_spread"] > 0
+    assert row["drift"] > 0
+    assert row["contraction"] > 0
+
+
+def test_copies_are_counted_and_others_are_not() -> None:
+    trained, unseen = torch.randn(500, 8), torch.randn(500, 8)
+    copies = trained[:20] + 1e-3
+    assert near_copies(torch.cat([copies, torch.randn(80, 8)]), trained, unseen) in range(20, 26)
+    assert near_copies(torch.randn(200, 8), trained, unseen) <= 10
+
+
+def test_a_lower_loss_on_members_tells_them_apart() -> None:
+    losses = torch.rand(1000)
+    assert separability(losses, losses) == 0.5
+    assert separability(losses - 1, losses) == 1
+    assert separability(torch.rand(5000), torch.rand(5000)) == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_lipschitz_gauge_finds_the_largest_singular_value() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(12, 12))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, labels: object) -> Any:
+            out = type("Out", (), {})()
+            out.sample = (x.flatten(1) @ self.matrix.T).view_as(x)
+            return out
+
+    torch.manual_seed(0)
+    network = Linear()
+    found = gauges.lipschitz(network, torch.randn(4, 3, 2, 2), torch.zeros(4), None)
+    largest = float(torch.linalg.svdvals(network.matrix.detach())[0])
+    assert 0.95 * largest <= found <= 1.001 * largest
+    assert network.matrix.requires_grad
+
+
+def test_labels_are_drawn_in_proportion() -> None:
+    labels = labels_like({"a": 30, "c": 10}, ["a", "b", "c"], 8)
+    assert labels == [0] * 6 + [2] * 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"eval__audit": True}, "eval.audit = true with eval.features = 'none'"),
+        ({"eval__keep_best": "fid"}, "eval.keep-best = 'fid' with eval.features = 'none'"),
+        ({"eval__keep_best": "kid", "eval__features": "dinov2"}, "their KID takes images"),
+        ({"eval__features": "random", "exchange__parts": "udec"}, "the server draws no samples"),
+        ({"stage": "autoencoder", "data__eval_fraction": 0.0}, "data.eval-fraction = 0.0 with stage = 'autoencoder'"),
+        ({"stage": "autoencoder", "exchange__personal": "*.bias"}, "exchange.personal = '*.bias' with stage"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**keys)
+    assert said in str(caught.value)

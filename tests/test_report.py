@@ -1,0 +1,148 @@
+"""What a run leaves to look at: figures, reports that a browser shows without an error, trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+from local_grid import LocalGrid, config, nodes
+
+from feddm_flwr import cli, server_app, trackers
+from feddm_flwr.config import ConfigError, flatten
+from feddm_flwr.tracking import read_metrics
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def _logging_as_before() -> Iterator[None]:
+    log = logging.getLogger("feddm")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+def run(folder: Path, **keys: Any) -> Path:
+    """A whole run of the server app, with nodes in this process."""
+    c = config(
+        **{"out_dir": str(folder), "sample__every": 1, "sample__count": 4, "sample__steps": 3, "eval__samples": 32}
+        | keys
+    )
+    grid = LocalGrid(nodes(c))
+    server_app.main(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(c)))
+    return folder / str(keys["run_name"])
+
+
+JUDGED = {"eval__features": "random", "eval__audit": True, "eval__keep_best": "fid", "num_server_rounds": 3}
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+def test_a_judged_run_has_its_figures_its_best_model_and_reports_that_a_browser_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path, run_name="first", **JUDGED)
+    rows = read_metrics(first)
+    assert all(row["fid"] > 0 and row["lipschitz"] > 0 for row in rows)
+    assert rows[0]["bytes_other"] > 0  # the feature network, and the sums
+    best = min(rows, key=lambda row: row["fid"])["round"]
+    assert f"over {best} rounds" in (first / "best" / "README.md").read_text()
+    assert (first / "model" / "model_index.json").is_file()
+    final = json.loads((first / "final.json").read_text())
+    assert {*final["audit"]} == {f"node-{i}" for i in range(4)}
+    run(tmp_path, run_name="second", strategy="feddm-lean", **JUDGED | {"seed": 1})
+
+    report = first / "report.html"
+    text = report.read_text()
+    for words in ("FID by round", "Memorization audit", "Classes among the samples", "by noise level", "random (an"):
+        assert words in text
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "first", "second"]) == 0
+    both = (tmp_path / "comparison.html").read_text()
+    assert "strategy" not in both.partition("Figures")[0].partition("<h1>")[2].replace("feddm", "")
+    for words in ("first", "second", "seed=1", "FID by bytes"):
+        assert words in both
+    for page in (text, both):
+        assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page)
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
+    for page, images in ((report, 2), (tmp_path / "comparison.html", 2)):
+        shown, said = browse(page, tmp_path / "browser")
+        assert "CONSOLE" not in said
+        assert shown.count("<img") == images
+    moved, said = browse(report, tmp_path / "browser", "slider.value = 0; slider.dispatchEvent(new Event('input'));")
+    assert "CONSOLE" not in said
+    assert '<output id="round">1</output>' in moved
+
+
+def browse(page: Path, home: Path, script: str = "") -> tuple[str, str]:
+    """The page as a browser has it in the end, and what it logged; nothing can be fetched."""
+    if script:
+        page = page.with_name("moved.html")
+        source = page.with_name("report.html").read_text()
+        page.write_text(source.replace("</body>", f"<script>{script}</script></body>"))
+    done = subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={home}"),
+            *("--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=3000"),
+            *("--dump-dom", page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout, done.stderr
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+@pytest.mark.parametrize("kind", ["wandb", "mlflow"])
+def test_a_tracker_gets_figures_and_grids(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    folder = run(tmp_path, run_name="tracked", tracker=kind)
+    losses = [row["train_loss"] for row in read_metrics(folder)]
+    if kind == "wandb":
+        (written,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        assert b"train_loss" in written.read_bytes()
+        assert list((folder / "wandb").rglob("*.png"))
+        return
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name("feddm").experiment_id])
+    assert found.info.status == "FINISHED"
+    assert [m.value for m in client.get_metric_history(found.info.run_id, "train_loss")] == losses
+    assert found.data.params["train.batch-size"] == "8"
+    assert "samples/round-0002.png" in {a.path for a in client.list_artifacts(found.info.run_id, "samples")}
+
+
+def test_a_tracker_that_fails_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def log(self, figures: Any, number: int) -> None:
+            raise ConnectionError("away")
+
+        image = finish = log
+
+    tracker = trackers.Unfailing("wandb", Broken())  # type: ignore[arg-type]
+    with caplog.at_level("WARNING", "feddm"):
+        tracker.log({}, 1)
+        tracker.log({}, 2)
+    assert caplog.text.count("tracker = 'wandb': ConnectionError: away; the run goes on") == 1
+
+
+def test_a_tracker_that_takes_no_runs_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+    with pytest.raises(ConfigError, match=r"tracker = 'mlflow': .*; its environment variables say where it is"):
+        trackers.make("mlflow", tmp_path, "x", {}, None)
