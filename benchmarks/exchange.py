@@ -111,7 +111,7 @@ def final_loss(config: RunConfig, weights: np.ndarray, images: np.ndarray) -> fl
     larger = replace(config, train=replace(config.train, batch_size=128))
     cpu = torch.device("cpu")
     objective = Denoising(larger, Pixels(images, False, cpu), np.zeros(len(images), np.int64), cpu)
-    return objective.held_out(network, len(images), "benchmark")
+    return objective.held_out(network, len(images), "benchmark").loss
 
 
 def run(config: RunConfig, processes: ProcessPoolExecutor, nodes: int, images: np.ndarray) -> dict[str, Any]:

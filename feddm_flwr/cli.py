@@ -144,6 +144,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(command=_report)
 
+    compare = commands.add_parser("compare", help="several strategies, codecs, partitions and seeds side by side")
+    compare.add_argument(
+        "comparison",
+        metavar="COMPARISON",
+        help="paper, codecs, non-iid, local-epochs, or a TOML file (docs/evaluation.md)",
+    )
+    compare.add_argument(
+        "-c", "--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="of every run; may be repeated"
+    )
+    compare.add_argument("--num-supernodes", type=_positive, metavar="N", help="nodes of each run (default 4)")
+    compare.add_argument("--seeds", type=_positive, metavar="N", help="do every run with seeds 0 to N-1 (default 1)")
+    compare.add_argument(
+        "-o", "--output", type=Path, default=Path("comparison"), help="folder of runs, tables and plots (comparison)"
+    )
+    compare.set_defaults(command=_compare)
+
     certs = commands.add_parser("certs", help="make the keys and certificates of a federation of real nodes")
     certs.add_argument("folder", type=Path, help="where they go; those that are there are kept")
     certs.add_argument(
@@ -311,6 +327,33 @@ def _data(options: argparse.Namespace) -> int:
         {**_overrides(options.run_config), "data.name": options.path}, *(options.num_supernodes, options.output)
     ):
         print(line)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from feddm_flwr import comparison, comparison_tables
+
+    cells = comparison.cells(options.comparison, _overrides(options.run_config), options.num_supernodes, options.seeds)
+    folder: Path = options.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    done = []
+    for i, cell in enumerate(cells, 1):
+        print(f"{i} of {len(cells)}: {cell.name}", flush=True)
+        if not comparison.do(cell, folder, main):
+            print(f"feddm: {cell.name} did not complete; the same command goes on with it", file=sys.stderr)
+            return 1
+        done.append(comparison.result(cell, folder))
+        for name, text in (
+            ("results.json", json.dumps(done, indent=1) + "\n"),
+            ("results.csv", comparison_tables.table(done)),
+            ("results.md", comparison_tables.markdown(done)),
+        ):
+            (folder / name).write_text(text, encoding="utf-8")
+    print(comparison_tables.markdown(done))
+    for path in (folder / "results.json", folder / "results.csv", folder / "results.md"):
+        print(path)
+    for path in comparison_tables.plots(done, folder):
+        print(path)
     return 0
 
 

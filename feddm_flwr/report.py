@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from feddm_flwr import charts
 from feddm_flwr.report_page import COMPARISON, PAGE
-from feddm_flwr.tracking import Row, read_metrics
+from feddm_flwr.tracking import Row, flat, read_metrics
 
 
 def write(run: Path) -> Path:
@@ -132,7 +132,7 @@ def _faults(rows: list[Row], status: Row) -> list[str]:
 
 def _config(run: Path) -> dict[str, Any]:
     with (run / "config.toml").open("rb") as file:
-        return _flat(tomllib.load(file))
+        return flat(tomllib.load(file))
 
 
 def _render(template: str, **values: Any) -> str:
@@ -299,13 +299,6 @@ def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:
 
 def _read_json(path: Path, otherwise: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _toml(value: object) -> str:

@@ -142,6 +142,14 @@ def nest(flat: Mapping[str, object]) -> dict[str, Any]:
     return tables
 
 
+def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    keys: dict[str, Any] = {}
+    for key, value in tables.items():
+        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return keys
+
+
 def read_metrics(path: Path) -> list[Row]:
     """The lines of a run's `metrics.jsonl`, none where there is no such file yet; of one that a killed run
     was writing, those before."""

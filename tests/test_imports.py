@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "contradictions": {"keys"},
     "config": {"contradictions", "keys", "presets", "schema"},
     "charts": {"tracking"},
+    "comparison": {"config", "tracking"},
+    "comparison_tables": set(),
     "report": {"charts", "report_page", "tracking"},
     "packing": {"wire"},
     "grid_codec": {"packing"},

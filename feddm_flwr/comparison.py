@@ -1,0 +1,201 @@
+"""Several runs that differ in one thing each, under several conditions and seeds: what is run, and what came of it.
+
+A comparison is a TOML file or one of the presets below:
+
+    num-supernodes = 10
+    seeds = [0, 1, 2]
+    common = { num-server-rounds = 20, "data.partition" = "dirichlet" }    # run-config keys of every run
+    [runs.vanilla]
+    [runs.lean]
+    strategy = "feddm-lean"
+    [runs.centralized]
+    centralized = true            # one node that has all images, and takes as many steps as the others together
+    [conditions.skewed]           # where there are any, every run is done under each
+    data.alpha = 0.1
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.tracking import flat, read_metrics
+
+Keys = dict[str, Any]
+
+_JUDGED: Keys = {"eval.features": "classifier", "eval.samples": 2000}
+_STRATEGIES: dict[str, Keys] = {
+    "centralized": {"centralized": True},
+    "vanilla": {},
+    "prox 0.01": {"strategy": "feddm-prox", "train.mu": 0.01},
+    "quant": {"strategy": "feddm-quant"},
+    "lean": {"strategy": "feddm-lean"},
+    "slow-link": {"strategy": "feddm-slow-link"},
+}
+_PARTITIONS: dict[str, Keys] = {
+    "iid": {"data.partition": "iid"},
+    "dirichlet 0.3": {"data.partition": "dirichlet", "data.alpha": 0.3},
+    "pathological 2": {"data.partition": "pathological", "data.classes-per-node": 2},
+}
+#: Comparisons that are known by name; the paper's, with settings of ours.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "runs": {
+            **{name: _STRATEGIES[name] for name in ("centralized", "vanilla")},
+            **{f"prox {mu}": {"strategy": "feddm-prox", "train.mu": mu} for mu in (0.001, 0.01, 0.1)},
+            "quant": _STRATEGIES["quant"],
+        },
+        "conditions": {name: _PARTITIONS[name] for name in ("iid", "dirichlet 0.3")},
+    },
+    "codecs": {
+        "runs": {
+            "float32": {},
+            "quant": _STRATEGIES["quant"],
+            **{
+                f"{bits} deltas": {"strategy": "feddm-quant", "codec.uplink": bits, "codec.downlink": bits}
+                | {"codec.target": "delta"}
+                for bits in ("int8", "int4", "int2")
+            },
+            "lean": _STRATEGIES["lean"],
+            "slow-link": _STRATEGIES["slow-link"],
+        },
+        "conditions": {"dirichlet 0.3": _PARTITIONS["dirichlet 0.3"]},
+    },
+    "non-iid": {"runs": _STRATEGIES, "conditions": _PARTITIONS},
+    "local-epochs": {
+        "runs": {name: _STRATEGIES[name] for name in ("vanilla", "lean")},
+        "conditions": {
+            f"E = {epochs}": {"train.local-steps": 0, "train.local-epochs": epochs} | _PARTITIONS["dirichlet 0.3"]
+            for epochs in (1, 5)
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    condition: str
+    run: str
+    seed: int
+    nodes: int
+    keys: Keys
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        parts = (self.condition, self.run, f"seed {self.seed}")
+        return re.sub(r"[^\w.-]+", "-", " ".join(part for part in parts if part)).strip("-")
+
+
+def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | None) -> list[Cell]:
+    """The runs of a preset or a TOML file, seed by seed, so that the first seed's are done first. `common` keys,
+    `nodes` and the number of `seeds` win over those of the file.
+
+    Raises:
+        ConfigError: there is no such preset or file, or it, or one of its runs, is wrong.
+    """
+    chosen = PRESETS.get(name) or _file(name)
+    if unknown := {*chosen} - {"num-supernodes", "seeds", "common", "runs", "conditions"}:
+        raise ConfigError(
+            f"{name}: {sorted(unknown)[0]!r} is not allowed: must be num-supernodes, seeds, common, runs or conditions"
+        )
+    count = nodes or chosen.get("num-supernodes", 4)
+    numbers = [*range(seeds)] if seeds else chosen.get("seeds", [0])
+    if type(count) is not int or count < 1 or not isinstance(numbers, list) or not numbers:
+        raise ConfigError(f"{name}: num-supernodes = {count!r} and seeds = {numbers!r}: a number, and a list of some")
+    tables = [flat(chosen.get("common", {})), *map(dict, (chosen.get("runs", {}), chosen.get("conditions", {})))]
+    if not tables[1] or not all(isinstance(of, dict) for table in tables[1:] for of in table.values()):
+        raise ConfigError(f"{name}: runs and conditions must be tables of tables, with one run at least")
+    found = []
+    for seed in numbers:
+        for condition, under in (tables[2] or {"": {}}).items():
+            for run, own in tables[1].items():
+                keys = {**_JUDGED, **tables[0], **flat(under), **flat(own), **common, "seed": seed}
+                found.append(_cell(condition, run, seed, count, keys))
+    if len({cell.name for cell in found}) < len(found):
+        raise ConfigError(f"{name}: two of its runs have the same name")
+    return found
+
+
+def _file(name: str) -> dict[str, Any]:
+    if not name.endswith(".toml"):
+        raise ConfigError(f"COMPARISON = {name!r}: must be {', '.join(PRESETS)} or a .toml file")
+    try:
+        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"COMPARISON = {name!r}: cannot be read ({error})") from error
+
+
+def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
+    if keys.pop("centralized", False):
+        config = parse(keys)
+        keys |= {"data.partition": "iid", "min-nodes": 1, "train.local-steps": nodes * config.train.local_steps}
+        nodes = 1
+    try:
+        parse(keys)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"run {run!r}: {line}" for line in str(error).splitlines())) from error
+    return Cell(condition, run, seed, nodes, keys)
+
+
+def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> bool:
+    """Do a run in `folder`, or go on with it, unless it is done; `feddm` is the command line. Whether it is done now.
+
+    Raises:
+        ConfigError: the folder has a run of that name with other keys.
+    """
+    run, asked = folder / cell.name, folder / f"{cell.name}.json"
+    wanted = json.dumps({"nodes": cell.nodes, "keys": cell.keys}, sort_keys=True)
+    if asked.exists() and asked.read_text(encoding="utf-8") != wanted:
+        raise ConfigError(f"{run}: was run with other keys; choose another --output, or remove it and {asked.name}")
+    asked.write_text(wanted, encoding="utf-8")
+    if status(run) == "completed":
+        return True
+    if (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir()):
+        feddm(["run", "local", "--resume", str(run), "--num-supernodes", str(cell.nodes)])
+    else:
+        keys = {**cell.keys, "run-name": cell.name, "out-dir": str(folder)}
+        said = [part for key, value in keys.items() for part in ("-c", f"{key}={json.dumps(value)}")]
+        feddm(["run", "local", "--num-supernodes", str(cell.nodes), *said])
+    return status(run) == "completed"
+
+
+def status(run: Path) -> str:
+    """How a run stands; "" where there is none."""
+    file = run / "status.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["status"]) if file.exists() else ""
+
+
+def result(cell: Cell, folder: Path) -> dict[str, Any]:
+    """What came of a run that is done."""
+    rows = read_metrics(folder / cell.name)
+    total = {key: sum(row[key] for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+    judged = [row for row in rows if row.get("fid") is not None]
+    evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
+    config = parse(cell.keys)
+    facts = folder / cell.name / "reference" / "facts.json"
+    return {
+        "condition": cell.condition,
+        "run": cell.run,
+        "seed": cell.seed,
+        "nodes": cell.nodes,
+        "rounds": rows[-1]["round"],
+        "images": sum(row["local_steps"] for row in rows) * config.train.batch_size,
+        **{key: judged[-1].get(key) if judged else None for key in ("fid", "kid", "coverage")},
+        "eval_loss": evaluated[-1] if evaluated else None,
+        "fid_by_round": [[row["round"], row["fid"]] for row in judged],
+        **total,
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "samples": config.eval.samples,
+        "features": json.loads(facts.read_text(encoding="utf-8"))["features"] if facts.exists() else None,
+        # A path is nobody else's business.
+        "keys": {**cell.keys, **({"data.name": Path(name).name} if (name := cell.keys.get("data.name")) else {})},
+    }

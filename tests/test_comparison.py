@@ -1,0 +1,135 @@
+"""Comparing runs: what is run, going on where it was stopped, tables and plots."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+from local_grid import LocalGrid, nodes
+
+from feddm_flwr import cli, comparison, comparison_tables, server_app
+from feddm_flwr.config import ConfigError, flatten, parse
+
+FILE = """
+num-supernodes = 4
+common = { "model.preset" = "tiny", num-server-rounds = 2, "train.local-steps" = 2, "train.batch-size" = 8 }
+[runs.vanilla]
+[runs.lean]
+strategy = "feddm-lean"
+[runs.centralized]
+centralized = true
+[conditions.iid]
+[conditions.skewed]
+data.partition = "dirichlet"
+data.alpha = 0.1
+"""
+QUICK = {"eval.features": "random", "eval.samples": 16, "sample.steps": 2, "sample.count": 1, "sample.every": 0}
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    log = logging.getLogger("feddm")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+def in_process(arguments: list[str]) -> int:
+    """`feddm run local …`, with nodes in this process."""
+    options = cli._parser().parse_args(arguments)
+    keys = cli._overrides(options.run_config)
+    if options.resume:
+        keys = cli._resumed(options) | keys
+    c = parse(keys)
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(c))
+    server_app.main(LocalGrid(nodes(c, options.num_supernodes)), context)
+    return 0
+
+
+def test_every_run_is_done_once_under_each_condition_and_seen_as_many_images(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(FILE)
+    cells = comparison.cells(str(tmp_path / "x.toml"), QUICK, None, None)
+    assert [c.name for c in cells][:3] == ["iid-vanilla-seed-0", "iid-lean-seed-0", "iid-centralized-seed-0"]
+    ran: list[str] = []
+
+    def feddm(arguments: list[str]) -> int:
+        ran.append(arguments[-1])
+        return in_process(arguments)
+
+    for _ in range(2):
+        assert all(comparison.do(cell, tmp_path, feddm) for cell in cells)
+    assert len(ran) == 6  # and none again
+    results = [comparison.result(cell, tmp_path) for cell in cells]
+    assert {r["images"] for r in results} == {2 * 4 * 2 * 8}
+    assert {r["nodes"] for r in results if r["run"] == "centralized"} == {1}
+    assert all(r["fid"] > 0 and 0 <= r["coverage"] <= 1 for r in results)
+    text = comparison_tables.markdown(results)
+    assert "**skewed**" in text
+    assert "| lean | " in text
+    assert "16 samples of the averaged weights" in text
+    assert "features of random" in text
+    assert comparison_tables.table(results).count("\n") == 7
+    pictures = comparison_tables.plots(results, tmp_path)
+    assert [p.name for p in pictures] == ["fid-by-bytes.png", "fid-by-round.png", "fid-by-condition.png"]
+    assert all(p.stat().st_size > 10_000 for p in pictures)
+    changed = comparison.cells(str(tmp_path / "x.toml"), {**QUICK, "train.batch-size": 4}, None, None)
+    with pytest.raises(ConfigError, match="was run with other keys; choose another --output"):
+        comparison.do(changed[0], tmp_path, feddm)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(FILE)
+    cell = comparison.cells(str(tmp_path / "x.toml"), QUICK, None, None)[0]
+
+    def stopped(arguments: list[str]) -> int:
+        in_process([*arguments, "-c", "num-server-rounds=1"])
+        run = tmp_path / cell.name
+        status = json.loads((run / "status.json").read_text())
+        (run / "status.json").write_text(json.dumps({**status, "status": "stopped"}))
+        return 130
+
+    assert not comparison.do(cell, tmp_path, stopped)
+    went_on: list[list[str]] = []
+    comparison.do(cell, tmp_path, lambda arguments: went_on.append(arguments) or 0)
+    assert went_on[0][:3] == ["run", "local", "--resume"]
+
+
+@pytest.mark.parametrize("name", [*comparison.PRESETS])
+def test_presets_are_valid_and_say_so_where_a_file_is_not(name: str) -> None:
+    cells = comparison.cells(name, {}, 10, 3)
+    assert {c.seed for c in cells} == {0, 1, 2}
+    assert len({c.name for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "runs and conditions must be tables of tables, with one run at least"),
+        ("[run.x]", "'run' is not allowed: must be num-supernodes, seeds, common, runs or conditions"),
+        (
+            "[runs.x]\nstrategie = 'feddm-lean'",
+            "run 'x': strategie = 'feddm-lean': no such key; did you mean strategy?",
+        ),
+        ("seeds = 3\n[runs.x]", "a number, and a list of some"),
+        ("[runs.x", "cannot be read"),
+        ("[runs.'a b']\n[runs.'a-b']", "two of its runs have the same name"),
+    ],
+)
+def test_a_wrong_file_is_named(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.toml").write_text(text)
+    assert cli.main(["compare", str(tmp_path / "x.toml"), "-o", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_means_are_over_seeds() -> None:
+    one: dict[str, Any] = {"condition": "iid", "run": "vanilla", "kid": 0.01, "coverage": 0.9, "eval_loss": 0.1}
+    one |= {"samples": 2000, "features": "x", **{f"bytes_{w}{f}": 10**6 for w in ("up", "down") for f in ("", "_fp32")}}
+    text = comparison_tables.markdown([one | {"fid": 2.0, "seed": 0}, one | {"fid": 4.0, "seed": 1}])
+    assert "| vanilla | 3.000 ± 1.414 | 2.000 | – | 10.00 ± 0.00 | 0.900 ± 0.000 |" in text
+    assert "| 1 MB (1x) | 1 MB (1x) | 2 |" in text
