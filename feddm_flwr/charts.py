@@ -12,7 +12,7 @@ from feddm_flwr.tracking import Row
 Points = Sequence[tuple[float, float]]
 
 COLOURS = 8  # that a page has, s0 to s7
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 260, 56, 12, 10, 42
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 270, 80, 16, 10, 52
 
 
 def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
@@ -90,9 +90,9 @@ def _chart(series: Mapping[str, Points], *, zero: bool, across: str, joined: boo
     for x in sorted({round(x0 + (x1 - x0) * i / 4, 0 if joined else 2) for i in range(5)}):
         label = f"{x:g}" if joined else f"{10**x:.3g}"
         parts.append(
-            f'<text class="tick" x="{at(x, y0)[0]:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{label}</text>'
+            f'<text class="tick" x="{at(x, y0)[0]:.1f}" y="{_HEIGHT - 30}" text-anchor="middle">{label}</text>'
         )
-    parts.append(f'<text class="tick" x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>')
+    parts.append(f'<text class="tick" x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
     for i, (name, line) in enumerate(series.items()):
         places, colour = [at(x, y) for x, y in line], f"s{i % COLOURS}"
         if joined:

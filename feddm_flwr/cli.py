@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from feddm_flwr import __version__
-from feddm_flwr.config import ConfigError, RunConfig, parse
+from feddm_flwr.config import SCHEDULERS, ConfigError, RunConfig, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,19 +40,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"feddm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="train: a simulation on this machine, or on the nodes of a SuperLink")
-    run.add_argument(
-        "superlink",
-        nargs="?",
-        help="SuperLink connection of Flower's config.toml; local is a simulation (default: its default, else local)",
-    )
-    run.add_argument(
+    keys = argparse.ArgumentParser(add_help=False)
+    keys.add_argument(
         "-c",
         "--run-config",
         action="append",
         default=[],
         metavar="'KEY=VALUE …'",
         help="run-config keys, as in flwr run (docs/configuration.md has them all); may be repeated",
+    )
+
+    run = commands.add_parser(
+        "run", parents=[keys], help="train: a simulation on this machine, or on the nodes of a SuperLink"
+    )
+    run.add_argument(
+        "superlink",
+        nargs="?",
+        help="SuperLink connection of Flower's config.toml; local is a simulation (default: its default, else local)",
     )
     run.add_argument(
         "--resume",
@@ -81,15 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-v", "--verbose", action="store_true", help="print Flower's whole log")
     run.set_defaults(command=_run)
 
-    sample = commands.add_parser("sample", help="draw images from a trained model")
-    sample.add_argument(
+    drawn = argparse.ArgumentParser(add_help=False)
+    drawn.add_argument(
         "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
     )
+    drawn.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="how images are drawn (default ddim)")
+    drawn.add_argument("--steps", type=_positive, default=50, metavar="N", help="steps of the scheduler (default 50)")
+    drawn.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
+
+    sample = commands.add_parser("sample", parents=[drawn], help="draw images from a trained model")
     sample.add_argument("-n", "--count", type=_positive, default=64, metavar="N", help="images (default 64)")
-    sample.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default 50)")
     sample.add_argument("--class", dest="of_class", metavar="CLASS", help="name or number (default: all, in turns)")
     sample.add_argument("--guidance", type=float, default=2.0, metavar="W", help="of a class; 1: none (default 2)")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
     sample.add_argument(
         "-o",
         "--output",
@@ -98,17 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.set_defaults(command=_sample)
 
-    evaluate = commands.add_parser("evaluate", help="compare a model's samples with real images: FID, KID, and others")
-    evaluate.add_argument(
-        "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
-    )
-    evaluate.add_argument(
-        "-c",
-        "--run-config",
-        action="append",
-        default=[],
-        metavar="'KEY=VALUE …'",
-        help="data.name and so on, of the real images (default: those of the run, as the server finds them)",
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[drawn, keys],
+        help="compare a model's samples with real images (by default those of the run, as the server finds them): FID, "
+        "KID, and others",
     )
     evaluate.add_argument(
         "--features",
@@ -120,17 +121,16 @@ def _parser() -> argparse.ArgumentParser:
         "--features-from", default="", metavar="ID", help="folder or hub id of dinov2 (default: facebook/dinov2-base)"
     )
     evaluate.add_argument("-n", "--samples", type=_positive, default=2000, metavar="N", help="samples (default 2000)")
-    evaluate.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default 50)")
     evaluate.add_argument("--guidance", type=float, default=1.0, metavar="W", help="of classes; 1: none (default 1)")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
     evaluate.add_argument("-o", "--output", type=Path, help="write the figures there, too (x.json)")
     evaluate.set_defaults(command=_evaluate)
 
-    data = commands.add_parser("data", help="look at images before a run: counts, sizes, classes, a contact sheet")
+    data = commands.add_parser(
+        "data", parents=[keys], help="look at images before a run: counts, sizes, classes, a contact sheet"
+    )
     data.add_argument(
         "path", metavar="PATH", help="a folder, a parquet file, or anything else that data.name may be (digits)"
     )
-    data.add_argument("-c", "--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as in run")
     data.add_argument(
         "--num-supernodes", type=_positive, default=0, metavar="N", help="show what each of N simulated nodes would get"
     )
@@ -144,14 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(command=_report)
 
-    compare = commands.add_parser("compare", help="several strategies, codecs, partitions and seeds side by side")
+    compare = commands.add_parser(
+        "compare", parents=[keys], help="several strategies, codecs, partitions and seeds side by side"
+    )
     compare.add_argument(
         "comparison",
         metavar="COMPARISON",
         help="paper, codecs, non-iid, local-epochs, or a TOML file (docs/evaluation.md)",
-    )
-    compare.add_argument(
-        "-c", "--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="of every run; may be repeated"
     )
     compare.add_argument("--num-supernodes", type=_positive, metavar="N", help="nodes of each run (default 4)")
     compare.add_argument("--seeds", type=_positive, metavar="N", help="do every run with seeds 0 to N-1 (default 1)")
@@ -280,7 +279,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     from feddm_flwr import evaluation, finished
 
-    how = finished.How(options.steps, options.guidance, options.seed)
+    how = finished.How(options.scheduler, options.steps, options.guidance, options.seed)
     images = finished.draw(finished.find(options.model), how, options.count, options.of_class)
     (output if as_folder else output.parent).mkdir(parents=True, exist_ok=True)
     if as_folder:
@@ -306,7 +305,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     result = finished.evaluate(
         finished.find(options.model),
         config,
-        finished.How(options.steps, options.guidance, options.seed),
+        finished.How(options.scheduler, options.steps, options.guidance, options.seed),
         options.samples,
         options.features,
         options.features_from,
@@ -323,9 +322,8 @@ def _data(options: argparse.Namespace) -> int:
         raise ConfigError(f"--output = {str(options.output)!r}: must end in .png")
     from feddm_flwr import survey
 
-    for line in survey.describe(
-        {**_overrides(options.run_config), "data.name": options.path}, *(options.num_supernodes, options.output)
-    ):
+    keys = {**_overrides(options.run_config), "data.name": options.path}
+    for line in survey.describe(keys, options.num_supernodes, options.output):
         print(line)
     return 0
 

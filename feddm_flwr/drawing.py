@@ -41,6 +41,7 @@ class GlobalModel:
             labels=labels,
             guidance=guidance,
             autoencoder=self._autoencoder(),
+            scheduler=c.sample.scheduler,
         )
 
     def _autoencoder(self) -> Any:

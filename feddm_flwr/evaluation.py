@@ -9,11 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from PIL import Image
 
 from feddm_flwr.class_pipeline import guided
 from feddm_flwr.images import Images
 from feddm_flwr.latents import decode
+
+_SCHEDULERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
 
 @torch.inference_mode()
@@ -27,17 +35,18 @@ def sample(
     labels: Sequence[int] | None = None,
     guidance: float = 1.0,
     autoencoder: Any = None,
+    scheduler: str = "ddim",
     batch_size: int = 64,
 ) -> Images:
-    """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), uint8 (count, C, H, W).
+    """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second order) or
+    UniPC (Zhao et al. 2023), uint8 (count, C, H, W).
 
     `scheduler_config` is the configuration of the diffusers scheduler that the model was trained
     for. The starting noise is drawn on the CPU, image by image: image i depends on the seed and i
     only, not on device or batch size. A class-conditional model needs the label of each image; the last
     embedding of its is for no class. A latent one needs its autoencoder.
     """
-    scheduler = DDIMScheduler.from_config(scheduler_config)
-    scheduler.set_timesteps(steps)
+    solver = _SCHEDULERS[scheduler].from_config(scheduler_config)
     device = next(network.parameters()).device
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
     random = torch.Generator().manual_seed(seed)
@@ -47,12 +56,13 @@ def sample(
     classes = torch.tensor([*labels] if labels is not None else [0] * count, device=device)
     for x, own in zip(noise.split(batch_size), classes.split(batch_size), strict=True):
         x = x.to(device)
-        for t in scheduler.timesteps:
+        solver.set_timesteps(steps)  # and forget the batch before
+        for t in solver.timesteps:
             if labels is None:
                 predicted = network(x, t).sample
             else:
                 predicted = guided(network, x, t, own, network.config.num_class_embeds - 1, guidance)
-            x = scheduler.step(predicted, t, x).prev_sample
+            x = solver.step(predicted, t, x).prev_sample
         if autoencoder is not None:
             x = decode(autoencoder, x)
         done.append(((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())

@@ -19,7 +19,8 @@ from feddm_flwr.state_folder import state_root
 class How:
     """How samples are drawn."""
 
-    steps: int  # of DDIM
+    scheduler: str
+    steps: int
     guidance: float
     seed: int
 
@@ -59,6 +60,7 @@ def draw(folder: Path, how: How, count: int, of_class: str | None = None) -> Ima
         labels=_labels(of_class, count, pipelines.class_names(pipeline)),
         guidance=how.guidance,
         autoencoder=pipelines.autoencoder(pipeline),
+        scheduler=how.scheduler,
     )
 
 

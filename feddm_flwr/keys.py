@@ -12,6 +12,7 @@ from feddm_flwr.schema import PRESET, KeySpec, key, sections
 
 #: A node's name: it goes into logs, seeds and file names.
 NODE_NAME = r"(?!\.)[\w.-]{1,64}"
+SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
 
@@ -264,7 +265,12 @@ class Sample:
 
     every: int = key(5, "rounds between grids; the last round always has one, 0: only that", low=0)
     count: int = key(64, "images in a grid", low=1, high=4096)
-    steps: int = key(50, "DDIM steps", low=1)
+    scheduler: str = key(
+        "ddim",
+        "how samples are drawn: deterministic DDIM, or DPM-Solver++ or UniPC, which take fewer steps",
+        choices=(*SCHEDULERS,),
+    )
+    steps: int = key(50, "steps of the scheduler", low=1)
     guidance: float = key(2.0, "classifier-free guidance of class-conditional models; 1: none", low=0)
 
 

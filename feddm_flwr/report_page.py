@@ -27,7 +27,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 .card h3 { margin: 0 0 .5rem; font-size: .95rem; font-weight: 600; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; display: block; } .axis { stroke: var(--line); }
-.tick { fill: var(--soft); font-size: 12px; } .legend { font-size: .85rem; margin: .3rem 0 0; }
+.tick { fill: var(--soft); font-size: 16px; } .legend { font-size: .85rem; margin: .3rem 0 0; }
 .legend span { margin-right: .8rem; white-space: nowrap; } .line { fill: none; stroke-width: 2; }
 .line.s0 { stroke: var(--s0); } .dot.s0 { fill: var(--s0); } .label.s0 { color: var(--s0); }
 .line.s1 { stroke: var(--s1); } .dot.s1 { fill: var(--s1); } .label.s1 { color: var(--s1); }
@@ -94,8 +94,8 @@ PAGE = (
 <div class="card scroll"><table><tr><th>node</th><th class="n">samples near to a training image, of {{ final.audit_samples }}</th><th class="n">membership AUC</th></tr>
 {% for name, found in final.audit.items() %}<tr><td>{{ name }}</td><td class="n">{{ found.near }}</td><td class="n">{{ "%.3f"|format(found.members_auc) }}</td></tr>
 {% endfor %}</table>
-<p class="soft">Each node counted samples that are nearer to one of its training images than 99 % of its held-out images are: some {{ "%.0f"|format([final.audit_samples / 100, 1]|max) }}
- are there by chance, many more mean copies. The AUC says how well a low loss tells training images from held-out ones: 0.5 is chance, near 1 means that
+<p class="soft">Each node counted samples that are nearer to one of its training images than 99 % of its held-out images are:
+ about {{ "%.0f"|format([final.audit_samples / 100, 1]|max) }} may be so by chance, many more mean copies. The AUC says how well a low loss tells training images from held-out ones: 0.5 is chance, near 1 means that
  who has the model can tell who was in the data. Neither proves that nothing was memorized. Only these figures left the nodes.</p></div>
 {% endif %}
 {% if faults %}

@@ -10,8 +10,8 @@ from feddm_flwr.config import ConfigError, RunConfig, flatten
 _FREE = {
     "run-name", "out-dir", "resume", "keep-checkpoints", "min-nodes", "min-replies", "max-round-retries",
     "round-timeout", "wait-timeout", "eval.every", "eval.images", "sample.every", "sample.count", "sample.steps",
-    "sample.guidance", "eval.features", "eval.features-from", "eval.samples", "eval.min-images", "eval.keep-best",
-    "eval.audit", "tracker",
+    "sample.scheduler", "sample.guidance", "eval.features", "eval.features-from", "eval.samples",
+    "eval.min-images", "eval.keep-best", "eval.audit", "tracker",
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def compare(
         figures["coverage"] = covered(figures["coverage_by_class"], reference)
     if logits:
         with warnings.catch_warnings(), torch.inference_mode():
-            warnings.filterwarnings("ignore", "Metric `InceptionScore` will save", UserWarning)
+            warnings.simplefilter("ignore", UserWarning)  # it keeps what it gets, and has no spread of one split
             score = InceptionScore(Features(real.shape[1]), splits=1)
             score.update(logits(fake))
             figures["inception_score"] = float(score.compute()[0])
@@ -125,7 +125,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         *([f"IS         {result['inception_score']:.3f}"] if "inception_score" in result else []),
         *_coverage_lines(result),
         f"features   {result['features']}; resized: {result['resize']}",
-        f"samples    {result['samples']} (seed {result['seed']}, {result['steps']} DDIM steps, averaged weights)",
+        f"samples    {result['samples']} (seed {result['seed']}, {result['steps']} steps of {result['scheduler']}, "
+        "averaged weights)",
         f"real       {result['real']} of {result['data']}, split {result['split']}",
     ]
     if result["samples"] < FEW:

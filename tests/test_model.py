@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from feddm_flwr import architecture, evaluation, model, pipelines
-from feddm_flwr.config import parse
+from feddm_flwr import architecture, diffusion, evaluation, model, pipelines
+from feddm_flwr.config import SCHEDULERS, parse
 
 TINY = parse({"model.preset": "tiny"})
 
@@ -57,14 +58,39 @@ def test_the_shipped_folder_generates_with_diffusers_alone(tmp_path: Path) -> No
     assert model.to_vector(pipeline.unet).tobytes() == model.to_vector(network).tobytes()
 
 
-def test_an_image_depends_on_its_number_and_seed_not_on_the_batch() -> None:
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_image_depends_on_its_number_and_seed_not_on_the_batch(scheduler: str) -> None:
     network = architecture.build(TINY, {})
     config = pipelines.noise_scheduler(TINY).config
-    few = evaluation.sample(network, config, 3, 5, seed=1)
-    many = evaluation.sample(network, config, 10, 5, seed=1, batch_size=4)
+    few = evaluation.sample(network, config, 3, 5, seed=1, scheduler=scheduler)
+    many = evaluation.sample(network, config, 10, 5, seed=1, batch_size=4, scheduler=scheduler)
     # Convolutions of another batch size may add in another order.
     assert np.abs(many[:3].astype(int) - few).max() <= 1
-    assert (evaluation.sample(network, config, 3, 5, seed=2) != few).any()
+    assert (evaluation.sample(network, config, 3, 5, seed=2, scheduler=scheduler) != few).any()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_ends_at_what_the_denoiser_says(scheduler: str) -> None:
+    """A denoiser that knows of one image only must lead there."""
+    image = torch.linspace(-0.9, 0.9, 64).view(1, 1, 8, 8)
+    abar = diffusion.alphas_cumprod("cosine", 1000)
+
+    class Knowing(torch.nn.Module):
+        config = type("Config", (), {"in_channels": 1, "sample_size": 8})
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+            a = abar[int(t)]
+            noise = (x - a.sqrt() * image) / (1 - a).sqrt()
+            return type("Out", (), {"sample": a.sqrt() * noise - (1 - a).sqrt() * image})
+
+    drawn = evaluation.sample(
+        Knowing(), pipelines.noise_scheduler(parse({})).config, 2, 20, seed=0, scheduler=scheduler
+    )
+    assert np.abs(drawn.astype(float) - ((image.numpy() + 1) * 127.5)).max() <= 4
 
 
 @pytest.mark.parametrize(("count", "channels", "size"), [(1, 1, 8), (7, 3, 16), (64, 1, 28)])
