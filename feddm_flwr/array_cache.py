@@ -57,8 +57,9 @@ def new_array(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> N
     """
     path = folder / f"{name}.npy"
     array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # not on a Mac
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,14 +112,18 @@ def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | 
     numbers = [*range(seeds)] if seeds else chosen.get("seeds", [0])
     if type(count) is not int or count < 1 or not isinstance(numbers, list) or not numbers:
         raise ConfigError(f"{name}: num-supernodes = {count!r} and seeds = {numbers!r}: a number, and a list of some")
-    tables = [flat(chosen.get("common", {})), *map(dict, (chosen.get("runs", {}), chosen.get("conditions", {})))]
-    if not tables[1] or not all(isinstance(of, dict) for table in tables[1:] for of in table.values()):
+    tables = [chosen.get(key, {}) for key in ("common", "runs", "conditions")]
+    if (
+        not all(isinstance(table, dict) for table in tables)
+        or not tables[1]
+        or not all(isinstance(of, dict) for table in tables[1:] for of in table.values())
+    ):
         raise ConfigError(f"{name}: runs and conditions must be tables of tables, with one run at least")
     found = []
     for seed in numbers:
         for condition, under in (tables[2] or {"": {}}).items():
             for run, own in tables[1].items():
-                keys = {**_JUDGED, **tables[0], **flat(under), **flat(own), **common, "seed": seed}
+                keys = {**_JUDGED, **flat(tables[0]), **flat(under), **flat(own), **common, "seed": seed}
                 found.append(_cell(condition, run, seed, count, keys))
     if len({cell.name for cell in found}) < len(found):
         raise ConfigError(f"{name}: two of its runs have the same name")
@@ -137,7 +142,9 @@ def _file(name: str) -> dict[str, Any]:
 def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
     if keys.pop("centralized", False):
         config = parse(keys)
-        keys |= {"data.partition": "iid", "min-nodes": 1, "train.local-steps": nodes * config.train.local_steps}
+        asked = max(1, round(config.fraction_train * nodes))
+        keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
+        keys["train.local-steps"] = asked * config.train.local_steps
         nodes = 1
     try:
         parse(keys)
@@ -159,7 +166,9 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> bool:
     asked.write_text(wanted, encoding="utf-8")
     if status(run) == "completed":
         return True
-    if (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir()):
+    if run.is_dir() and not any(run.glob("checkpoints/*")):  # it ended before there was anything to go on with
+        shutil.rmtree(run)
+    if run.is_dir():
         feddm(["run", "local", "--resume", str(run), "--num-supernodes", str(cell.nodes)])
     else:
         keys = {**cell.keys, "run-name": cell.name, "out-dir": str(folder)}

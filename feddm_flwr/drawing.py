@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,10 +59,3 @@ class GlobalModel:
             shift, scale = scaling(autoencoder.config)
             x = (autoencoder.encode(x).latent_dist.mean - shift) * scale
         return x
-
-
-def labels_like(counts: Mapping[str, int], names: Sequence[str], count: int) -> list[int]:
-    """Labels of `count` samples, of each class in proportion to its images."""
-    shares = np.cumsum([counts.get(name, 0) for name in names], dtype=float)
-    places = (np.arange(count) + 0.5) / count * shares[-1]
-    return [int(i) for i in np.searchsorted(shares, places, side="right")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,13 @@ def sample(
 def every_class(classes: int, count: int) -> list[int]:
     """Labels for `count` images, as many of each class as can be, class by class."""
     return [i * classes // count for i in range(count)]
+
+
+def labels_like(counts: Mapping[str, int], names: Sequence[str], count: int) -> list[int]:
+    """Labels of `count` samples, of each class in proportion to its images."""
+    shares = np.cumsum([counts.get(name, 0) for name in names], dtype=float)
+    places = (np.arange(count) + 0.5) / count * shares[-1]
+    return [int(i) for i in np.searchsorted(shares, places, side="right")]
 
 
 def to_image(pixels: Images) -> Image.Image:

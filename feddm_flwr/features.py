@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -65,9 +65,9 @@ class Recipe:
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def write(self, path: Path) -> None:
-        """Write a safetensors file with the facts in its metadata."""
-        save_file({**self.tensors, "": torch.zeros(0)}, path, {"config": json.dumps(self.facts)})
+    def bytes(self) -> bytes:
+        """As a safetensors file with the facts in its metadata."""
+        return save({**self.tensors, "": torch.zeros(0)}, {"config": json.dumps(self.facts)})
 
     def build(self) -> FeatureNetwork:
         """The network.
@@ -140,7 +140,7 @@ def _classifier(images: Images, classes: list[str], root: Path) -> Recipe:
         network, accuracy = _trained(images, labels)
         name = f"classifier (trained on these {len(names)} classes, {accuracy:.1%} right on held-out images)"
         facts = {"kind": "classifier", "name": name, "channels": images.shape[1], "classes": names}
-        Recipe(facts, network.state_dict()).write(folder / "classifier.safetensors")
+        (folder / "classifier.safetensors").write_bytes(Recipe(facts, network.state_dict()).bytes())
         write_facts(folder, {})
 
     return read(cached(root, {"format": _FORMAT, "classifier": digest}, fill) / "classifier.safetensors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,11 @@ def find(path: Path) -> Path:
     return folder
 
 
-def draw(folder: Path, how: How, count: int, of_class: str | None = None) -> Images:
-    """Samples of the pipeline in a folder, uint8 (count, C, H, W): of one class, or of all in turns.
+def draw(
+    folder: Path, how: How, count: int, of_class: str | None = None, like: Mapping[str, int] | None = None
+) -> Images:
+    """Samples of the pipeline in a folder, uint8 (count, C, H, W): of one class, of all in proportion to the counts
+    that they are to be `like`, or of as many each.
 
     Raises:
         ConfigError: the folder has no such pipeline, or it cannot do what is asked.
@@ -57,7 +62,7 @@ def draw(folder: Path, how: How, count: int, of_class: str | None = None) -> Ima
         count,
         how.steps,
         how.seed,
-        labels=_labels(of_class, count, pipelines.class_names(pipeline)),
+        labels=_labels(of_class, count, pipelines.class_names(pipeline), like),
         guidance=how.guidance,
         autoencoder=pipelines.autoencoder(pipeline),
         scheduler=how.scheduler,
@@ -72,7 +77,7 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
     """
     real, classes, _ = data.load_all(config)
     network = features.recipe(kind, config.data.channels, lambda: (real, classes), state_root(None), kind_from).build()
-    fake = draw(folder, how, count)
+    fake = draw(folder, how, count, like=Counter(classes))
     if fake.shape[1:] != real.shape[1:]:
         raise ConfigError(
             f"data.name = {config.data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
@@ -91,12 +96,14 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
     }
 
 
-def _labels(asked: str | None, count: int, names: list[str]) -> list[int] | None:
+def _labels(asked: str | None, count: int, names: list[str], like: Mapping[str, int] | None) -> list[int] | None:
     """The label of each image; None for a model without classes."""
     if not names:
         if asked is not None:
             raise ConfigError(f"--class = {asked!r}: the model knows no classes")
         return None
+    if like and any(like.get(name) for name in names):
+        return evaluation.labels_like(like, names, count)
     if asked is None:
         return evaluation.every_class(len(names), count)
     if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,19 +16,20 @@ import torch
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from feddm_flwr import diffusion, features, gauges, reference
+from feddm_flwr import diffusion, evaluation, features, gauges, reference
 from feddm_flwr.assets import FEATURES
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data import load_all
-from feddm_flwr.drawing import GlobalModel, labels_like
+from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import exact
 from feddm_flwr.images import Images
 from feddm_flwr.messages import Failure, clean
 from feddm_flwr.model import layout
-from feddm_flwr.node_evaluation import FINAL, REFERENCE, SAMPLES, WEIGHTS
+from feddm_flwr.node_evaluation import FINAL, REFERENCE, SAMPLES, WEIGHTS, near_by_chance
 from feddm_flwr.reference import Statistics
 from feddm_flwr.state_folder import state_root
 from feddm_flwr.strategy import FedDM
+from feddm_flwr.tally import ABSURD
 from feddm_flwr.whole_file import whole_file
 
 log = logging.getLogger("feddm")
@@ -58,26 +59,41 @@ class Judge:
                 state_root(None),
                 config.eval.features_from,
             )
-            made.write(self.recipe)
+            with whole_file(self.recipe) as file:
+                file.write(made.bytes())
         self._network = features.read(self.recipe).build()
         self._real: Statistics | None = None
+        self._counts: dict[str, int] = {}  # of the real images, by class
 
     def refer(self, feddm: FedDM, grid: Grid) -> None:
         """Have the nodes sum the features of their images, once for a run: the reference."""
         kept, facts = self._folder / "sums", self._folder / "facts.json"
+        config = self._model.config.eval
+        keys = {f"eval.{k}": getattr(config, k.replace("-", "_")) for k in ("features", "features-from", "min-images")}
         if not kept.exists():
-            real, left_out = _gather(feddm, grid, self.recipe, self._size(), self._model.config.eval.min_images)
+            real, left_out = _gather(feddm, grid, self.recipe, self._size(), config.min_images)
+            counts = Counter[str]()
+            for node in feddm.nodes:
+                counts.update({} if node.name in left_out else node.class_counts)
+            about = {
+                "classes": {name: counts[name] for name in sorted(real.classes)},
+                "features": self._network.name,
+                "images": real.count,
+                "without": left_out,
+                "keys": keys,
+            }
             with whole_file(facts) as file:
-                names = sorted(real.classes)
-                file.write(
-                    json.dumps(
-                        {"classes": names, "features": self._network.name, "images": real.count, "without": left_out}
-                    ).encode()
-                )
+                file.write(json.dumps(about, indent=1).encode())
             with whole_file(kept) as file:
                 file.write(real.pack())
         said = json.loads(facts.read_text(encoding="utf-8"))
-        self._real = reference.unpack(kept.read_bytes(), self._size(), said["classes"])
+        for key, value in keys.items():
+            if said["keys"][key] != value:
+                raise ConfigError(
+                    f"{key} = {value!r}: was {said['keys'][key]!r} in the run to resume, and must stay so"
+                )
+        self._counts = said["classes"]
+        self._real = reference.unpack(kept.read_bytes(), self._size(), [*self._counts])
         without = f" without {', '.join(said['without'])}" if said["without"] else ""
         log.info("reference=%d images%s features=%s", self._real.count, without, self._network.name)
 
@@ -86,15 +102,14 @@ class Judge:
         assert self._real
         config = self._model.config
         names = config.data.class_names
-        counts = {name: count for name, (count, _) in self._real.classes.items()}
-        labels = labels_like(counts, names, config.eval.samples) if names else None
+        labels = evaluation.labels_like(self._counts, names, config.eval.samples) if names else None
         images = self._model.draw(config.eval.samples, 1.0, labels)
         seen = self._network(images)
         fake = reference.statistics(seen)
-        by_class = reference.coverage(self._real, seen)
+        by_class = reference.coverage(self._real, self._counts, seen)
         found: dict[str, Any] = {"fid": reference.fid(self._real, fake), "kid": reference.kid(self._real, fake)}
         if by_class:
-            found |= {"coverage": reference.covered(by_class, self._real), "coverage_by_class": by_class}
+            found |= {"coverage": reference.covered(by_class, self._counts), "coverage_by_class": by_class}
         found["lipschitz"] = self._steepness(images, labels)
         kid = "" if found["kid"] is None else f" kid={found['kid']:.5f}"
         log.info("fid=%.4f%s samples=%d", found["fid"], kid, len(images))
@@ -102,13 +117,14 @@ class Judge:
 
     def _steepness(self, images: Images, labels: list[int] | None) -> float:
         config = self._model.config
-        some = images[:: max(1, len(images) // (_LOOKED_AT * len(_LEVELS)))][: _LOOKED_AT * len(_LEVELS)]
+        every = max(1, len(images) // (_LOOKED_AT * len(_LEVELS)))
+        some = images[::every][: _LOOKED_AT * len(_LEVELS)]
         x0 = self._model.inputs(some)
         steps = [int(level * config.diffusion.timesteps) for level in _LEVELS for _ in range(_LOOKED_AT)]
         t = torch.tensor(steps, device=x0.device)
         abar = diffusion.alphas_cumprod(config.diffusion.schedule, config.diffusion.timesteps).to(x0.device)[t]
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed)).to(x0.device)
-        own = None if labels is None else torch.tensor(labels[: len(x0)], device=x0.device)
+        own = None if labels is None else torch.tensor(labels[::every][: len(x0)], device=x0.device)
         return gauges.lipschitz(self._model.network, diffusion.add_noise(x0, noise, abar), t, own)
 
     def _size(self) -> int:
@@ -139,6 +155,8 @@ def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tu
                     found = reference.unpack(sums, size, sorted(node.class_counts))
                     if found.count != node.images + node.held_out:
                         raise ValueError(f"sums over {found.count} images")
+                    if any(n not in (0, node.class_counts[name]) for name, (n, _) in found.classes.items()):
+                        raise ValueError("sums over other classes than it has")
                     Path(spooled, node.name).write_bytes(sums)
                     names.append(node.name)
                     continue
@@ -170,18 +188,22 @@ def final(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> 
         said: dict[str, Any] = {}
         if isinstance(reply, RecordDict) and "report" in reply.config_records:
             said = dict(reply.config_records["report"])
-        loss, power, near, auc = (said.get(k) for k in ("eval-loss", "latent-power", "near", "members-auc"))
+        loss, power, near, auc, unseen = (
+            said.get(key) for key in ("eval-loss", "latent-power", "near", "members-auc", "unseen")
+        )
         if not isinstance(loss, float):
             log.warning(
                 "node=%s: no final evaluation: %s", node.name, reply if isinstance(reply, Failure) else "malformed"
             )
             continue
-        if math.isfinite(loss) and loss >= 0:
+        if 0 <= loss <= ABSURD:
             losses.append((node.held_out, loss))
-        if isinstance(power, float) and math.isfinite(power) and power > 0:
+        if isinstance(power, float) and 0 < power <= ABSURD:
             powers.append(power)
-        if type(near) is int and 0 <= near <= samples and isinstance(auc, float) and 0 <= auc <= 1:
-            audited[node.name] = {"near": near, "members_auc": auc, "images": said.get("audited")}
+        if not (type(near) is int and 0 <= near <= samples and type(unseen) is int and 0 < unseen <= node.held_out):
+            continue
+        if isinstance(auc, float) and 0 <= auc <= 1:
+            audited[node.name] = {"near": near, "by_chance": near_by_chance(samples, unseen), "members_auc": auc}
     weight = sum(n for n, _ in losses)
     found: dict[str, Any] = {
         "eval_loss": sum(n * loss for n, loss in losses) / weight if weight else None,

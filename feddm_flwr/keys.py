@@ -12,6 +12,7 @@ from feddm_flwr.schema import PRESET, KeySpec, key, sections
 
 #: A node's name: it goes into logs, seeds and file names.
 NODE_NAME = r"(?!\.)[\w.-]{1,64}"
+NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
@@ -249,7 +250,10 @@ class Eval:
     features_from: str = key("", "folder or hub id of dinov2; empty: facebook/dinov2-base")
     samples: int = key(512, "samples that are compared; FID depends on their number", low=16)
     min_images: int = key(
-        0, "nodes with fewer images give no sums of their features, which would tell much about them", low=0
+        100,
+        "nodes with fewer images, and a node's classes of fewer than a tenth of this, give no sums of features, which "
+        "would tell much about them",
+        low=0,
     )
     keep_best: str = key(
         "none", "also keep, as best/, the model that was best by this figure", choices=("none", "fid", "kid")

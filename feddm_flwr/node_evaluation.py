@@ -28,6 +28,7 @@ log = logging.getLogger("feddm")
 REFERENCE, FINAL = "reference", "final"
 WEIGHTS, SAMPLES = "weights", "samples"  # frames of the final evaluation
 
+_PER_CLASS = 10  # of a class as many images are needed as of a node, over this
 _QUANTILE = 0.01  # of unseen images that are as near to a training image by chance
 _AUDITED = 2048  # images of each kind that are compared
 
@@ -48,8 +49,8 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
     if said["kind"] == REFERENCE:
         network = features.read(assets[FEATURES]).build()
         log.info("summing the features of %d images", len(data.train) + len(data.held_out))
-        seen = torch.cat([network(data.held_out), network(data.train)])
-        return Outcome(report, statistics(seen, data.classes).pack())
+        seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
+        return Outcome(report, statistics(seen, data.classes, config.eval.min_images // _PER_CLASS).pack())
     return Outcome(report | _final(config, name, data, assets, root, frames, device), b"done")
 
 
@@ -76,17 +77,30 @@ def _final(
         order = np.random.default_rng(derive_seed(config.seed, name, "audit"))
         count = min(len(data.train), len(data.held_out), _AUDITED)
         some = data.train[np.sort(order.permutation(len(data.train))[:_AUDITED])]
-        near = near_copies(extract(samples), extract(some), extract(data.held_out[:_AUDITED]))
+        unseen_ones = data.held_out[:_AUDITED]
+        near = near_copies(extract(samples), extract(some), extract(unseen_ones))
         losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
-        report |= {"near": near, "members-auc": separability(*losses), "audited": count}
+        report |= {"near": near, "members-auc": separability(*losses), "unseen": len(unseen_ones)}
     return report
 
 
 def near_copies(samples: Tensor, trained: Tensor, unseen: Tensor) -> int:
     """How many samples are nearer to a training image, by their features (N, D), than all but one in a hundred real
     images are that the model never saw."""
-    chance = torch.cdist(unseen.double(), trained.double()).min(1).values.quantile(_QUANTILE)
-    return int((torch.cdist(samples.double(), trained.double()).min(1).values < chance).sum())
+    chance = _nearest(unseen, trained).quantile(_QUANTILE)
+    return int((_nearest(samples, trained) <= chance).sum())
+
+
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """The distance of each point to the nearest of the others, exactly 0 for the same."""
+    exactly = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(points.double(), others.double(), compute_mode=exactly).min(1).values
+
+
+def near_by_chance(samples: int, unseen: int) -> float:
+    """How many samples `near_copies` finds on average where nothing was copied: the quantile of few images is itself
+    near to the least of them."""
+    return samples * (_QUANTILE * (unseen - 1) + 1) / (unseen + 1)
 
 
 def separability(members: Tensor, others: Tensor) -> float:

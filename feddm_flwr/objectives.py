@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from feddm_flwr import diffusion
-from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.config import NOISE_LEVELS, RunConfig, derive_seed
 from feddm_flwr.data import Labels
 from feddm_flwr.images import Images
 from feddm_flwr.latents import Latents
 from feddm_flwr.perceptual import VGG16
 
 Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
-LEVELS = 10  # parts of the timesteps whose losses are told apart
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class Denoising:
         if min(limit, len(self)) == 0:
             return HeldOut()
         losses = self.fixed_losses(network, limit, name).double().cpu()
-        levels = [float(part.mean()) for part in losses.tensor_split(LEVELS)]
+        levels = [float(part.mean()) for part in losses.tensor_split(NOISE_LEVELS)]
         return HeldOut(float(losses.mean()), levels)
 
 

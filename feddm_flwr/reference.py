@@ -1,11 +1,12 @@
 """What a set of images amounts to for FID, KID and coverage: sums of features, which add up across nodes.
 
-No image, and no feature of a single image, is among them; but sums over a few images tell much about these (see
-docs/evaluation.md), so nodes with few can be left out.
+No image is among them; but sums over a few images tell much about these (see docs/evaluation.md), so nodes and classes
+with few can be left out.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 Doubles = NDArray[np.float64]
 
 _CUBED = 128  # features up to this wide have their third moments summed, which KID needs
+_ABSURD = 1e12  # products of features above this are a broken node's
 _AT_A_TIME = 4096
 
 
@@ -29,7 +31,7 @@ class Statistics:
     second: Doubles  # of x x^T, (D, D)
     third: Doubles  # of x x^T x, (D, D, D); empty for wide features
     itself: float  # of the kernel k(x, x)
-    classes: Mapping[str, tuple[int, Doubles]]  # of each class: its images, and their sum of x
+    classes: Mapping[str, tuple[int, Doubles]]  # of each class: images, and their sum of x; 0 where that is not told
 
     @property
     def size(self) -> int:
@@ -59,6 +61,12 @@ def unpack(packed: bytes, size: int, classes: Sequence[str]) -> Statistics:
         raise ValueError("statistics that are not finite")
     count, first, second, third, itself, rest = np.split(values, np.cumsum([1, size, size**2, cubed, 1]), axis=0)
     of_class = rest.reshape(len(classes), 1 + size)
+    if (
+        not (np.abs(values) <= _ABSURD * count[0]).all()
+        or itself[0] < 0
+        or (np.diag(second.reshape(size, size)) < 0).any()
+    ):
+        raise ValueError("statistics that no images have")
     return Statistics(
         int(count[0]),
         first,
@@ -69,8 +77,9 @@ def unpack(packed: bytes, size: int, classes: Sequence[str]) -> Statistics:
     )
 
 
-def statistics(features: Tensor, classes: Sequence[str] = ()) -> Statistics:
-    """The statistics of features (N, D), and of each class where the N `classes` are known."""
+def statistics(features: Tensor, classes: Sequence[str] = (), least: int = 0) -> Statistics:
+    """The statistics of features (N, D), and of each class where the N `classes` are known. Classes of fewer images
+    than `least` have no sums, nor have as many more that the sum of those without is over as many images."""
     x = features.double().numpy()
     size = x.shape[1]
     cubed = size <= _CUBED
@@ -81,13 +90,21 @@ def statistics(features: Tensor, classes: Sequence[str] = ()) -> Statistics:
         if cubed:
             third += (part[:, :, None] * part[:, None]).reshape(len(part), -1).T @ part
     named = np.asarray(classes)
+    counts = Counter(classes)
+    hidden: list[str] = []
+    for name, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
+        if count < least or 0 < sum(counts[h] for h in hidden) < least:
+            hidden.append(name)
     return Statistics(
         len(x),
         x.sum(0),
         second,
         third.reshape((size,) * 3) if cubed else third,
         float(_kernel((x * x).sum(1), size).sum()),
-        {str(name): (int((named == name).sum()), x[named == name].sum(0)) for name in sorted({*classes})},
+        {
+            name: (0, np.zeros(size)) if name in hidden else (count, x[named == name].sum(0))
+            for name, count in sorted(counts.items())
+        },
     )
 
 
@@ -124,22 +141,22 @@ def kid(real: Statistics, fake: Statistics) -> float | None:
     return _mean_kernel(real) + _mean_kernel(fake) - 2 * _pairs(real, fake) / (real.count * fake.count)
 
 
-def coverage(real: Statistics, features: Tensor) -> dict[str, float]:
-    """The share of each class among images, by the nearest mean of a class, over its share among the real ones: 1 is
-    as it should be, 0 is a class that never appears. Empty where the classes are unknown."""
-    names = [name for name, (count, _) in sorted(real.classes.items()) if count]
+def coverage(real: Statistics, counts: Mapping[str, int], features: Tensor) -> dict[str, float]:
+    """The share of each class among images, by the nearest mean of a class, over its share among the real ones, of
+    which there are `counts`: 1 is as it should be, 0 is a class that never appears. Empty where no class is known."""
+    names = [name for name, (count, _) in sorted(real.classes.items()) if count and counts.get(name)]
     if not names:
         return {}
     means = np.stack([real.classes[name][1] / real.classes[name][0] for name in names])
     nearest = torch.cdist(features.double(), torch.from_numpy(means)).argmin(1).numpy()
-    everything = sum(real.classes[name][0] for name in names)
-    return {name: float((nearest == i).mean() / (real.classes[name][0] / everything)) for i, name in enumerate(names)}
+    everything = sum(counts[name] for name in names)
+    return {name: float((nearest == i).mean() / (counts[name] / everything)) for i, name in enumerate(names)}
 
 
-def covered(by_class: Mapping[str, float], real: Statistics) -> float:
+def covered(by_class: Mapping[str, float], counts: Mapping[str, int]) -> float:
     """The overlap of the two distributions of classes, 0 to 1."""
-    everything = sum(real.classes[name][0] for name in by_class)
-    return sum(min(1.0, ratio) * real.classes[name][0] / everything for name, ratio in by_class.items())
+    everything = sum(counts[name] for name in by_class)
+    return sum(min(1.0, ratio) * counts[name] / everything for name, ratio in by_class.items())
 
 
 def _covariance(a: Statistics) -> Doubles:

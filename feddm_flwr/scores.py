@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,8 +74,8 @@ def compare(
     figures["mifid"] = float(mifid.compute())
     if classes:
         reference = statistics(real, classes)
-        figures["coverage_by_class"] = coverage(reference, fake)
-        figures["coverage"] = covered(figures["coverage_by_class"], reference)
+        figures["coverage_by_class"] = coverage(reference, Counter(classes), fake)
+        figures["coverage"] = covered(figures["coverage_by_class"], Counter(classes))
     if logits:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore", UserWarning)  # it keeps what it gets, and has no spread of one split

@@ -21,6 +21,7 @@ from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import Values
 from feddm_flwr.judge import Judge, final
+from feddm_flwr.nodes import RunFailedError
 from feddm_flwr.parts import Parts, parts_of
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.state_folder import forget_run, state_root
@@ -78,9 +79,11 @@ def main(grid: Grid, context: Context) -> None:
         if incomplete := incomplete or _never_sent(feddm):
             log.warning("no model/ is written: %s", incomplete)
         else:
-            if config.stage == "autoencoder" or config.eval.audit:
-                run.write_final(last := final(feddm, grid, model_of, judge.recipe if judge else None))
+            if config.stage == "autoencoder":
+                run.write_final(last := final(feddm, grid, model_of, None))
             _ship(run, model_of, feddm, last.get("latent_power"))
+            if judge and config.eval.audit:
+                _audit(run, model_of, feddm, grid, judge.recipe)
         for line in report.traffic(read_metrics(run.path)):
             log.info("%s", line)
         if not config.keeps_personal:
@@ -115,9 +118,10 @@ def _judged(
         return {}
     model_of.load(feddm.ema)
     figures, best = judge.figures(), config.eval.keep_best
-    if run.keep_better(figures, best):
+    if best != "none" and figures[best] < run.best(best):
         log.info("round=%d best so far by %s = %.5g", feddm.round, best, figures[best])
         _write_model(run, model_of, feddm, "best")
+        run.write_best(feddm.round, best, figures[best])
     return figures
 
 
@@ -186,6 +190,14 @@ def _write_model(
     card = report.model_card(flatten(model_of.config), feddm.round, len(feddm.nodes))
     with whole_folder(run.path / name) as folder:
         pipelines.save(model_of.network, model_of.config, model_of.files, folder, card, latent_power)
+
+
+def _audit(run: RunDirectory, model_of: GlobalModel, feddm: FedDM, grid: Grid, recipe: Path) -> None:
+    """What the nodes say of the model that is shipped; it is there whatever they do."""
+    try:
+        run.write_final(final(feddm, grid, model_of, recipe))
+    except RunFailedError as error:
+        log.warning("eval.audit: %s", error)
 
 
 def _report(run: RunDirectory) -> None:

@@ -112,7 +112,7 @@ class FedDM:
         self._state = groups["optimizer."]
         self._broadcast.restore(groups["broadcast."])
         self._run_uuid, self._steps, self._held = facts["run-uuid"], facts["steps"], facts["held"]
-        self._step_norm = facts["step-norm"]
+        self._step_norm = facts.get("step-norm", 0.0)
         self._acked = {(name, part): number for name, part, number in facts["acked"]}
         self._outliers.restore(facts["norms"])
         self.never_sent = {*facts["never-sent"]}
@@ -365,6 +365,7 @@ class FedDM:
             ConfigError, RunFailedError: as `run`.
         """
         online = self._roster.wait(grid, first=not self._begun)
+        self._begun = True
         chosen = {i: name for name, i in online.items() if self._roster.nodes[name].images >= least}
         fingerprints = self._fingerprints | {name: sha256(content).hexdigest() for name, content in assets.items()}
         task = ConfigRecord({"kind": kind, "assets": json.dumps(fingerprints)})
@@ -381,6 +382,8 @@ class FedDM:
             if not isinstance(reply, Failure):
                 traffic.other += sum(len(a.data) for r in reply.array_records.values() for a in r.values())
             yield self._roster.nodes[chosen[i]], reply
+            del reply
+            gc.collect()
         self._other += traffic.other + traffic.down.total()
 
     @property

@@ -11,10 +11,10 @@ from typing import Any
 
 from feddm_flwr.aggregation import Aggregate
 from feddm_flwr.collection import Traffic
+from feddm_flwr.config import NOISE_LEVELS
 from feddm_flwr.exchange import Values
 
 ABSURD = 1e6  # losses and errors above this are a broken node's
-_LEVELS = 100  # a node may tell no more losses by noise level
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,19 @@ def weighted(values: Iterable[tuple[str, float, int]]) -> float:
 
 
 def weighted_levels(values: Iterable[tuple[str, list[float], int]]) -> list[float]:
-    """The same of lists, place by place; those of another length than the first are left out."""
-    ordered = sorted(values)
-    alike = [(name, v, w) for name, v, w in ordered if len(v) == len(ordered[0][1])]
-    return [weighted((name, v[i], w) for name, v, w in alike) for i in range(len(alike[0][1]))] if alike else []
+    """The same of lists of equal length, place by place."""
+    ordered = [*values]
+    return [
+        weighted((name, levels[i], w) for name, levels, w in ordered) for i in range(NOISE_LEVELS if ordered else 0)
+    ]
 
 
 def levels_of(text: object) -> list[float]:
     """A node's losses by noise level, as JSON; none where they are not that."""
     try:
-        values = json.loads(str(text)[: 100 * _LEVELS])
-        if isinstance(values, list) and len(values) <= _LEVELS and all(0 <= float(v) <= ABSURD for v in values):
+        values = json.loads(str(text)[:1000])
+        if isinstance(values, list) and len(values) == NOISE_LEVELS and all(0 <= float(v) <= ABSURD for v in values):
             return [float(v) for v in values]
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         pass
     return []

@@ -17,6 +17,7 @@ from feddm_flwr.schema import ConfigError
 log = logging.getLogger("feddm")
 
 _PROJECT = "feddm"
+_ENOUGH = 3  # failures on end
 
 
 class Tracker(Protocol):
@@ -70,7 +71,8 @@ class WeightsAndBiases:
 
     def image(self, path: Path, number: int) -> None:
         """As the step's samples."""
-        self._run.log({path.stem.partition("-")[0]: self._wandb.Image(str(path))}, step=number)
+        key = "samples of the raw weights" if path.stem.endswith("-raw") else "samples"
+        self._run.log({key: self._wandb.Image(str(path))}, step=number)
 
     def finish(self, *, completed: bool) -> None:
         """Upload what is left."""
@@ -110,11 +112,11 @@ class MLflow:
 
 
 class Unfailing:
-    """A tracker whose errors are said once and cost nothing else."""
+    """A tracker whose errors cost nothing else; after a few on end it is left alone, since each may take minutes."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
-        self._said = False
+        self._failed = 0
 
     def log(self, figures: Mapping[str, float], number: int) -> None:
         """As the tracker."""
@@ -129,12 +131,15 @@ class Unfailing:
         self._try(self._tracker.finish, completed=completed)
 
     def _try(self, method: Any, *arguments: Any, **named: Any) -> None:
+        if self._failed >= _ENOUGH:
+            return
         try:
             method(*arguments, **named)
+            self._failed = 0
         except Exception as error:  # whatever a service does
-            if not self._said:
-                log.warning("tracker = %r: %s: %s; the run goes on", self._name, type(error).__name__, error)
-            self._said = True
+            self._failed += 1
+            left = "; it is left alone from here on" if self._failed == _ENOUGH else ""
+            log.warning("tracker = %r: %s: %s; the run goes on%s", self._name, type(error).__name__, error, left)
 
 
 def make(kind: str, run: Path, identity: str, config: Mapping[str, object], after: int | None) -> list[Tracker]:

@@ -53,8 +53,16 @@ class RunDirectory:
         Raises:
             ConfigError: the tracker cannot be had.
         """
+        identity = self.path / ".identity"  # the folder's name may be used again
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        self._trackers = trackers.make(tracker, self.path, identity.read_text(), config, after)
         with whole_file(self.path / "config.toml") as file:
             tomli_w.dump(nest(config), file)
+        (self.path / "final.json").unlink(missing_ok=True)
+        best = self.path / "best.json"
+        if best.exists() and json.loads(best.read_text(encoding="utf-8"))["round"] > (after or 0):
+            best.unlink()
         (self.path / "samples").mkdir(exist_ok=True)
         resumed = _resumed_after(self.path)
         if after is not None:
@@ -64,10 +72,6 @@ class RunDirectory:
                     if row["round"] <= after:
                         file.write(_line(row))
         write_status(self.path, "running", resumed_after=resumed)
-        identity = self.path / ".identity"  # the folder's name may be used again
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex)
-        self._trackers = trackers.make(tracker, self.path, identity.read_text(), config, after)
 
     def log_nodes(self, nodes: list[Row]) -> None:
         """Write `nodes.json`: name, images, held_out, class_counts of each node."""
@@ -85,10 +89,16 @@ class RunDirectory:
         for tracker in self._trackers:
             tracker.log(numbers, row["round"])
 
-    def keep_better(self, row: Row, figure: str) -> bool:
-        """Whether a round, not logged yet, has a lower figure of that name than any before."""
-        before = [r[figure] for r in read_metrics(self.path) if r.get(figure) is not None]
-        return row.get(figure) is not None and row[figure] < min(before, default=math.inf)
+    def best(self, figure: str) -> float:
+        """That figure of the model in best/; infinite where that is by another, or is not there."""
+        file = self.path / "best.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return float(found["value"]) if found.get("figure") == figure else math.inf
+
+    def write_best(self, number: int, figure: str, value: float) -> None:
+        """Write `best.json`: which round's model is in best/, and why."""
+        with whole_file(self.path / "best.json") as file:
+            file.write(json.dumps({"round": number, "figure": figure, "value": value}).encode())
 
     def write_final(self, row: Row) -> None:
         """Write `final.json`: what the nodes said of the averaged weights at the end."""

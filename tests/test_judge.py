@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from local_grid import Handler, LocalGrid, config, nodes
 from torch import nn
 
 from feddm_flwr import architecture, features, gauges, model
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data import load_all
-from feddm_flwr.drawing import GlobalModel, labels_like
+from feddm_flwr.drawing import GlobalModel
+from feddm_flwr.evaluation import labels_like
 from feddm_flwr.judge import Judge, final
-from feddm_flwr.node_evaluation import near_copies, separability
+from feddm_flwr.node_evaluation import near_by_chance, near_copies, separability
 from feddm_flwr.parts import parts_of
 from feddm_flwr.reference import statistics
 from feddm_flwr.strategy import FedDM
+from feddm_flwr.tally import levels_of
 
 
 def federation(c: RunConfig) -> tuple[GlobalModel, FedDM]:
@@ -39,6 +41,14 @@ def on_evaluate(handle: Handler, change: Any) -> Handler:
         return reply
 
     return changed
+
+
+def huge(content: RecordDict) -> None:
+    """Sums that would make the federation's infinite."""
+    frame = content.array_records["weights"]["frame"]
+    values = np.frombuffer(frame.data).copy()
+    values[1:20] = 1e308
+    content["weights"] = ArrayRecord({"frame": Array("uint8", (len(frame.data),), "feddm.frame", values.tobytes())})
 
 
 @pytest.mark.parametrize("kind", ["classifier", "random"])
@@ -63,21 +73,26 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     again = Judge(of, tmp_path)
     again.refer(feddm, LocalGrid({}))
     assert again.figures() == found
+    other = config(eval__features="dinov2", eval__samples=32)
+    judge = Judge(GlobalModel(of.network, other, {}), tmp_path)
+    with pytest.raises(ConfigError, match=f"eval.features = 'dinov2': was '{kind}' in the run to resume"):
+        judge.refer(feddm, LocalGrid({}))
 
 
 def test_the_sum_does_not_depend_on_who_answers_first_and_bad_sums_cost_their_node(tmp_path: Path) -> None:
-    c = config(eval__features="random")
+    c = config(eval__features="random", data__eval_fraction=0.0)
     sums = []
     for folder, backwards in (("one", False), ("two", True)):
         (tmp_path / folder).mkdir()
         of, feddm = federation(c)
         handlers = nodes(c)
         handlers[998] = on_evaluate(handlers[998], lambda content: content.array_records.pop("weights"))
+        handlers[999] = on_evaluate(handlers[999], huge)
         judge = Judge(of, tmp_path / folder)
         judge.refer(feddm, LocalGrid(handlers, backwards=backwards))
         sums.append((tmp_path / folder / "reference" / "sums").read_bytes())
     assert sums[0] == sums[1]
-    assert json.loads((tmp_path / "one" / "reference" / "facts.json").read_text())["without"] == ["node-2"]
+    assert json.loads((tmp_path / "one" / "reference" / "facts.json").read_text())["without"] == ["node-1", "node-2"]
 
 
 def test_small_nodes_give_no_sums(tmp_path: Path) -> None:
@@ -102,6 +117,7 @@ def test_the_end_of_a_run_is_judged_by_the_nodes(tmp_path: Path) -> None:
     found = final(feddm, grid, of, judge.recipe)
     assert {*found["audit"]} == {f"node-{i}" for i in range(4)}
     assert all(0 <= a["near"] <= 32 and 0.3 < a["members_auc"] < 0.7 for a in found["audit"].values())
+    assert all(a["by_chance"] == pytest.approx(32 * 1.35 / 37, rel=0.05) for a in found["audit"].values())
     assert 0 < found["eval_loss"] < done[0].eval_loss
     assert found["bytes_other"] > 4 * 4 * len(feddm.ema)  # the averaged weights went to four nodes
     row = done[1].figures()
@@ -118,6 +134,22 @@ def test_copies_are_counted_and_others_are_not() -> None:
     copies = trained[:20] + 1e-3
     assert near_copies(torch.cat([copies, torch.randn(80, 8)]), trained, unseen) in range(20, 26)
     assert near_copies(torch.randn(200, 8), trained, unseen) <= 10
+    twice = torch.cat([unseen, trained[:50]])  # held-out images that are among the training images, too
+    assert near_copies(trained[:20], trained, twice) == 20
+
+
+def test_how_many_are_near_by_chance_is_known_for_few_images() -> None:
+    torch.manual_seed(0)
+    found = [near_copies(torch.randn(100, 8), torch.randn(50, 8), torch.randn(20, 8)) for _ in range(300)]
+    assert np.mean(found) == pytest.approx(near_by_chance(100, 20), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" + "1" + "0" * 400 + "]", "[1]", "x", "[[]]", '["a"]', "[-1,1,1,1,1,1,1,1,1,1]", "{}"]
+)
+def test_what_is_no_list_of_losses_is_none(text: str) -> None:
+    assert levels_of(text) == []
+    assert levels_of(json.dumps([0.5] * 10)) == [0.5] * 10
 
 
 def test_a_lower_loss_on_members_tells_them_apart() -> None:

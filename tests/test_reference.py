@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_a_federation_s_figures_are_those_of_the_pooled_images() -> None:
     assert fid(shared, made) == pytest.approx(fid(pooled, made), rel=1e-9)
     assert fid(shared, made) == pytest.approx(scores.frechet(real, fake), rel=1e-6)
     assert kid(shared, made) == pytest.approx(kid(pooled, made), rel=1e-6)
-    assert coverage(shared, fake) == pytest.approx(coverage(pooled, fake))
+    assert coverage(shared, Counter(classes), fake) == pytest.approx(coverage(pooled, Counter(classes), fake))
     assert {name: n for name, (n, _) in shared.classes.items()} == {"0": 167, "1": 167, "2": 166}
 
 
@@ -44,10 +46,11 @@ def test_kid_is_the_unbiased_estimate_over_all_pairs() -> None:
 def test_coverage_tells_which_class_never_appears() -> None:
     real = torch.cat([some(0, 200) + 50, some(0, 100) - 50])
     whole = statistics(real, ["cat"] * 200 + ["dog"] * 100)
-    assert coverage(whole, real) == pytest.approx({"cat": 1, "dog": 1})
-    only_cats = coverage(whole, real[:200])
+    counts = {"cat": 200, "dog": 100}
+    assert coverage(whole, counts, real) == pytest.approx({"cat": 1, "dog": 1})
+    only_cats = coverage(whole, counts, real[:200])
     assert only_cats == pytest.approx({"cat": 1.5, "dog": 0})
-    assert covered(only_cats, whole) == pytest.approx(2 / 3)
+    assert covered(only_cats, counts) == pytest.approx(2 / 3)
 
 
 def test_statistics_travel_exactly_and_anything_else_is_refused() -> None:
@@ -59,3 +62,15 @@ def test_statistics_travel_exactly_and_anything_else_is_refused() -> None:
         unpack(before.pack(), 16, ["a"])
     with pytest.raises(ValueError, match="not finite"):
         unpack(statistics(some(0, 5) * np.nan).pack(), 16, [])
+    with pytest.raises(ValueError, match="that no images have"):
+        unpack(statistics(some(0, 5) * 1e20).pack(), 16, [])
+    with pytest.raises(ValueError, match="that no images have"):
+        unpack(np.negative(np.frombuffer(before.pack())).tobytes(), 16, ["a", "b"])
+
+
+def test_no_sum_is_over_few_images_also_not_as_a_difference() -> None:
+    x = some(0, 100)
+    classes = ["one"] * 1 + ["few"] * 4 + ["some"] * 15 + ["many"] * 80
+    told = {name: n for name, (n, _) in statistics(x, classes, 10).classes.items()}
+    assert told == {"one": 0, "few": 0, "some": 0, "many": 80}  # else "some" would leave 5 as the difference
+    assert {n for n, _ in statistics(x, classes).classes.values()} == {1, 4, 15, 80}
