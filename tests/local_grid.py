@@ -6,6 +6,7 @@ test wants, when it wants.
 
 from __future__ import annotations
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from pool_grid import InProcessGrid
 
-from feddm_flwr import architecture, model
+from feddm_flwr import architecture, model, server_app
 from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.parts import parts_of
@@ -95,6 +96,18 @@ def feddm(c: RunConfig) -> FedDM:
 
 def run(c: RunConfig, handlers: dict[int, Handler] | None = None, *, backwards: bool = False) -> list[Round]:
     return list(feddm(c).run(LocalGrid(handlers or nodes(c), backwards=backwards)))
+
+
+def run_server(c: RunConfig, count: int = 4) -> None:
+    """A whole run of the server app, with nodes in this process."""
+    log = logging.getLogger("feddm")
+    before = log.handlers, log.propagate, log.level
+    try:
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(c))
+        server_app.main(LocalGrid(nodes(c, count)), context)
+    finally:
+        log.handlers, log.propagate = before[:2]
+        log.setLevel(before[2])
 
 
 def on_train(handle: Handler, change: Callable[[Message, Message], Message | None]) -> Handler:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
-from local_grid import LocalGrid, nodes
+from local_grid import run_server
 
-from feddm_flwr import cli, comparison, comparison_tables, server_app
-from feddm_flwr.config import ConfigError, flatten, parse
+from feddm_flwr import cli, comparison, comparison_tables
+from feddm_flwr.config import ConfigError, parse
 
 FILE = """
 num-supernodes = 4
@@ -31,24 +28,13 @@ data.alpha = 0.1
 QUICK = {"eval.features": "random", "eval.samples": 16, "sample.steps": 2, "sample.count": 1, "sample.every": 0}
 
 
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    log = logging.getLogger("feddm")
-    before = log.handlers, log.propagate, log.level
-    yield
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
-
-
 def in_process(arguments: list[str]) -> int:
     """`feddm run local …`, with nodes in this process."""
     options = cli._parser().parse_args(arguments)
     keys = cli._overrides(options.run_config)
     if options.resume:
         keys = cli._resumed(options) | keys
-    c = parse(keys)
-    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(c))
-    server_app.main(LocalGrid(nodes(c, options.num_supernodes)), context)
+    run_server(parse(keys), options.num_supernodes)
     return 0
 
 

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
-from local_grid import LocalGrid, config, nodes
+from local_grid import config, run_server
 
-from feddm_flwr import cli, server_app, trackers
-from feddm_flwr.config import ConfigError, flatten
+from feddm_flwr import cli, trackers
+from feddm_flwr.config import ConfigError
 from feddm_flwr.tracking import read_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture
-def _logging_as_before() -> Iterator[None]:
-    log = logging.getLogger("feddm")
-    before = log.handlers, log.propagate, log.level
-    yield
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
 
 
 def run(folder: Path, **keys: Any) -> Path:
@@ -37,15 +25,13 @@ def run(folder: Path, **keys: Any) -> Path:
         **{"out_dir": str(folder), "sample__every": 1, "sample__count": 4, "sample__steps": 3, "eval__samples": 32}
         | keys
     )
-    grid = LocalGrid(nodes(c))
-    server_app.main(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(c)))
+    run_server(c)
     return folder / str(keys["run_name"])
 
 
 JUDGED = {"eval__features": "random", "eval__audit": True, "eval__keep_best": "fid", "num_server_rounds": 3}
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 def test_a_judged_run_has_its_figures_its_best_model_and_reports_that_a_browser_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +89,6 @@ def browse(page: Path, home: Path, script: str = "") -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-@pytest.mark.usefixtures("_logging_as_before")
 @pytest.mark.parametrize("kind", ["wandb", "mlflow"])
 def test_a_tracker_gets_figures_and_grids(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
