@@ -125,8 +125,17 @@ def _convolutional(made: Recipe, device: str) -> FeatureNetwork:
     network = _Convolutional(facts["channels"], len(facts["classes"]) or 1)
     network.load_state_dict(made.tensors)
     network.eval().to(device)
-    logits = (lambda x: network.head(x.to(device)).cpu()) if facts["classes"] else None
-    return FeatureNetwork(facts["name"], "none", lambda x: network.body(x.to(device).float() / 127.5 - 1), logits)
+
+    @torch.inference_mode()
+    def logits(features: Tensor) -> Tensor:
+        told: Tensor = network.head(features.to(device)).cpu()
+        return told
+
+    def extract(x: Tensor) -> Tensor:
+        features: Tensor = network.body(x.to(device).float() / 127.5 - 1)
+        return features
+
+    return FeatureNetwork(facts["name"], "none", extract, logits if facts["classes"] else None)
 
 
 def _classifier(images: Images, classes: list[str], root: Path) -> Recipe:

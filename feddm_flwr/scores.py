@@ -77,7 +77,7 @@ def compare(
         figures["coverage_by_class"] = coverage(reference, Counter(classes), fake)
         figures["coverage"] = covered(figures["coverage_by_class"], Counter(classes))
     if logits:
-        with warnings.catch_warnings(), torch.inference_mode():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it keeps what it gets, and has no spread of one split
             score = InceptionScore(Features(real.shape[1]), splits=1)
             score.update(logits(fake))
