@@ -3,7 +3,8 @@
     python benchmarks/codec.py
 
 A vector of the size of a small U-Net, normally distributed with a scale of its own for every 1000
-values. MB/s are of float32; encoding includes packing and zstd, decoding the checks. Medians.
+values. MB/s are of float32; encoding includes packing and zstd, decoding the checks; "and add" is
+decoding and adding to the server's exact mean. Medians.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from feddm_flwr.aggregation import StreamingMean
 from feddm_flwr.config import CODECS, parse
 from feddm_flwr.exchange import channel
 
@@ -47,7 +50,7 @@ def main() -> None:
     scale = torch.exp(torch.randn(-(-size // 1000), generator=random) * 0.5).repeat_interleave(1000)[:size]
     vector = (torch.randn(size, generator=random) * scale * 1e-3).to(options.device)
     rows = []
-    print(f"{'codec':24s} {'ratio':>7s} {'error':>8s} {'encode':>12s} {'decode':>12s}")
+    print(f"{'codec':24s} {'ratio':>7s} {'error':>8s} {'encode':>12s} {'decode':>12s} {'and add':>12s}")
     searched = {f"{name}, clip search": name for name in ("int8", "int4", "int3")}
     for title, name in {**dict.fromkeys(CODECS), **searched}.items():
         name = name or title
@@ -57,9 +60,19 @@ def main() -> None:
         megabytes = 4 * size / 1e6
         encode = megabytes / median_seconds(lambda c=codec: c.encode(vector, "delta", 1), options.repeats)
         decode = megabytes / median_seconds(lambda c=codec, f=frame: c.decode(f, "delta", 1), options.repeats)
+        mean = StreamingMean(size, 10**9)
+
+        def take(c: Any = codec, f: bytes = frame, m: StreamingMean = mean) -> None:
+            m.add(c.decode(f, "delta", 1), 1000)
+
+        add = megabytes / median_seconds(take, options.repeats)
         row = {"codec": title, "ratio": 4 * size / len(frame), "error": error, "encode": encode, "decode": decode}
+        row["decode and add"] = add
         rows.append({key: value if isinstance(value, str) else float(f"{value:.4g}") for key, value in row.items()})
-        print(f"{title:24s} {row['ratio']:6.2f}x {error:8.4f} {encode:7.0f} MB/s {decode:7.0f} MB/s", flush=True)
+        print(
+            f"{title:24s} {row['ratio']:6.2f}x {error:8.4f} {encode:7.0f} MB/s {decode:7.0f} MB/s {add:7.0f} MB/s",
+            flush=True,
+        )
     if options.out:
         device = torch.cuda.get_device_name() if options.device != "cpu" else "one CPU core"
         result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device, "values": size, "rows": rows}

@@ -18,9 +18,9 @@ TARGET = HERE / "results.md"
 HEAD = """<!-- written by docs/write_results.py from benchmarks/results/fashionmnist.json -->
 # Results
 
-Fashion-MNIST, 28x28, all 60,000 training images, {nodes} nodes, {rounds} rounds of {steps} steps of {batch} images on each
-node: {images:,} images seen in every run, the centralized ones included, which are the same loop on one node with all
-images. A U-Net of 0.69 million parameters, small enough for two CPU cores, so these are **not** figures of converged
+Fashion-MNIST, 28x28, all 60,000 training images, {nodes} nodes, {rounds} rounds of {steps} steps of {batch} images on
+each node: {images:,} images seen in every run, the centralized ones included, which are the same loop on one node with
+all images. A U-Net of 0.69 million parameters, small enough for two CPU cores: these are **not** figures of converged
 models: they compare settings.
 
 ```

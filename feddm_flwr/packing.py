@@ -40,8 +40,9 @@ def largest_of(vector: Tensor) -> float:
 def bytes_of(values: Tensor, kind: str) -> Planes:
     """Numbers, shape (n,), as one plane of n bytes per byte of `kind`, a little-endian numpy type."""
     flat = values.cpu().numpy().astype(kind, copy=False)
-    planes = flat.view(np.uint8).reshape(-1, flat.itemsize).T
-    return [plane.tobytes() for plane in planes]
+    numbers = flat.view(f"<u{flat.itemsize}")
+    # Shifts of whole numbers are several times as fast as strides of bytes.
+    return [(numbers >> 8 * place).astype(np.uint8).tobytes() for place in range(flat.itemsize)]
 
 
 def numbers_of(planes: Planes, size: int, kind: str) -> NDArray[np.generic]:
@@ -52,9 +53,10 @@ def numbers_of(planes: Planes, size: int, kind: str) -> NDArray[np.generic]:
     """
     if any(len(plane) != size for plane in planes):
         raise FrameError(f"planes of {[len(plane) for plane in planes]} bytes do not hold {size} numbers")
-    together = np.frombuffer(b"".join(planes), np.uint8).reshape(len(planes), size)
-    numbers = np.array(together.T, order="C").reshape(-1).view(kind)
-    return numbers.astype(np.dtype(kind).newbyteorder("="), copy=False)
+    numbers = np.zeros(size, f"<u{len(planes)}")
+    for place, plane in enumerate(planes):
+        numbers |= np.frombuffer(plane, np.uint8).astype(numbers.dtype) << 8 * place
+    return numbers.view(kind).astype(np.dtype(kind).newbyteorder("="), copy=False)
 
 
 def to_bfloat16(values: Tensor) -> Planes:
@@ -92,19 +94,20 @@ def unpack(packed: bytes, size: int, levels: int, per_byte: int) -> Tensor:
     """
     if len(packed) != -(-size // per_byte):
         raise FrameError(f"{len(packed)} bytes do not hold {size} digits")
-    table = _digits(levels, per_byte)
     index = np.frombuffer(packed, np.uint8)
-    if len(index) and index.max() >= len(table):
-        raise FrameError(f"a byte of the frame is {index.max()}, the largest is {len(table) - 1}")
-    return torch.nn.functional.embedding(torch.from_numpy(index.astype(np.int32)), table).view(-1)[:size]
+    if len(index) and index.max() >= levels**per_byte:
+        raise FrameError(f"a byte of the frame is {index.max()}, the largest is {levels**per_byte - 1}")
+    if per_byte == 1:
+        return torch.from_numpy(index.astype(np.float32)).sub_((levels - 1) / 2)
+    return torch.from_numpy(_digits(levels, per_byte).take(index, 0).reshape(-1)[:size])
 
 
 @cache
-def _digits(levels: int, per_byte: int) -> Tensor:
+def _digits(levels: int, per_byte: int) -> NDArray[np.float32]:
     """What each byte stands for, shape (levels^per_byte, per_byte)."""
-    number = torch.arange(levels**per_byte)
+    number = np.arange(levels**per_byte)
     places = [number // levels**place % levels for place in range(per_byte)]
-    return torch.stack(places, 1).float() - (levels - 1) / 2
+    return np.stack(places, 1).astype(np.float32) - np.float32((levels - 1) / 2)
 
 
 def to_gaps(positions: Tensor, size: int) -> Planes:
