@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-deployment check docs clean
+.PHONY: demo test test-deployment check bench docs clean
 
 demo: $(VENV)/installed  ## train on handwritten digits with four simulated nodes, a few minutes on two cores
 	$(BIN)/feddm run local
@@ -19,6 +19,9 @@ check: $(VENV)/installed  ## format, lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: $(VENV)/installed  ## has anything become slower? ratios against those kept for this kind of machine
+	$(BIN)/python -W ignore benchmarks/guard.py
 
 docs: $(VENV)/installed  ## write docs/configuration.md from the typed configuration
 	$(BIN)/python docs/write_configuration.py

@@ -28,8 +28,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 
 def test_nodes_train_on_their_own_images_and_bytes_are_counted_as_flower_counts_them(federation: Federation) -> None:
-    for strategy, rounds in (("feddm-vanilla", 1), ("feddm-lean", 2)):
-        code, said = federation.run(run_name=strategy, strategy=strategy, num_server_rounds=rounds)
+    judged = {"eval__features": "random", "eval__min_images": 1, "eval__samples": 16, "eval__audit": True}
+    for strategy, rounds, more in (("feddm-vanilla", 1, {}), ("feddm-lean", 2, judged)):
+        code, said = federation.run(run_name=strategy, strategy=strategy, num_server_rounds=rounds, **more)
         assert code == 0, said
         listed = json.loads(federation.command("flwr", "ls", "site", "--format=json"))
         metered = max(listed["runs"], key=lambda run: str(run["pending-at"]))["network-traffic"]
@@ -40,10 +41,13 @@ def test_nodes_train_on_their_own_images_and_bytes_are_counted_as_flower_counts_
         assert (federation.out / strategy / "model" / "unet").is_dir()
         # Flower adds about 1.5 kB to a message, whatever is in it; each node gets one more, to introduce itself,
         # and one or two where it is late (see `probes`).
-        messages = 2 * (rounds + 3)
-        for ours, flowers in (("bytes_up", "inbound-bytes"), ("bytes_down", "outbound-bytes")):
-            payload = sum(row[ours] for row in rows)
-            assert 0 < metered[flowers] - payload < 0.01 * payload + 2000 * messages
+        final = json.loads((federation.out / strategy / "final.json").read_text()) if more else {"bytes_other": 0}
+        messages = 2 * 2 * (rounds + 3 + 2 * bool(more))
+        payload = sum(row[f"bytes_{way}"] for row in rows for way in ("up", "down", "other")) + final["bytes_other"]
+        flowers = metered["inbound-bytes"] + metered["outbound-bytes"]
+        assert 0 < flowers - payload < 0.01 * payload + 2000 * messages
+    assert {*final["audit"]} == {"north", "south"}
+    assert rows[-1]["fid"] > 0
     (state,) = {path.parent.parent for path in (federation.folder / "north-state").glob("*/north/residual-*.frame")}
     assert sorted(path.name.split("-")[0] for path in state.iterdir()) == ["north", "shadow", "shadow"]
 
