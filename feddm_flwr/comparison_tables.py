@@ -21,19 +21,17 @@ def markdown(results: Results) -> str:
         own = [r for r in results if r["condition"] == condition]
         base = [r["fid"] for r in own if r["run"] == _CENTRALIZED and r["fid"] is not None]
         lines = [f"**{condition}**\n"] if condition else []
-        lines.append(
-            "| run | FID | least | over centralized | KID x 1000 | coverage | held-out loss | up | down | seeds |"
-        )
+        lines.append("| run | FID | least | over centralized | KID | coverage | held-out loss | up | down | seeds |")
         lines.append("|---|---|---|---|---|---|---|---|---|---|")
         for run in dict.fromkeys(r["run"] for r in own):
             same = [r for r in own if r["run"] == run]
             fids = [r["fid"] for r in same if r["fid"] is not None]
             over = f"{mean(fids) / mean(base):.3f}" if fids and base else "–"
             lines.append(
-                f"| {run} | {_spread(fids, 3)} | {f'{min(fids):.3f}' if fids else '–'} | {over} "
-                f"| {_spread([1000 * r['kid'] for r in same if r['kid'] is not None], 2)} "
-                f"| {_spread([r['coverage'] for r in same if r['coverage'] is not None], 3)} "
-                f"| {_spread([r['eval_loss'] for r in same if r['eval_loss'] is not None], 4)} "
+                f"| {run} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {over} "
+                f"| {_spread([r['kid'] for r in same if r['kid'] is not None])} "
+                f"| {_spread([r['coverage'] for r in same if r['coverage'] is not None])} "
+                f"| {_spread([r['eval_loss'] for r in same if r['eval_loss'] is not None])} "
                 f"| {_fewer(same, 'up')} | {_fewer(same, 'down')} | {len(same)} |"
             )
         parts.append("\n".join(lines))
@@ -114,11 +112,11 @@ def plots(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def _spread(values: Sequence[float], places: int) -> str:
+def _spread(values: Sequence[float], places: int = 4) -> str:
     if not values:
         return "–"
-    more = f" ± {stdev(values):.{places}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{places}f}{more}"
+    more = f" ± {stdev(values):.{places}g}" if len(values) > 1 else ""
+    return f"{mean(values):.{places}g}{more}"
 
 
 def _fewer(same: Results, way: str) -> str:

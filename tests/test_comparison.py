@@ -117,5 +117,5 @@ def test_means_are_over_seeds() -> None:
     one: dict[str, Any] = {"condition": "iid", "run": "vanilla", "kid": 0.01, "coverage": 0.9, "eval_loss": 0.1}
     one |= {"samples": 2000, "features": "x", **{f"bytes_{w}{f}": 10**6 for w in ("up", "down") for f in ("", "_fp32")}}
     text = comparison_tables.markdown([one | {"fid": 2.0, "seed": 0}, one | {"fid": 4.0, "seed": 1}])
-    assert "| vanilla | 3.000 ± 1.414 | 2.000 | – | 10.00 ± 0.00 | 0.900 ± 0.000 |" in text
+    assert "| vanilla | 3 ± 1.414 | 2 | – | 0.01 ± 0 | 0.9 ± 0 |" in text
     assert "| 1 MB (1x) | 1 MB (1x) | 2 |" in text
