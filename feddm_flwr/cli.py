@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"feddm: {line}", file=sys.stderr)
         return 2
+    except OSError as error:  # an output that cannot be written, say
+        print(f"feddm: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         print(
             f"feddm: {error.name} is not installed: pip install -c constraints.txt -e . (uv pip needs --no-config)",
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     drawn.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="how images are drawn (default ddim)")
     drawn.add_argument("--steps", type=_positive, default=50, metavar="N", help="steps of the scheduler (default 50)")
-    drawn.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
+    drawn.add_argument("--seed", type=_seed, default=0, help="seed of the starting noise (default 0)")
 
     sample = commands.add_parser("sample", parents=[drawn], help="draw images from a trained model")
     sample.add_argument("-n", "--count", type=_positive, default=64, metavar="N", help="images (default 64)")
@@ -184,6 +187,13 @@ def _share(text: str) -> float:
     return float(text)
 
 
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
+_seed.__name__ = "integer from 0 to 2^63 - 1"
 _share.__name__ = "number of GPUs"  # argparse names these in its errors
 _positive.__name__ = "positive integer"
 
@@ -297,6 +307,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     run = options.model / "config.toml"
     if options.samples < 10:
         raise ConfigError(f"--samples = {options.samples}: must be at least 10, fewer cannot be compared")
+    if options.features_from and options.features != "dinov2":
+        raise ConfigError(f"--features-from = {options.features_from!r}: is for --features dinov2 only")
     if options.output and options.output.suffix != ".json":
         raise ConfigError(f"--output = {str(options.output)!r}: must end in .json")
     config = parse(_overrides([*([str(run)] if run.is_file() else []), *options.run_config]))

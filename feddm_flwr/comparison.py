@@ -20,6 +20,7 @@ import json
 import re
 import shutil
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,23 +111,28 @@ def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | 
         )
     count = nodes or chosen.get("num-supernodes", 4)
     numbers = [*range(seeds)] if seeds else chosen.get("seeds", [0])
-    if type(count) is not int or count < 1 or not isinstance(numbers, list) or not numbers:
-        raise ConfigError(f"{name}: num-supernodes = {count!r} and seeds = {numbers!r}: a number, and a list of some")
+    if type(count) is not int or count < 1:
+        raise ConfigError(f"{name}: num-supernodes = {count!r} is not allowed: must be an integer at least 1")
+    if not isinstance(numbers, list) or not numbers or not all(type(seed) is int for seed in numbers):
+        raise ConfigError(f"{name}: seeds = {numbers!r} is not allowed: must be a list of integers, such as [0, 1]")
     tables = [chosen.get(key, {}) for key in ("common", "runs", "conditions")]
     if (
         not all(isinstance(table, dict) for table in tables)
         or not tables[1]
         or not all(isinstance(of, dict) for table in tables[1:] for of in table.values())
     ):
-        raise ConfigError(f"{name}: runs and conditions must be tables of tables, with one run at least")
+        raise ConfigError(
+            f"{name}: common must be a table, runs and conditions tables of tables, with one run at least"
+        )
     found = []
     for seed in numbers:
         for condition, under in (tables[2] or {"": {}}).items():
             for run, own in tables[1].items():
                 keys = {**_JUDGED, **flat(tables[0]), **flat(under), **flat(own), **common, "seed": seed}
                 found.append(_cell(condition, run, seed, count, keys))
-    if len({cell.name for cell in found}) < len(found):
-        raise ConfigError(f"{name}: two of its runs have the same name")
+    for cell_name, times in Counter(cell.name for cell in found).items():
+        if times > 1:
+            raise ConfigError(f"{name}: two of its runs would have the same name, {cell_name!r}")
     return found
 
 
@@ -140,7 +146,12 @@ def _file(name: str) -> dict[str, Any]:
 
 
 def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
-    if keys.pop("centralized", False):
+    if own := {"run-name", "out-dir", "resume"} & {*keys}:
+        raise ConfigError(f"run {run!r}: {sorted(own)[0]} is not allowed: the comparison decides it")
+    centralized = keys.pop("centralized", False)
+    if not isinstance(centralized, bool):
+        raise ConfigError(f"run {run!r}: centralized = {centralized!r} is not allowed: must be true or false")
+    if centralized:
         config = parse(keys)
         asked = max(1, round(config.fraction_train * nodes))
         keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}

@@ -96,6 +96,8 @@ def _about_models(c: RunConfig) -> Iterator[str]:
         yield f"{key} with eval.features = 'none': needs a network to compare images by; choose one"
     if e.features != "none" and (trains_autoencoder or c.keeps_personal):
         yield f"eval.features = {e.features!r}: the server draws no samples in such a run; must be none"
+    if e.features_from and e.features != "dinov2":
+        yield f"eval.features-from = {e.features_from!r} with eval.features = {e.features!r}: is for dinov2 only"
     if e.keep_best == "kid" and e.features in ("dinov2", "inception"):
         yield f"eval.keep-best = 'kid' with eval.features = {e.features!r}: their KID takes images; use fid"
     if c.data.eval_fraction == 0 and (e.audit or trains_autoencoder):

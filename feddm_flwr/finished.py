@@ -16,6 +16,8 @@ from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.images import Images
 from feddm_flwr.state_folder import state_root
 
+_LEAST = 10  # real images
+
 
 @dataclass(frozen=True)
 class How:
@@ -76,6 +78,10 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
         ConfigError: images, model or feature network cannot be had, or do not fit each other.
     """
     real, classes, _ = data.load_all(config)
+    if len(real) < _LEAST:
+        raise ConfigError(
+            f"data.name = {config.data.name!r}: {len(real)} images; at least {_LEAST} can be compared with"
+        )
     network = features.recipe(kind, config.data.channels, lambda: (real, classes), state_root(None), kind_from).build()
     fake = draw(folder, how, count, like=Counter(classes))
     if fake.shape[1:] != real.shape[1:]:

@@ -294,7 +294,7 @@ class RunConfig:
         choices=("diffusion", "autoencoder"),
     )
     num_server_rounds: int = key(20, "rounds of federated training", low=1)
-    seed: int = key(0, "everything random derives from it", low=0)
+    seed: int = key(0, "everything random derives from it", low=0, high=2**63 - 1)
     run_name: str = key("", "folder of the run; empty: strategy and time")
     out_dir: str = key("runs", "folder of all runs, on the server")
     resume: bool = key(False, "go on with the run `run-name` from its newest good checkpoint")

@@ -54,6 +54,8 @@ def partition_rows(config: RunConfig, source: Source, index: int, count: int) ->
     columns: dict[str, Any] = {"row": order}
     if column:
         values = source.table[column][:]
+        if None in values:  # which has no order
+            values = source.classes(column)
         columns["by"] = [values[i] for i in order]
     partitions = make()
     partitions.dataset = Dataset.from_dict(columns)

@@ -96,15 +96,18 @@ def test_presets_are_valid_and_say_so_where_a_file_is_not(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "runs and conditions must be tables of tables, with one run at least"),
+        ("", "runs and conditions tables of tables, with one run at least"),
         ("[run.x]", "'run' is not allowed: must be num-supernodes, seeds, common, runs or conditions"),
         (
             "[runs.x]\nstrategie = 'feddm-lean'",
             "run 'x': strategie = 'feddm-lean': no such key; did you mean strategy?",
         ),
-        ("seeds = 3\n[runs.x]", "a number, and a list of some"),
+        ("seeds = 3\n[runs.x]", "seeds = 3 is not allowed: must be a list of integers"),
         ("[runs.x", "cannot be read"),
-        ("[runs.'a b']\n[runs.'a-b']", "two of its runs have the same name"),
+        ("[runs.x]\ncentralized = 'no'", "run 'x': centralized = 'no' is not allowed: must be true or false"),
+        ("[runs.x]\nresume = true", "run 'x': resume is not allowed: the comparison decides it"),
+        ("num-supernodes = 0\n[runs.x]", "num-supernodes = 0 is not allowed: must be an integer at least 1"),
+        ("[runs.'a b']\n[runs.'a-b']", "two of its runs would have the same name, 'a-b-seed-0'"),
     ],
 )
 def test_a_wrong_file_is_named(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,6 +272,12 @@ def test_rows_without_a_class_are_a_class_of_their_own(tmp_path: Path) -> None:
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
     found = load_all(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}))[1]
     assert found == ["square", "unlabelled", "unlabelled"]
+    keys = {**SHAPE, "data.name": str(tmp_path / "x.parquet"), "data.eval-fraction": 0.0}
+    chosen = parse({**keys, "data.partition": "pathological", "data.classes-per-node": 1})
+    assert sorted(str(load(chosen, (i, 2), None).class_counts) for i in range(2)) == [
+        "{'square': 1}",
+        "{'unlabelled': 2}",
+    ]
 
 
 def test_an_image_at_an_address_is_fetched(tmp_path: Path) -> None:
