@@ -41,7 +41,8 @@ def text(results: list[dict[str, Any]]) -> str:
         images=one["images"],
     )
     notes = HERE / "results-notes.md"  # what a person makes of them
-    return head + comparison_tables.markdown(results) + "\n" + notes.read_text(encoding="utf-8")
+    plot = "![FID against megabytes](images/fid-by-bytes.png)\n\n"
+    return head + comparison_tables.markdown(results) + "\n" + plot + notes.read_text(encoding="utf-8")
 
 
 def main() -> None:

@@ -59,6 +59,7 @@ def table(results: Results) -> str:
 def plots(results: Results, folder: Path) -> list[Path]:
     """FID against bytes, against rounds, and against the conditions, in PNG files."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     judged = [r for r in results if r["fid"] is not None]
     names = list(dict.fromkeys(r["run"] for r in judged))
@@ -86,6 +87,9 @@ def plots(results: Results, folder: Path) -> list[Path]:
             if base:
                 ax.axhline(mean(base), color="grey", linestyle="--", label=_CENTRALIZED)
             ax.set(xscale="log", xlabel="megabytes, both ways, all nodes", title=condition)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
 
     def by_round(axes: Any) -> None:
         for ax, condition in zip(axes, conditions, strict=True):
