@@ -35,9 +35,7 @@ def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
         if points := _points(rows, key, -1 if key == "psnr" else 0):
             charts.append((title, lines({title.split()[0]: points})))
     if levels := [r for r in rows if r.get("eval_levels")]:
-        ends = {
-            f"round {r['round'] - 1}": r["eval_levels"] for r in {id(r): r for r in (levels[-1], levels[0])}.values()
-        }
+        ends = {f"round {r['round'] - 1}": r["eval_levels"] for r in (levels[-1], levels[0])}
         tenths = {name: [(10.0 * (i + 1), v) for i, v in enumerate(of)] for name, of in ends.items()}
         charts.append(("Held-out loss by noise level", lines(tenths, across="noise level, % of the time steps")))
     gauges = {

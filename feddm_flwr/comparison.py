@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from feddm_flwr.config import ConfigError, parse
-from feddm_flwr.tracking import flat, read_metrics
+from feddm_flwr.tracking import flat, read_metrics, total_bytes
 
 Keys = dict[str, Any]
 
@@ -197,7 +197,6 @@ def status(run: Path) -> str:
 def result(cell: Cell, folder: Path) -> dict[str, Any]:
     """What came of a run that is done."""
     rows = read_metrics(folder / cell.name)
-    total = {key: sum(row[key] for row in rows) for key in rows[-1] if key.startswith("bytes_")}
     judged = [row for row in rows if row.get("fid") is not None]
     evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
     config = parse(cell.keys)
@@ -212,7 +211,7 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
         **{key: judged[-1].get(key) if judged else None for key in ("fid", "kid", "coverage")},
         "eval_loss": evaluated[-1] if evaluated else None,
         "fid_by_round": [[row["round"], row["fid"]] for row in judged],
-        **total,
+        **total_bytes(rows),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "samples": config.eval.samples,
         "features": json.loads(facts.read_text(encoding="utf-8"))["features"] if facts.exists() else None,

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from feddm_flwr.array_cache import cached, write_facts
+from feddm_flwr.assets import config_of, tensors_of
 from feddm_flwr.config import ConfigError, derive_seed
 from feddm_flwr.images import Images
 
@@ -49,13 +49,10 @@ class FeatureNetwork:
 
     def __call__(self, images: Images) -> Tensor:
         """Features of uint8 images (N, C, H, W): (N, D), float32, on the CPU."""
-        parts = (torch.from_numpy(np.array(images[i : i + _AT_A_TIME])) for i in _starts(images))
+        starts = range(0, len(images), _AT_A_TIME)
+        parts = (torch.from_numpy(np.array(images[i : i + _AT_A_TIME])) for i in starts)
         with torch.inference_mode():
             return torch.cat([self.extract(part).float().cpu() for part in parts])
-
-
-def _starts(images: Images) -> range:
-    return range(0, len(images), _AT_A_TIME)
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,7 @@ class Recipe:
 
 def read(path: Path) -> Recipe:
     """The recipe in a file."""
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["config"])
-    return Recipe(facts, {name: tensor for name, tensor in load_file(path).items() if name})
+    return Recipe(config_of(path), {name: tensor for name, tensor in tensors_of(path).items() if name})
 
 
 def recipe(

@@ -70,8 +70,9 @@ class Judge:
         kept, facts = self._folder / "sums", self._folder / "facts.json"
         config = self._model.config.eval
         keys = {f"eval.{k}": getattr(config, k.replace("-", "_")) for k in ("features", "features-from", "min-images")}
+        size = self._size()
         if not kept.exists():
-            real, left_out = _gather(feddm, grid, self.recipe, self._size(), config.min_images)
+            real, left_out = _gather(feddm, grid, self.recipe, size, config.min_images)
             counts = Counter[str]()
             for node in feddm.nodes:
                 counts.update({} if node.name in left_out else node.class_counts)
@@ -93,7 +94,7 @@ class Judge:
                     f"{key} = {value!r}: was {said['keys'][key]!r} in the run to resume, and must stay so"
                 )
         self._counts = said["classes"]
-        self._real = reference.unpack(kept.read_bytes(), self._size(), [*self._counts])
+        self._real = reference.unpack(kept.read_bytes(), size, [*self._counts])
         without = f" without {', '.join(said['without'])}" if said["without"] else ""
         log.info("reference=%d images%s features=%s", self._real.count, without, self._network.name)
 

@@ -5,7 +5,6 @@ Only sums and counts leave the node.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from feddm_flwr import architecture, features, model, training
-from feddm_flwr.assets import FEATURES, Assets, kept
+from feddm_flwr.assets import FEATURES, Assets
 from feddm_flwr.config import RunConfig, derive_seed
 from feddm_flwr.data import NodeData
 from feddm_flwr.exchange import exact
-from feddm_flwr.node_round import ASSET, Outcome, Report, examples
+from feddm_flwr.node_round import Outcome, Report, assets_of, examples
 from feddm_flwr.objectives import Denoising
 from feddm_flwr.reference import statistics
 
@@ -41,8 +40,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         FrameError: a frame is corrupt.
     """
     device = training.prepare_process(config)
-    sent_assets = {key.removeprefix(ASSET): frame for key, frame in frames.items() if key.startswith(ASSET)}
-    assets = kept(root, json.loads(str(said["assets"])), sent_assets)
+    assets = assets_of(root, str(said["assets"]), frames)
     report: Report = {"name": name, "kind": said["kind"]}
     if assets is None:
         return Outcome(report, b"")

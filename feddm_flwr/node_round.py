@@ -21,7 +21,7 @@ from feddm_flwr.perceptual import VGG16
 
 log = logging.getLogger("feddm")
 
-ASSET = "asset-"  # what the names of frames begin with that are assets
+_ASSET = "asset-"  # what the names of frames begin with that are assets
 
 #: What the server is told of a round, beside the frame.
 Report = dict[str, str | int | float | bool]
@@ -44,12 +44,11 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
     """
     task = Task(**{key.replace("-", "_"): value for key, value in said.items()})  # type: ignore[arg-type]
     device = training.prepare_process(config)
-    sent_assets = {key.removeprefix(ASSET): frame for key, frame in frames.items() if key.startswith(ASSET)}
-    assets = kept(root, json.loads(task.assets), sent_assets)
+    assets = assets_of(root, task.assets, frames)
     if assets is None:
         log.warning("what the run builds upon is not here; the server sends it")
         return Outcome({"name": name, "round": task.round}, b"")
-    frames = {key: frame for key, frame in frames.items() if not key.startswith(ASSET)}
+    frames = {key: frame for key, frame in frames.items() if not key.startswith(_ASSET)}
     network = architecture.build(config, assets)
     parts = parts_of(model.layout(network), config)
     link = NodeLink(config, parts, name, root, task)
@@ -79,6 +78,13 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         "state-lost": link.state_lost,
     }
     return Outcome(report, sent.frame)
+
+
+def assets_of(root: Path, wanted: str, frames: Mapping[str, bytes]) -> dict[str, Path] | None:
+    """The files of what a task builds upon: JSON of their SHA-256 by kind, and the message's frames, some of which may
+    be such files; None where one is missing."""
+    sent = {key.removeprefix(_ASSET): frame for key, frame in frames.items() if key.startswith(_ASSET)}
+    return kept(root, json.loads(wanted), sent)
 
 
 def examples(

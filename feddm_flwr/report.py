@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from feddm_flwr import charts
 from feddm_flwr.report_page import COMPARISON, PAGE
-from feddm_flwr.tracking import Row, flat, read_metrics
+from feddm_flwr.tracking import Row, flat, read_metrics, total_bytes
 
 
 def write(run: Path) -> Path:
@@ -80,7 +80,7 @@ def _figures(rows: list[Row]) -> dict[str, str]:
     """What a run came to, by its column."""
     if not rows:
         return {}
-    total = _totals(rows)
+    total = total_bytes(rows)
     found = {"rounds": str(rows[-1]["round"]), "training loss": f"{rows[-1]['train_loss']:.4f}"}
     for key, head in (("eval_loss", "held-out loss"), ("fid", "FID"), ("kid", "KID"), ("coverage", "coverage")):
         if values := [row[key] for row in rows if row.get(key) is not None]:
@@ -100,7 +100,7 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
     ends = {}
     for name, own in rows.items():
         if values := [r[key] for r in own if r.get(key) is not None]:
-            total = _totals(own)
+            total = total_bytes(own)
             ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, values[-1])]
     if len(ends) > 1:
         found.append(
@@ -209,12 +209,8 @@ def megabytes(count: float) -> str:
 
 def traffic(rows: list[Row]) -> list[str]:
     """What a run's exchange cost, in two lines."""
-    total = _totals(rows)
+    total = total_bytes(rows)
     return [f"{who}: {megabytes(sent)}, {note}" for who, sent, note in _traffic(total) if sent]
-
-
-def _totals(rows: list[Row]) -> dict[str, int]:
-    return {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("bytes_")}
 
 
 def _traffic(total: Mapping[str, int]) -> list[tuple[str, int, str]]:
@@ -263,7 +259,7 @@ def _tiles(rows: list[Row], config: Mapping[str, Any]) -> list[tuple[str, str, s
             )
             for r in [r for r in rows if r.get("fid") is not None][-1:]
         ),
-        *((megabytes(sent), who, note) for who, sent, note in _traffic(_totals(rows))),
+        *((megabytes(sent), who, note) for who, sent, note in _traffic(total_bytes(rows))),
         (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
     ]
 

@@ -173,5 +173,10 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
+def total_bytes(rows: list[Row]) -> dict[str, int]:
+    """Each kind of traffic (`bytes_up`, …), summed over a run's rounds."""
+    return {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+
+
 def _line(row: Row) -> bytes:
     return json.dumps(row).encode() + b"\n"
