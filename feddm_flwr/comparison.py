@@ -22,7 +22,7 @@ import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,13 @@ class Cell:
     seed: int
     nodes: int
     keys: Keys
+    shared: str = ""  # the folder of an earlier cell that is the same run: one on all images knows no partition
 
     @property
     def name(self) -> str:
         """Of its folder."""
+        if self.shared:
+            return self.shared
         parts = (self.condition, self.run, f"seed {self.seed}")
         return re.sub(r"[^\w.-]+", "-", " ".join(part for part in parts if part)).strip("-")
 
@@ -124,13 +127,15 @@ def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | 
         raise ConfigError(
             f"{name}: common must be a table, runs and conditions tables of tables, with one run at least"
         )
-    found = []
+    found: list[Cell] = []
     for seed in numbers:
         for condition, under in (tables[2] or {"": {}}).items():
             for run, own in tables[1].items():
                 keys = {**_JUDGED, **flat(tables[0]), **flat(under), **flat(own), **common, "seed": seed}
-                found.append(_cell(condition, run, seed, count, keys))
-    for cell_name, times in Counter(cell.name for cell in found).items():
+                cell = _cell(condition, run, seed, count, keys)
+                same = (c.name for c in found if (c.nodes, c.keys) == (cell.nodes, cell.keys))
+                found.append(replace(cell, shared=next(same, "")))
+    for cell_name, times in Counter(cell.name for cell in found if not cell.shared).items():
         if times > 1:
             raise ConfigError(f"{name}: two of its runs would have the same name, {cell_name!r}")
     return found
@@ -154,6 +159,7 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
     if centralized:
         config = parse(keys)
         asked = max(1, round(config.fraction_train * nodes))
+        keys = {key: value for key, value in keys.items() if key not in ("data.alpha", "data.classes-per-node")}
         keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
         keys["train.local-steps"] = asked * config.train.local_steps
         nodes = 1
