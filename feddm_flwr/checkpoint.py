@@ -12,9 +12,11 @@ import logging
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +68,42 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for _, old in _numbered(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+class Writer:
+    """Writes checkpoints beside whatever goes on, one at a time."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def begin(self, checkpoint: Checkpoint) -> None:
+        """Begin to write one, once the last is durable.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        self.wait()
+        self._writing = self._thread.submit(save, self._folder, checkpoint, self._keep)
+
+    def wait(self) -> None:
+        """Wait until the last one is durable, and let go of its arrays.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
 
 
 def newest(folder: Path) -> Checkpoint:

@@ -85,7 +85,7 @@ def _load_node(
         rows = [rows[i] for i in order]
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
         decoded = source.decode(rows, images)
-        classes = source.classes(d.label_column)
+        classes = _classes(source, d.label_column)
         own = [classes[rows[i]] for i in decoded.kept] if classes else []
         count = len(decoded.kept)
         write_facts(folder, {"classes": own, "count": count, "asked": len(rows), "sizes": decoded.extent()})
@@ -157,6 +157,12 @@ def partitions(config: RunConfig, count: int) -> list[dict[str, int]]:
     return [dict(Counter(classes[row] for row in partition_rows(config, source, i, count))) for i in range(count)]
 
 
+@lru_cache(maxsize=1)
+def _classes(source: Source, column: str) -> list[str]:
+    return source.classes(column)
+
+
+@lru_cache(maxsize=1)  # so that the nodes of a simulation have one source
 def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
     """A stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
     d = config.data

@@ -22,6 +22,7 @@ _TRIES = 3  # introductions that a node may fail before it is left out
 _MAX_IMAGES = 10_000_000  # keeps the exact sum of any federation within 64 bits
 _MAX_CLASSES = 10_000
 _PAUSE = 0.2  # seconds
+_SAID = 50  # nodes that have a line of their own in the log
 
 
 class RunFailedError(RuntimeError):
@@ -53,6 +54,7 @@ class Roster:
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
         self._replies: Replies | None = None
         self._expected: set[str] = set()  # those that took part before the run was resumed
+        self._said = 0  # nodes introduced in the log since the last round
         self.processes: dict[int, str] = {}  # by id: which process of the node's machine it is
 
     def wait(self, grid: Grid, *, first: bool) -> dict[str, int]:
@@ -79,7 +81,11 @@ class Roster:
             late = time.monotonic() > deadline
             if (settled or late) and len(online) >= self._needed():
                 if absent:
-                    log.warning("the run goes on without %s", ", ".join(absent))
+                    log.warning("the run goes on without %s", _list({*absent}, 20))
+                if self._said > _SAID:
+                    images = sum(node.images for node in self.nodes.values())
+                    log.info("%d more nodes; %d images in all, see nodes.json", self._said - _SAID, images)
+                self._said = 0
                 return online
             hopeless = first and settled and ids and all(i in self._left_out for i in ids)
             if late or hopeless:
@@ -87,7 +93,7 @@ class Roster:
             before = ids
             text = f"waiting for nodes: {len(online)} of {self._needed()}"
             if absent:
-                text = f"waiting for nodes that took part before: {', '.join(absent)}"
+                text = f"waiting for nodes that took part before: {_list({*absent}, 20)}"
             if text != said and (settled or absent):
                 log.info("%s", said := text)
             time.sleep(_PAUSE)
@@ -163,6 +169,9 @@ class Roster:
             self.nodes[node.name] = node
             introduced.append(node)
         for node in sorted(introduced, key=lambda n: n.name):
+            self._said += 1
+            if self._said > _SAID:
+                continue
             classes = " ".join(f"{c}:{n}" for c, n in node.class_counts.items()) or "unknown"
             skipped = f", {node.skipped} skipped" if node.skipped else ""
             sizes = f" of {node.sizes}" if node.sizes else ""

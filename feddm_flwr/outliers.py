@@ -57,7 +57,7 @@ class Outliers:
 
     def state(self) -> dict[str, list[list[float]]]:
         """What `restore` takes."""
-        return self._rounds
+        return dict(self._rounds)
 
     def restore(self, state: dict[str, list[list[float]]]) -> None:
         """Go on from a `state`."""

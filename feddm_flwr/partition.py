@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +22,22 @@ def partition_rows(config: RunConfig, source: Source, index: int, count: int) ->
     Raises:
         ConfigError: the images cannot be shared out like that.
     """
+    partitions = _partitioner(config, source, count)
+    try:
+        chosen: list[int] = partitions.load_partition(index)["row"][:]
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{_problem(config, source, count)}: {error}") from error
+    return chosen
+
+
+@lru_cache(maxsize=1)  # it shares out all images at once, and the nodes of a simulation ask one after the other
+def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner | _Pathological:
     from datasets import Dataset
     from flwr_datasets import partitioner as flower
 
     d = config.data
     seed = derive_seed(config.seed, "partition") % 2**32
-    makers: dict[str, tuple[str, Callable[[], Partitioner]]] = {
+    makers: dict[str, tuple[str, Callable[[], Partitioner | _Pathological]]] = {
         "iid": ("", lambda: flower.IidPartitioner(count)),
         "dirichlet": (
             d.label_column,
@@ -41,8 +52,8 @@ def partition_rows(config: RunConfig, source: Source, index: int, count: int) ->
     }
     column, make = makers[d.partition]
     rows = len(source.table)
-    problem = f"data.partition = {d.partition!r} for {count} nodes and {rows} images ({source.origin})"
     if count > rows:
+        problem = _problem(config, source, count)
         raise ConfigError(f"{problem}: more partitions than images; use at most {rows} nodes")
     if column and column not in source.table.column_names:
         key = "data.natural-column" if d.partition == "natural" else "data.label-column"
@@ -59,13 +70,17 @@ def partition_rows(config: RunConfig, source: Source, index: int, count: int) ->
         columns["by"] = [values[i] for i in order]
     partitions = make()
     partitions.dataset = Dataset.from_dict(columns)
-    try:
-        if d.partition == "natural" and partitions.num_partitions != count:
-            raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
-        chosen: list[int] = partitions.load_partition(index)["row"][:]
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{problem}: {error}") from error
-    return chosen
+    if d.partition == "natural" and partitions.num_partitions != count:
+        problem = _problem(config, source, count)
+        raise ConfigError(f"{problem}: {column!r} has {partitions.num_partitions} different values; use as many nodes")
+    return partitions
+
+
+def _problem(config: RunConfig, source: Source, count: int) -> str:
+    """What could not be done."""
+    return (
+        f"data.partition = {config.data.partition!r} for {count} nodes and {len(source.table)} images ({source.origin})"
+    )
 
 
 class _Pathological:
@@ -75,25 +90,30 @@ class _Pathological:
     dataset: Dataset
 
     def __init__(self, count: int, classes_per_node: int, seed: int) -> None:
-        self._count, self._each, self._seed = count, classes_per_node, seed
+        self.num_partitions, self._each, self._seed = count, classes_per_node, seed
+        self._rows: list[list[int]] = []  # of each node, once they are dealt
 
     def load_partition(self, index: int) -> Dataset:
+        self._rows = self._rows or self._deal()
+        return self.dataset.select(self._rows[index])
+
+    def _deal(self) -> list[list[int]]:
         labels = self.dataset["by"][:]
         classes = sorted({*labels})
         if self._each > len(classes):
             raise ValueError(f"data.classes-per-node = {self._each}, but there are {len(classes)} classes")
         random, deck = np.random.default_rng(self._seed), list[Any]()
         hands: list[list[Any]] = []
-        for _ in range(self._count):
+        for _ in range(self.num_partitions):
             hand: list[Any] = []
             while len(hand) < self._each:
                 if not {*deck} - {*hand}:
                     deck += [classes[i] for i in random.permutation(len(classes))]
                 hand.append(deck.pop(next(i for i, c in enumerate(deck) if c not in hand)))
             hands.append(hand)
-        rows: list[int] = []
-        for c in hands[index]:
-            holders = [node for node, hand in enumerate(hands) if c in hand]
-            own = [row for row, label in enumerate(labels) if label == c]
-            rows += own[holders.index(index) :: len(holders)]
-        return self.dataset.select(rows)
+        own = {c: [row for row, label in enumerate(labels) if label == c] for c in classes}
+        holders = {c: [node for node, hand in enumerate(hands) if c in hand] for c in classes}
+        return [
+            [row for c in hand for row in own[c][holders[c].index(node) :: len(holders[c])]]
+            for node, hand in enumerate(hands)
+        ]

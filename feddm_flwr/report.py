@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -290,7 +291,7 @@ def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:
             }
             for i, c in enumerate(classes)
         ]
-    return nodes
+    return sorted(nodes, key=lambda node: [part.zfill(9) for part in re.split(r"(\d+)", node["name"])])
 
 
 def _read_json(path: Path, otherwise: Any) -> Any:

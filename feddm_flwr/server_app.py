@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
         check_same_run(config, found.facts["config"])
         log.info("resumed after round %d", found.round)
     run.begin(flatten(kept), found.round if found else None, config.tracker)
-    with _accounted(run):
+    with _accounted(run), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
         files = assets.fetch(config, run.path / "assets")
         network = architecture.build(config, files)
         layout = model.layout(network)
@@ -65,16 +65,17 @@ def main(grid: Grid, context: Context) -> None:
         if found:
             feddm.restore(found)
         else:
-            _save(run, feddm, kept)
+            _save(run, feddm, kept, writer)
         del found
         if not undrawn:
             _show(run, model_of, feddm)  # what a run that was killed here still owes
         if judge:
             judge.refer(feddm, grid)
-        for done in feddm.run(grid):
-            _save(run, feddm, kept, done.figures() | _judged(run, judge, model_of, feddm, done.eval_loss))
+        for done in feddm.run(grid, lambda: _durable(run, feddm, writer)):
+            _save(run, feddm, kept, writer, done.figures() | _judged(run, judge, model_of, feddm, done.eval_loss))
             if not undrawn:
                 _show(run, model_of, feddm)
+        _durable(run, feddm, writer)
         last: dict[str, Any] = {}
         if incomplete := incomplete or _never_sent(feddm):
             log.warning("no model/ is written: %s", incomplete)
@@ -125,15 +126,33 @@ def _judged(
     return figures
 
 
-def _save(run: RunDirectory, feddm: FedDM, config: RunConfig, row: dict[str, Any] | None = None) -> None:
-    """Write a round's figures and a checkpoint; the round is not done before both are on the disk."""
+def _save(
+    run: RunDirectory,
+    feddm: FedDM,
+    config: RunConfig,
+    writer: checkpoint.Writer,
+    row: dict[str, Any] | None = None,
+) -> None:
+    """Write a round's figures, and begin to write a checkpoint: the next round is sent meanwhile."""
     state = feddm.checkpoint()
     state.facts["config"] = flatten(config)
-    try:
+    with _room(run, feddm):
         if row:
             run.log_nodes([asdict(node) for node in feddm.nodes])
             run.log_round(row)
-        checkpoint.save(run.checkpoints, state, config.keep_checkpoints)
+        writer.begin(state)
+
+
+def _durable(run: RunDirectory, feddm: FedDM, writer: checkpoint.Writer) -> None:
+    """Wait until the last round's checkpoint is on the disk."""
+    with _room(run, feddm):
+        writer.wait()
+
+
+@contextmanager
+def _room(run: RunDirectory, feddm: FedDM) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RuntimeError(
             f"the checkpoint of round {feddm.round} cannot be written ({error.strerror}); "

@@ -81,9 +81,11 @@ class FedDM:
         return [node for _, node in sorted(self._roster.nodes.items())]
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that `restore` needs to go on after the last round as if nothing had happened.
+        """Everything that `restore` needs to go on after the last round as if nothing had happened; later rounds
+        do not change it.
 
-        Until it is durable, the next round must not begin: that tells the nodes which replies count.
+        Until it is durable, the next round must not be committed: nodes keep what they need to go back two rounds
+        from the one that they train in, and no more.
         """
         tensors = {
             **{f"optimizer.{name}": value for name, value in self._state.items()},
@@ -93,7 +95,7 @@ class FedDM:
             "run-uuid": self._run_uuid,
             "steps": self._steps,
             "step-norm": self._step_norm,
-            "held": self._held,
+            "held": dict(self._held),
             "acked": [[*key, number] for key, number in sorted(self._acked.items())],
             "norms": self._outliers.state(),
             "never-sent": sorted(self.never_sent),
@@ -118,8 +120,9 @@ class FedDM:
         self.never_sent = {*facts["never-sent"]}
         self._roster.expect([Node(**node) for node in facts["nodes"]])
 
-    def run(self, grid: Grid) -> Iterator[Round]:
-        """Train up to round `num-server-rounds`, yielding each round when it is done.
+    def run(self, grid: Grid, before_step: Callable[[], None] = lambda: None) -> Iterator[Round]:
+        """Train up to round `num-server-rounds`, yielding each round when it is done. `before_step` is called when
+        the replies of a round are in, before anything is made of them.
 
         Raises:
             ConfigError: before the first round, a node finds the configuration or its data wrong.
@@ -149,6 +152,7 @@ class FedDM:
             else:
                 raise RunFailedError(f"{problem}; gave up after {1 + self.config.max_round_retries} attempts")
             tally.traffic = earlier
+            before_step()
             yield self._commit(number, received, tally, len(chosen), time.monotonic() - start)
 
     def _sample(self, names: list[str], number: int, attempt: int) -> list[str]:

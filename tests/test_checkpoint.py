@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,12 +118,37 @@ class FullDisk:
         self.file.write(content)
 
 
+def test_a_checkpoint_is_written_beside_what_goes_on_and_what_fails_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, whole = threading.Event(), checkpoint.whole_file
+
+    @contextmanager
+    def slow(path: Path) -> Iterator[BinaryIO]:
+        assert go.wait(10)
+        if path.name == "round-00002.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with whole(path) as file:
+            yield file
+
+    monkeypatch.setattr(checkpoint, "whole_file", slow)
+    with checkpoint.Writer(tmp_path, keep=2) as writer:
+        writer.begin(some(1))
+        assert not list(tmp_path.iterdir())
+        go.set()
+        writer.wait()
+        assert newest(tmp_path).round == 1
+        writer.begin(some(2))
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
+        writer.begin(some(3))
+    assert newest(tmp_path).round == 3  # leaving waits
+
+
 @pytest.mark.parametrize("room", [0, 500, 4000])
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from contextlib import contextmanager
-
     save(tmp_path, some(1), keep=1)
     whole = checkpoint.whole_file
 
@@ -137,10 +164,10 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def train(c: RunConfig, folder: Path, stops: tuple[int, ...], fate: dict[int, Any]) -> list[Round]:
+def train(c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = False) -> list[Round]:
     """A run that is killed in the round after each of `stops`, once its nodes have trained, and resumed from
-    its checkpoint; `fate` replaces nodes."""
-    done: list[Round] = []
+    its checkpoint; where they are `late`, that of a round is not written before the next one's replies are in."""
+    done: dict[int, Round] = {}
     save(folder, feddm(c).checkpoint(), keep=2)
 
     class KilledError(BaseException):
@@ -159,14 +186,22 @@ def train(c: RunConfig, folder: Path, stops: tuple[int, ...], fate: dict[int, An
                     raise KilledError
             return reply
 
-        handlers = {i: on_train(handle, kill) for i, handle in (nodes(c) | fate).items()}
+        handlers = {i: on_train(handle, kill) for i, handle in nodes(c).items()}
+        pending: list[Checkpoint] = []
+
+        def write(pending: list[Checkpoint] = pending) -> None:
+            while pending:
+                save(folder, pending.pop(), keep=2)
+
         try:
-            for one in server.run(LocalGrid(handlers)):
-                save(folder, server.checkpoint(), keep=2)
-                done.append(one)
+            for one in server.run(LocalGrid(handlers), write):
+                pending.append(server.checkpoint())
+                if not late:
+                    write()
+                done[one.round] = one
         except KilledError:
             continue
-    return done
+    return [*done.values()]
 
 
 @pytest.mark.parametrize(
@@ -181,9 +216,12 @@ def train(c: RunConfig, folder: Path, stops: tuple[int, ...], fate: dict[int, An
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
-def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(keys: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["durable", "late"])
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
+    keys: dict[str, Any], tmp_path: Path, *, late: bool
+) -> None:
     c = config(num_server_rounds=4, out_dir=str(tmp_path), **keys)
-    whole, resumed = train(c, tmp_path / "whole", (), {}), train(c, tmp_path / "resumed", (1, 2), {})
+    whole, resumed = train(c, tmp_path / "whole", ()), train(c, tmp_path / "resumed", (1, 2), late=late)
     assert [one.round for one in resumed] == [1, 2, 3, 4]
     for one, other in zip(whole, resumed, strict=True):
         assert one.weights.tobytes() == other.weights.tobytes()

@@ -4,6 +4,7 @@ in `test_app.py`.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -262,6 +263,14 @@ def test_what_a_node_finds_wrong_ends_the_run_before_it_starts() -> None:
 def test_two_nodes_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="site: two nodes have this name; give each its own node-name"):
         run(C, {i: node(C, i, **{"node-name": "site"}) for i in range(3)})
+
+
+def test_a_large_federation_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="feddm")
+    Roster(C).wait(LocalGrid(nodes(C, 60)), first=True)
+    lines = [line for line in caplog.messages if re.match("node node-|[0-9]+ more", line)]
+    assert len(lines) == 51
+    assert re.fullmatch(r"10 more nodes; 1[0-9]{3} images in all, see nodes.json", lines[-1])
 
 
 def on_query(handle: Handler, **changes: Any) -> Handler:
