@@ -5,7 +5,8 @@
 Simulated nodes (Flower's, two processes) answer at once with a random update of a model of 36 million
 parameters: 8-bit for FedDM, which also keeps an average of the weights and writes a checkpoint every round,
 float32 for FedAvg. Each case is a process of its own; the memory is the peak of the one with the ServerApp, in all
-and without what it shares with Ray's processes (its object store, mapped into each of them).
+and without what it shares with Ray's processes (its object store, mapped into each of them). The pause is from the
+last reply of a round to the first message of the next one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +48,33 @@ def update(size: int, node: int) -> np.ndarray:
     return np.random.default_rng(node).standard_normal(size, np.float32) * np.float32(1e-3)
 
 
-def feddm(size: int, rounds: int, seconds: list[float]) -> tuple[ServerApp, ClientApp]:
+class Pause:
+    """Measures the time between the last reply of a round and the first message of the next."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.seconds: list[float] = []
+        self._last = self._ended = 0.0
+        push, pull = grid.push_messages, grid.pull_messages
+
+        def timed_push(messages: Iterable[Message]) -> Iterable[str]:
+            if self._ended:
+                self.seconds.append(time.monotonic() - self._ended)
+                self._ended = 0.0
+            return push(messages)
+
+        def timed_pull(names: Iterable[str]) -> Iterable[Message]:
+            if replies := [*pull(names)]:
+                self._last = time.monotonic()
+            return replies
+
+        grid.push_messages, grid.pull_messages = timed_push, timed_pull  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        """The replies of a round are in."""
+        self._ended = self._last
+
+
+def feddm(size: int, rounds: int, seconds: list[float], pauses: list[float]) -> tuple[ServerApp, ClientApp]:
     """Our server and nodes that do not train."""
     layout = Layout(("weights",), ((size,),))
     whole = Part(layout, (slice(0, size),))
@@ -72,17 +100,24 @@ def feddm(size: int, rounds: int, seconds: list[float]) -> tuple[ServerApp, Clie
         config = replace(CONFIG, num_server_rounds=rounds)
         parts = Parts(whole, Part(Layout((), ()), ()), {ALL: whole})
         with tempfile.TemporaryDirectory() as folder:
-            run = FedDM(config, update(size, -1 % 2**32), parts, "0" * 32)
-            start = time.monotonic()
-            for _ in run.run(grid):
-                checkpoint.save(Path(folder) / "checkpoints", run.checkpoint(), keep=1)
-                seconds.append(time.monotonic() - start)
+            run, pause = FedDM(config, update(size, -1 % 2**32), parts, "0" * 32), Pause(grid)
+            with checkpoint.Writer(Path(folder) / "checkpoints", keep=1) as writer:
+
+                def before_step() -> None:
+                    writer.wait()
+                    pause.begin()
+
                 start = time.monotonic()
+                for _ in run.run(grid, before_step):
+                    writer.begin(run.checkpoint())
+                    seconds.append(time.monotonic() - start)
+                    start = time.monotonic()
+            pauses.extend(pause.seconds)
 
     return server, client
 
 
-def fedavg(size: int, rounds: int, seconds: list[float]) -> tuple[ServerApp, ClientApp]:
+def fedavg(size: int, rounds: int, seconds: list[float], pauses: list[float]) -> tuple[ServerApp, ClientApp]:
     """Flower's own strategy, float32."""
     client, server = ClientApp(), ServerApp()
 
@@ -114,14 +149,17 @@ def watch(peaks: dict[str, int]) -> None:
 def case(kind: str, nodes: int, size: int, rounds: int) -> None:
     """One measurement, in a process of its own: a line of JSON at the end of standard output."""
     seconds: list[float] = []
+    pauses: list[float] = []
     peaks = {"all": 0, "own": 0}
     Thread(target=watch, args=(peaks,), daemon=True).start()
-    server, client = {"feddm": feddm, "fedavg": fedavg}[kind](size, rounds, seconds)
+    server, client = {"feddm": feddm, "fedavg": fedavg}[kind](size, rounds, seconds, pauses)
     backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}}
     run_simulation(server, client, nodes, backend_config=backend)
     assert len(seconds) == rounds, "the run failed"
     memory = {"peak_gb": round(peaks["all"] / 1e9, 3), "own_gb": round(peaks["own"] / 1e9, 3)}
     row = {"server": kind, "nodes": nodes, **memory, "seconds": round(min(seconds), 1)}
+    if pauses:
+        row["pause"] = round(min(pauses), 2)
     print(json.dumps(row), flush=True)
     os._exit(0)  # Ray's processes end with this one
 
@@ -131,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="feddm:4,feddm:16,feddm:64,fedavg:4,fedavg:16", help="server:nodes, …")
     parser.add_argument("--millions", type=float, default=36, help="parameters, in millions (default 36)")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -148,7 +186,7 @@ def main() -> None:
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(f"{rows[-1]['server']:8s} {rows[-1]['nodes']:4d} nodes: {rows[-1]['peak_gb']:6.2f} GB at most,", end=" ")
         print(f"{rows[-1]['own_gb']:6.2f} GB its own,", end=" ")
-        print(f"{rows[-1]['seconds']:6.1f} s a round", flush=True)
+        print(f"{rows[-1]['seconds']:6.1f} s a round, pause {rows[-1].get('pause', '–')} s", flush=True)
     if options.out:
         result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{os.cpu_count()} CPU cores", "values": size}
         options.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")

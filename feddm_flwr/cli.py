@@ -7,19 +7,30 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from feddm_flwr import __version__
-from feddm_flwr.config import SCHEDULERS, ConfigError, RunConfig, parse
+from feddm_flwr.config import ConfigError, RunConfig, local_path, parse
+from feddm_flwr.options import parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 stopped."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
+    commands = {
+        "run": _run,
+        "sample": _sample,
+        "evaluate": _evaluate,
+        "data": _data,
+        "report": _report,
+        "compare": _compare,
+        "certs": _certs,
+    }
     try:
-        code: int = options.command(options)
+        code = commands[options.command](options)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"feddm: {line}", file=sys.stderr)
@@ -36,168 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="feddm", description="Train diffusion models across sites that keep their images."
-    )
-    parser.add_argument("--version", action="version", version=f"feddm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    keys = argparse.ArgumentParser(add_help=False)
-    keys.add_argument(
-        "-c",
-        "--run-config",
-        action="append",
-        default=[],
-        metavar="'KEY=VALUE …'",
-        help="run-config keys, as in flwr run (docs/configuration.md has them all); may be repeated",
-    )
-
-    run = commands.add_parser(
-        "run", parents=[keys], help="train: a simulation on this machine, or on the nodes of a SuperLink"
-    )
-    run.add_argument(
-        "superlink",
-        nargs="?",
-        help="SuperLink connection of Flower's config.toml; local is a simulation (default: its default, else local)",
-    )
-    run.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN",
-        help="go on with the run in this folder: its configuration, its nodes, its newest good checkpoint",
-    )
-    run.add_argument("--num-supernodes", type=_positive, metavar="N", help="nodes of the simulation (default 4)")
-    run.add_argument(
-        "--client-cpus",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="cores reserved for each node that trains at a time (default 1)",
-    )
-    run.add_argument(
-        "--client-gpus",
-        type=_share,
-        metavar="X",
-        help="GPUs for each node that trains at a time; 0.25 puts four on one (default: 1 where there is one)",
-    )
-    run.add_argument(
-        "--app", type=Path, help="folder of the app (default: this one, or where feddm_flwr was installed from)"
-    )
-    run.add_argument("--telemetry", action="store_true", help="let Flower and Ray report usage to their makers")
-    run.add_argument("-v", "--verbose", action="store_true", help="print Flower's whole log")
-    run.set_defaults(command=_run)
-
-    drawn = argparse.ArgumentParser(add_help=False)
-    drawn.add_argument(
-        "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
-    )
-    drawn.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="how images are drawn (default ddim)")
-    drawn.add_argument("--steps", type=_positive, default=50, metavar="N", help="steps of the scheduler (default 50)")
-    drawn.add_argument("--seed", type=_seed, default=0, help="seed of the starting noise (default 0)")
-
-    sample = commands.add_parser("sample", parents=[drawn], help="draw images from a trained model")
-    sample.add_argument("-n", "--count", type=_positive, default=64, metavar="N", help="images (default 64)")
-    sample.add_argument("--class", dest="of_class", metavar="CLASS", help="name or number (default: all, in turns)")
-    sample.add_argument("--guidance", type=float, default=2.0, metavar="W", help="of a class; 1: none (default 2)")
-    sample.add_argument(
-        "-o",
-        "--output",
-        default="samples.png",
-        help="a grid (x.png), an array (x.npz, key images: uint8 N,H,W,C) or a folder of PNGs (x/)",
-    )
-    sample.set_defaults(command=_sample)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        parents=[drawn, keys],
-        help="compare a model's samples with real images (by default those of the run, as the server finds them): FID, "
-        "KID, and others",
-    )
-    evaluate.add_argument(
-        "--features",
-        choices=("classifier", "random", "dinov2", "inception"),
-        default="classifier",
-        help="network whose features are compared (default: a classifier, trained on the real images)",
-    )
-    evaluate.add_argument(
-        "--features-from", default="", metavar="ID", help="folder or hub id of dinov2 (default: facebook/dinov2-base)"
-    )
-    evaluate.add_argument("-n", "--samples", type=_positive, default=2000, metavar="N", help="samples (default 2000)")
-    evaluate.add_argument("--guidance", type=float, default=1.0, metavar="W", help="of classes; 1: none (default 1)")
-    evaluate.add_argument("-o", "--output", type=Path, help="write the figures there, too (x.json)")
-    evaluate.set_defaults(command=_evaluate)
-
-    data = commands.add_parser(
-        "data", parents=[keys], help="look at images before a run: counts, sizes, classes, a contact sheet"
-    )
-    data.add_argument(
-        "path", metavar="PATH", help="a folder, a parquet file, or anything else that data.name may be (digits)"
-    )
-    data.add_argument(
-        "--num-supernodes", type=_positive, default=0, metavar="N", help="show what each of N simulated nodes would get"
-    )
-    data.add_argument("-o", "--output", type=Path, default=Path("data.png"), help="the contact sheet (x.png)")
-    data.set_defaults(command=_data)
-
-    report = commands.add_parser("report", help="write a run's report.html again, or a page that compares several runs")
-    report.add_argument("run", type=Path, nargs="+", help="a run's folder")
-    report.add_argument(
-        "-o", "--output", type=Path, default=Path("comparison.html"), help="the page of several runs (comparison.html)"
-    )
-    report.set_defaults(command=_report)
-
-    compare = commands.add_parser(
-        "compare", parents=[keys], help="several strategies, codecs, partitions and seeds side by side"
-    )
-    compare.add_argument(
-        "comparison",
-        metavar="COMPARISON",
-        help="paper, codecs, non-iid, local-epochs, or a TOML file (docs/evaluation.md)",
-    )
-    compare.add_argument("--num-supernodes", type=_positive, metavar="N", help="nodes of each run (default 4)")
-    compare.add_argument("--seeds", type=_positive, metavar="N", help="do every run with seeds 0 to N-1 (default 1)")
-    compare.add_argument(
-        "-o", "--output", type=Path, default=Path("comparison"), help="folder of runs, tables and plots (comparison)"
-    )
-    compare.set_defaults(command=_compare)
-
-    certs = commands.add_parser("certs", help="make the keys and certificates of a federation of real nodes")
-    certs.add_argument("folder", type=Path, help="where they go; those that are there are kept")
-    certs.add_argument(
-        "--host", action="append", default=[], metavar="NAME", help="name or address of the SuperLink; may be repeated"
-    )
-    certs.add_argument("--node", action="append", default=[], metavar="NAME", help="a node's name; may be repeated")
-    certs.add_argument(
-        "--days", type=_positive, default=365, metavar="N", help="validity of the SuperLink's certificate (default 365)"
-    )
-    certs.set_defaults(command=_certs)
-    return parser
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _share(text: str) -> float:
-    if not 0 <= float(text) <= 64:
-        raise ValueError
-    return float(text)
-
-
-def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**63:
-        raise ValueError
-    return int(text)
-
-
-_seed.__name__ = "integer from 0 to 2^63 - 1"
-_share.__name__ = "number of GPUs"  # argparse names these in its errors
-_positive.__name__ = "positive integer"
-
-
 def _run(options: argparse.Namespace) -> int:
     from feddm_flwr import launch, report, tracking
 
@@ -207,17 +56,17 @@ def _run(options: argparse.Namespace) -> int:
         overrides = _resumed(options) | overrides
     options.num_supernodes = options.num_supernodes or 4
     config = parse(overrides)
-    place = launch.Simulation if launch.is_local(options.superlink) else launch.Remote
+    local = launch.is_local(options.superlink)
+    place = (launch.Simulation if local else launch.Remote)(options, launch.environment(telemetry=options.telemetry))
     overrides["run-name"] = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.out_dir).expanduser().resolve() / overrides["run-name"]
-    if place is launch.Simulation:
+    if local:
         overrides["out-dir"] = str(folder.parent)
         _check_simulation(config, options.num_supernodes, folder)
-    environment = launch.environment(telemetry=options.telemetry)
     launch.end_by_signal()
-    with place(options, environment) as federation:
+    with place as federation:
         code = launch.follow(app, federation, overrides, config, verbose=options.verbose)
-    if code == launch.STOPPED and place is launch.Simulation and folder.is_dir():
+    if code == launch.STOPPED and local and folder.is_dir():
         tracking.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
     if code and (folder / "checkpoints").is_dir():
@@ -248,7 +97,8 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
     """What would end a simulation is known before it starts.
 
     Raises:
-        ConfigError: the run's folder exists (or does not, for one to resume), or there are too few nodes.
+        ConfigError: the run's folder exists (or does not, for one to resume) or cannot be made, there are too few
+            nodes, or what the run builds upon is not there.
     """
     if folder.exists() and not config.resume:
         raise ConfigError(f"run-name = {config.run_name!r}: {folder} exists; choose another name")
@@ -257,6 +107,44 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
     for key, value in (("min-nodes", config.min_nodes), ("min-replies", config.min_replies)):
         if value > nodes:
             raise ConfigError(f"{key} = {value} is not allowed: must be at most --num-supernodes = {nodes}")
+    for key, name in (
+        ("model.autoencoder", config.model.autoencoder),
+        ("model.init-from", config.model.init_from),
+        ("autoencoder.perceptual", config.autoencoder.perceptual),
+    ):
+        if (path := local_path(name)) and not path.exists():
+            raise ConfigError(f"{key} = {name!r}: no such file or folder")
+    if (tracker := config.tracker) != "none" and not find_spec(tracker):
+        raise ConfigError(f"tracker = {tracker!r}: {tracker} is not installed: pip install 'feddm-flwr[{tracker}]'")
+    _make_folder(folder.parent, f"out-dir = {config.out_dir!r}")
+
+
+def _make_folder(folder: Path, origin: str) -> None:
+    """Make a folder that files can be put in.
+
+    Raises:
+        ConfigError: that is not possible; `origin` says who asked for it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{origin}: nothing can be written there ({error.strerror})") from error
+
+
+def _check_output(output: Path, *endings: str) -> None:
+    """What cannot be written is known before the work.
+
+    Raises:
+        ConfigError: the name has another ending, is a folder's, or nothing can be written there.
+    """
+    origin = f"--output = {str(output)!r}"
+    if output.suffix not in endings:
+        raise ConfigError(f"{origin}: must end in {', '.join(endings[:-1])}{' or ' * (len(endings) > 1)}{endings[-1]}")
+    if output.is_dir():
+        raise ConfigError(f"{origin}: is a folder")
+    _make_folder(output.parent, origin)
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:
@@ -272,6 +160,8 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
             read = parse_config_args([argument])
         except Exception as error:  # Flower raises many kinds here
             why = error if argument.endswith(".toml") else "text needs quotes, as in 'strategy=\"feddm-prox\"'"
+            if "overwrite" in str(error.__cause__):
+                why = "a key is there twice"
             raise ConfigError(f"--run-config {argument!r} cannot be read: {why}") from error
         # Flower passes over what it does not understand.
         left = "" if argument.endswith(".toml") else re.sub(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)", "", argument).strip()
@@ -283,15 +173,16 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 
 def _sample(options: argparse.Namespace) -> int:
     output, as_folder = Path(options.output), options.output.endswith(("/", os.sep)) or Path(options.output).is_dir()
-    if not as_folder and output.suffix not in (".png", ".npz"):
-        raise ConfigError(f"--output = {options.output!r}: must end in .png, .npz or /")
+    if as_folder:
+        _make_folder(output, f"--output = {options.output!r}")
+    else:
+        _check_output(output, ".png", ".npz", "/")
     import numpy as np
 
     from feddm_flwr import evaluation, finished
 
     how = finished.How(options.scheduler, options.steps, options.guidance, options.seed)
     images = finished.draw(finished.find(options.model), how, options.count, options.of_class)
-    (output if as_folder else output.parent).mkdir(parents=True, exist_ok=True)
     if as_folder:
         for i, image in enumerate(images):
             evaluation.to_image(image).save(output / f"{i:05d}.png")
@@ -309,8 +200,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--samples = {options.samples}: must be at least 10, fewer cannot be compared")
     if options.features_from and options.features != "dinov2":
         raise ConfigError(f"--features-from = {options.features_from!r}: is for --features dinov2 only")
-    if options.output and options.output.suffix != ".json":
-        raise ConfigError(f"--output = {str(options.output)!r}: must end in .json")
+    if options.output:
+        _check_output(options.output, ".json")
     config = parse(_overrides([*([str(run)] if run.is_file() else []), *options.run_config]))
     from feddm_flwr import finished, scores
 
@@ -324,14 +215,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     print("\n".join(scores.lines(result)))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 def _data(options: argparse.Namespace) -> int:
-    if options.output.suffix != ".png":
-        raise ConfigError(f"--output = {str(options.output)!r}: must end in .png")
+    _check_output(options.output, ".png")
     from feddm_flwr import survey
 
     keys = {**_overrides(options.run_config), "data.name": options.path}
@@ -345,7 +234,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     cells = comparison.cells(options.comparison, _overrides(options.run_config), options.num_supernodes, options.seeds)
     folder: Path = options.output.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder, f"--output = {str(options.output)!r}")
     done = []
     for i, cell in enumerate(cells, 1):
         print(f"{i} of {len(cells)}: {cell.name}", flush=True)

@@ -54,10 +54,13 @@ def parse(run_config: Mapping[str, object]) -> RunConfig:
             hint = f"did you mean {close[0]}?" if close else "see docs/configuration.md"
             problems.append(f"{name} = {run_config[name]!r}: no such key; {hint}")
     presets = decided(run_config)
+    undecided = [key for key in ("strategy", "model.preset") if run_config.get(key, "") not in ("", *KEYS[key].choices)]
     values: dict[str, Any] = {}
     for name, spec in KEYS.items():
         value = run_config.get(name, spec.default)
         if value == PRESET and spec.default == PRESET:
+            if name not in presets and undecided:
+                continue  # that is said, and would decide this
             if name not in presets:
                 data = run_config.get("data.name", KEYS["data.name"].default)
                 problems.append(f"{name} must be set for data.name = {data!r}: {spec.doc}")

@@ -44,6 +44,8 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield "codec.topk-bits = 3 is not allowed: must be 2 or 4"
     if c.strategy not in ("feddm-vanilla", "feddm-prox") and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
         yield f"codec.uplink = 'none', codec.downlink = 'none' with strategy = {c.strategy!r}: use feddm-vanilla"
+    if not c.data.name.strip():
+        yield "data.name = '' is not allowed: must be digits, an id of a hub, a folder, or parquet files"
     if c.data.channels == 2:
         yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
     if c.data.partition == "natural" and not c.data.natural_column:

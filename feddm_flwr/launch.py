@@ -120,7 +120,10 @@ class Simulation:
 
     def __init__(self, options: argparse.Namespace, env: Mapping[str, str]) -> None:
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
-        gpus = options.client_gpus if options.client_gpus is not None else float(_count_gpus() > 0)
+        there = _count_gpus()
+        gpus = options.client_gpus if options.client_gpus is not None else float(there > 0)
+        if gpus > there:
+            raise ConfigError(f"--client-gpus = {gpus:g}: must be at most {there}, the GPUs of this machine")
         federation = {
             "num-supernodes": options.num_supernodes,
             "client-resources-num-cpus": min(options.client_cpus, cores),

@@ -132,8 +132,11 @@ def _faults(rows: list[Row], status: Row) -> list[str]:
 
 
 def _config(run: Path) -> dict[str, Any]:
-    with (run / "config.toml").open("rb") as file:
-        return flat(tomllib.load(file))
+    path = run / "config.toml"
+    try:
+        return flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _render(template: str, **values: Any) -> str:
@@ -295,7 +298,10 @@ def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:
 
 
 def _read_json(path: Path, otherwise: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _toml(value: object) -> str:

@@ -206,6 +206,13 @@ def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Pat
         (["evaluate", "nothing"], "MODEL_OR_RUN = 'nothing': no run with a model/"),
         (["data", "./nothing"], "data.name = './nothing': no such file or folder"),
         (["data", "digits", "-o", "x.jpg"], "--output = 'x.jpg': must end in .png"),
+        (["data", ""], "data.name = '' is not allowed"),
+        (["run", "-c", "seed=3 seed=4"], "--run-config 'seed=3 seed=4' cannot be read: a key is there twice"),
+        (["run", "-c", 'out-dir="/dev/null/x"'], "out-dir = '/dev/null/x': nothing can be written there (Not a dir"),
+        (["run", "-c", 'model.init-from="./no"'], "model.init-from = './no': no such file or folder"),
+        (["run", "--client-gpus", "64"], "--client-gpus = 64: must be at most"),
+        (["sample", "x", "--guidance", "nan"], "--guidance: invalid number that is not negative value: 'nan'"),
+        (["sample", "x", "-o", "/dev/null/x.png"], "--output = '/dev/null/x.png': nothing can be written there"),
         (["report", "nothing"], "RUN = 'nothing': not a run's folder"),
     ],
 )

@@ -11,6 +11,7 @@ from local_grid import run_server
 
 from feddm_flwr import cli, comparison, comparison_tables
 from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.options import parser
 
 FILE = """
 num-supernodes = 4
@@ -30,11 +31,11 @@ QUICK = {"eval.features": "random", "eval.samples": 16, "sample.steps": 2, "samp
 
 def in_process(arguments: list[str]) -> int:
     """`feddm run local …`, with nodes in this process."""
-    options = cli._parser().parse_args(arguments)
-    keys = cli._overrides(options.run_config)
-    if options.resume:
-        keys = cli._resumed(options) | keys
-    run_server(parse(keys), options.num_supernodes)
+    chosen = parser().parse_args(arguments)
+    keys = cli._overrides(chosen.run_config)
+    if chosen.resume:
+        keys = cli._resumed(chosen) | keys
+    run_server(parse(keys), chosen.num_supernodes)
     return 0
 
 

@@ -165,3 +165,9 @@ def test_seeds_differ_by_every_part() -> None:
     seeds = {derive_seed(s, n, r) for s in range(5) for n in ("a", "b") for r in range(5)}
     assert len(seeds) == 50
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_what_an_unknown_strategy_would_decide_is_not_asked_for() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({"strategy": "feddm-foo", "train.mu": 0.1})
+    assert len(str(error.value).splitlines()) == 1

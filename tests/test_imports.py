@@ -114,6 +114,7 @@ ALLOWED: dict[str, set[str]] = {
         *("parts", "probes", "robust", "tally"),
     },
     "display": {"config"},
+    "options": {"config"},
     "launch": {"config", "display", "tracking"},
 }
 TOP = {"server_app", "client_app", "cli"}
