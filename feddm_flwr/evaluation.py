@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from PIL import Image
 
 from feddm_flwr.class_pipeline import guided
+from feddm_flwr.config import derive_seed
 from feddm_flwr.images import Images
 from feddm_flwr.latents import decode
 
@@ -21,6 +23,7 @@ _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
+    "ddpm": DDPMScheduler,
 }
 
 
@@ -38,11 +41,11 @@ def sample(
     scheduler: str = "ddim",
     batch_size: int = 64,
 ) -> Images:
-    """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second order) or
-    UniPC (Zhao et al. 2023), uint8 (count, C, H, W).
+    """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second order),
+    UniPC (Zhao et al. 2023) or DDPM's ancestral sampling (Ho et al. 2020), uint8 (count, C, H, W).
 
     `scheduler_config` is the configuration of the diffusers scheduler that the model was trained
-    for. The starting noise is drawn on the CPU, image by image: image i depends on the seed and i
+    for. Noise is drawn on the CPU, image by image: image i depends on the seed and i
     only, not on device or batch size. A class-conditional model needs the label of each image; the last
     embedding of its is for no class. A latent one needs its autoencoder.
     """
@@ -52,22 +55,29 @@ def sample(
     random = torch.Generator().manual_seed(seed)
     noise = torch.stack([torch.randn(shape, generator=random) for _ in range(count)])
     network.eval()
-    done = []
+    done: list[torch.Tensor] = []
     classes = torch.tensor([*labels] if labels is not None else [0] * count, device=device)
     for x, own in zip(noise.split(batch_size), classes.split(batch_size), strict=True):
         x = x.to(device)
         solver.set_timesteps(steps)  # and forget the batch before
+        images = range(start := len(done) * batch_size, start + len(x))
+        added = {"generator": [_noise_of(seed, i) for i in images]} if scheduler == "ddpm" else {}
         for t in solver.timesteps:
             if labels is None:
                 predicted = network(x, t).sample
             else:
                 predicted = guided(network, x, t, own, network.config.num_class_embeds - 1, guidance)
-            x = solver.step(predicted, t, x).prev_sample
+            x = solver.step(predicted, t, x, **added).prev_sample
         if autoencoder is not None:
             x = decode(autoencoder, x)
         done.append(((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
-    images: Images = torch.cat(done).numpy()
-    return images
+    drawn: Images = torch.cat(done).numpy()
+    return drawn
+
+
+def _noise_of(seed: int, image: int) -> torch.Generator:
+    """Where the noise of an image comes from that is added on the way."""
+    return torch.Generator().manual_seed(derive_seed("sampling", seed, image))
 
 
 def every_class(classes: int, count: int) -> list[int]:

@@ -13,7 +13,7 @@ from feddm_flwr.schema import PRESET, KeySpec, key, sections
 #: A node's name: it goes into logs, seeds and file names.
 NODE_NAME = r"(?!\.)[\w.-]{1,64}"
 NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
-SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
+SCHEDULERS = ("ddim", "dpmsolver++", "unipc", "ddpm")
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
 
@@ -271,7 +271,7 @@ class Sample:
     count: int = key(64, "images in a grid", low=1, high=4096)
     scheduler: str = key(
         "ddim",
-        "how samples are drawn: deterministic DDIM, or DPM-Solver++ or UniPC, which take fewer steps",
+        "how samples are drawn: deterministic DDIM, DPM-Solver++ and UniPC of fewer steps, or the original DDPM",
         choices=(*SCHEDULERS,),
     )
     steps: int = key(50, "steps of the scheduler", low=1)

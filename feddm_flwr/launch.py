@@ -120,17 +120,17 @@ class Simulation:
 
     def __init__(self, options: argparse.Namespace, env: Mapping[str, str]) -> None:
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
-        there = _count_gpus()
+        there, cluster = _count_gpus(), os.environ.get("RAY_ADDRESS")
         gpus = options.client_gpus if options.client_gpus is not None else float(there > 0)
-        if gpus > there:
+        if gpus > there and not cluster:
             raise ConfigError(f"--client-gpus = {gpus:g}: must be at most {there}, the GPUs of this machine")
         federation = {
             "num-supernodes": options.num_supernodes,
-            "client-resources-num-cpus": min(options.client_cpus, cores),
+            "client-resources-num-cpus": options.client_cpus if cluster else min(options.client_cpus, cores),
             "client-resources-num-gpus": gpus,
-            # One actor per core at most, and no more actors than nodes.
-            "init-args-num-cpus": min(cores, options.num_supernodes * options.client_cpus),
         }
+        if not cluster:  # one actor per core at most, and no more actors than nodes
+            federation["init-args-num-cpus"] = min(cores, options.num_supernodes * options.client_cpus)
         text = " ".join(f"{key}={value}" for key, value in federation.items())
         self.env, self.arguments, self.local = dict(env), ["own", "--federation-config", text], True
 

@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "worker": {"config", "node_config", "node_evaluation", "node_round"},
     "training": {"config", "model", "objectives"},
-    "evaluation": {"class_pipeline", "images", "latents"},
+    "evaluation": {"class_pipeline", "config", "images", "latents"},
     "features": {"array_cache", "assets", "config", "images"},
     "reference": set(),
     "gauges": set(),

@@ -1,0 +1,77 @@
+"""What fewer sampling steps cost: images per second, FID and KID of each scheduler, against DDPM's 1000 steps.
+
+    python benchmarks/sampling.py RUN -c 'data.name="test.parquet"' --samples 512 --out benchmarks/results/sampling.json
+
+RUN is the folder of a run without classes; its samples are compared with its images, or those that -c names, by the
+features of a classifier. All schedulers start from the same noise. The change against DDPM is that of the KID, which does not depend on the
+number of samples, beside its standard deviation over subsets: a smaller change is not measurable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feddm_flwr import cli, data, evaluation, features, finished, pipelines, scores
+from feddm_flwr.config import parse
+from feddm_flwr.images import Images
+from feddm_flwr.state_folder import state_root
+
+CASES = [("ddpm", 1000), ("ddim", 100), ("ddim", 50), ("ddim", 25), ("ddim", 10)] + [
+    (name, steps) for name in ("dpmsolver++", "unipc") for steps in (25, 15, 10, 5)
+]
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("-c", "--run-config", action="append", default=[])
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core")
+    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    config = parse(cli._overrides([str(options.run / "config.toml"), *options.run_config]))
+    real, classes, _ = data.load_all(config)
+    network = features.recipe("classifier", config.data.channels, lambda: (real, classes), state_root(None)).build()
+    told, rows = network(real), list[dict[str, Any]]()
+    pipeline = pipelines.load(finished.find(options.run))
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def draw(count: int, scheduler: str, steps: int) -> Images:
+        return evaluation.sample(
+            pipeline.unet, pipeline.scheduler.config, count, steps, 0, scheduler=scheduler, batch_size=128
+        )
+
+    for scheduler, steps in CASES:
+        draw(128, scheduler, 2)  # warms up
+        start = time.monotonic()
+        fake = draw(options.samples, scheduler, steps)
+        rate = options.samples / (time.monotonic() - start)
+        found = scores.compare(told, network(fake), 0, classes, network.logits)
+        row = {"scheduler": scheduler, "steps": steps, "images_per_second": rate}
+        rows.append(row | {key: found[key] for key in ("fid", "kid", "kid_std", "coverage") if key in found})
+        first, last = rows[0], rows[-1]
+        print(
+            f"{scheduler:12s} {steps:5d} steps {rate:8.2f} images/s ({rate / first['images_per_second']:6.1f}x)"
+            f"   FID {last['fid']:8.3f}   KID {last['kid']:8.3f} ± {last['kid_std']:.3f}"
+            f"   change {last['kid'] - first['kid']:+.3f}",
+            flush=True,
+        )
+    if options.out:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+        facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device, "samples": options.samples}
+        facts |= {"run": options.run.name, "real": len(real), "features": network.name}
+        options.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
