@@ -3,8 +3,8 @@
     python benchmarks/sampling.py RUN -c 'data.name="test.parquet"' --samples 512 --out benchmarks/results/sampling.json
 
 RUN is the folder of a run without classes; its samples are compared with its images, or those that -c names, by the
-features of a classifier. All schedulers start from the same noise. The change against DDPM is that of the KID, which does not depend on the
-number of samples, beside its standard deviation over subsets: a smaller change is not measurable.
+features of a classifier. All schedulers start from the same noise. The change against DDPM is that of the KID, which
+does not depend on the number of samples, beside its standard deviation over subsets: less is not measurable.
 """
 
 from __future__ import annotations
