@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,17 +33,20 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     one = ["--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
     head = ["--head", f"--port={at.rpartition(':')[2]}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
     started = []
-    with (tmp_path / "ray.log").open("wb") as log:
-        for own in ([*head, f"--temp-dir={tmp_path / 'ray'}"], [f"--address={at}", "--node-ip-address=127.0.0.2"]):
-            line = [BIN / "ray", "start", *own, *one]
-            started.append(subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
-            nodes = len(started)
-            wait(lambda nodes=nodes: status(at).count(" 1 node_") == nodes, f"node {nodes} of the cluster", 60)
-    yield at
-    for process in reversed(started):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+    # Paths of sockets must be short.
+    with (tmp_path / "ray.log").open("wb") as log, tempfile.TemporaryDirectory(prefix="ray-") as short:
+        try:
+            for own in ([*head, f"--temp-dir={short}"], [f"--address={at}", "--node-ip-address=127.0.0.2"]):
+                line = [BIN / "ray", "start", *own, *one]
+                started.append(subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+                nodes = len(started)
+                wait(lambda nodes=nodes: status(at).count(" 1 node_") == nodes, f"node {nodes} of the cluster", 60)
+            yield at
+        finally:
+            for process in reversed(started):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+                process.wait(30)
 
 
 def status(at: str) -> str:
