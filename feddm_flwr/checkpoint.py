@@ -104,6 +104,8 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown()
+        if error and self._writing and (failed := self._writing.exception()):
+            log.warning("the last checkpoint could not be written: %s", failed)
 
 
 def newest(folder: Path) -> Checkpoint:

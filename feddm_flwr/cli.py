@@ -112,29 +112,29 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         ("model.init-from", config.model.init_from),
         ("autoencoder.perceptual", config.autoencoder.perceptual),
     ):
-        if (path := local_path(name)) and not path.exists():
+        if not config.resume and (path := local_path(name)) and not path.exists():  # a run keeps what it has read
             raise ConfigError(f"{key} = {name!r}: no such file or folder")
     if (tracker := config.tracker) != "none" and not find_spec(tracker):
         raise ConfigError(f"tracker = {tracker!r}: {tracker} is not installed: pip install 'feddm-flwr[{tracker}]'")
-    _make_folder(folder.parent, f"out-dir = {config.out_dir!r}")
+    _check_folder(folder.parent, f"out-dir = {config.out_dir!r}")
 
 
-def _make_folder(folder: Path, origin: str) -> None:
-    """Make a folder that files can be put in.
+def _check_folder(folder: Path, origin: str) -> None:
+    """What cannot be written is known before the work.
 
     Raises:
-        ConfigError: that is not possible; `origin` says who asked for it.
+        ConfigError: no file can be put in the folder, or it cannot be made; `origin` says who asked for it.
     """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ConfigError(f"{origin}: nothing can be written there ({error.strerror})") from error
 
 
 def _check_output(output: Path, *endings: str) -> None:
-    """What cannot be written is known before the work.
+    """A file to write, as `_check_folder`.
 
     Raises:
         ConfigError: the name has another ending, is a folder's, or nothing can be written there.
@@ -144,7 +144,7 @@ def _check_output(output: Path, *endings: str) -> None:
         raise ConfigError(f"{origin}: must end in {', '.join(endings[:-1])}{' or ' * (len(endings) > 1)}{endings[-1]}")
     if output.is_dir():
         raise ConfigError(f"{origin}: is a folder")
-    _make_folder(output.parent, origin)
+    _check_folder(output.parent, origin)
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 def _sample(options: argparse.Namespace) -> int:
     output, as_folder = Path(options.output), options.output.endswith(("/", os.sep)) or Path(options.output).is_dir()
     if as_folder:
-        _make_folder(output, f"--output = {options.output!r}")
+        _check_folder(output, f"--output = {options.output!r}")
     else:
         _check_output(output, ".png", ".npz", "/")
     import numpy as np
@@ -183,6 +183,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     how = finished.How(options.scheduler, options.steps, options.guidance, options.seed)
     images = finished.draw(finished.find(options.model), how, options.count, options.of_class)
+    (output if as_folder else output.parent).mkdir(parents=True, exist_ok=True)
     if as_folder:
         for i, image in enumerate(images):
             evaluation.to_image(image).save(output / f"{i:05d}.png")
@@ -215,6 +216,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     print("\n".join(scores.lines(result)))
     if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -234,7 +236,8 @@ def _compare(options: argparse.Namespace) -> int:
 
     cells = comparison.cells(options.comparison, _overrides(options.run_config), options.num_supernodes, options.seeds)
     folder: Path = options.output.resolve()
-    _make_folder(folder, f"--output = {str(options.output)!r}")
+    _check_folder(folder, f"--output = {str(options.output)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
     done = []
     for i, cell in enumerate(cells, 1):
         print(f"{i} of {len(cells)}: {cell.name}", flush=True)

@@ -68,7 +68,7 @@ def collect(
     deadline = time.monotonic() + timeout
     # A simulation keeps replies in this process until they are pulled, and may make them faster. Real nodes are all
     # asked at once: their replies wait in the SuperLink, on disk.
-    window = _WINDOW + (os.cpu_count() or 1) if hasattr(grid, "state") else len(names)
+    window = _WINDOW + _cores() if hasattr(grid, "state") else len(names)
     replies = Replies(grid)
     died: dict[int, Failure] = {}
     whole: set[int] = set()
@@ -122,6 +122,15 @@ def collect(
                 log.warning("%s: %s; asked again", names[node_id], died[node_id])
     for node_id in again:
         yield node_id, died.get(node_id, Failure("timeout", "no time was left to send the shared weights"))
+
+
+def _cores() -> int:
+    """Of this machine, or of the Ray cluster that the simulation runs on."""
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        return int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    return os.cpu_count() or 1
 
 
 def _count(traffic: Traffic, name: str, sent: RecordDict) -> None:

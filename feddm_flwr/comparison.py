@@ -45,6 +45,7 @@ _PARTITIONS: dict[str, Keys] = {
     "dirichlet 0.3": {"data.partition": "dirichlet", "data.alpha": 0.3},
     "pathological 2": {"data.partition": "pathological", "data.classes-per-node": 2},
 }
+_PARTITION = ("data.alpha", "data.classes-per-node", "data.shards-per-node", "data.natural-column")
 #: Comparisons that are known by name; the paper's, with settings of ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -132,8 +133,9 @@ def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | 
         for condition, under in (tables[2] or {"": {}}).items():
             for run, own in tables[1].items():
                 keys = {**_JUDGED, **flat(tables[0]), **flat(under), **flat(own), **common, "seed": seed}
+                alone = keys.get("centralized")
                 cell = _cell(condition, run, seed, count, keys)
-                same = (c.name for c in found if (c.nodes, c.keys) == (cell.nodes, cell.keys))
+                same = (c.name for c in found if alone and (c.nodes, c.keys) == (cell.nodes, cell.keys))
                 found.append(replace(cell, shared=next(same, "")))
     for cell_name, times in Counter(cell.name for cell in found if not cell.shared).items():
         if times > 1:
@@ -159,7 +161,7 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
     if centralized:
         config = parse(keys)
         asked = max(1, round(config.fraction_train * nodes))
-        keys = {key: value for key, value in keys.items() if key not in ("data.alpha", "data.classes-per-node")}
+        keys = {key: value for key, value in keys.items() if key not in _PARTITION}
         keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
         keys["train.local-steps"] = asked * config.train.local_steps
         nodes = 1
@@ -183,7 +185,7 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> bool:
     asked.write_text(wanted, encoding="utf-8")
     if status(run) == "completed":
         return True
-    if run.is_dir() and not any(run.glob("checkpoints/*")):  # it ended before there was anything to go on with
+    if run.is_dir() and not any(run.glob("checkpoints/round-*")):  # it ended before there was anything to go on with
         shutil.rmtree(run)
     if run.is_dir():
         feddm(["run", "local", "--resume", str(run), "--num-supernodes", str(cell.nodes)])

@@ -37,6 +37,7 @@ from feddm_flwr.tracking import nest
 #: Exit code of a run that was stopped by Ctrl-C, SIGTERM or a closed terminal.
 STOPPED = 130
 _START_TIMEOUT = 60.0
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # one is there where a GPU is
 
 
 def find_app(folder: Path | None) -> Path:
@@ -122,7 +123,8 @@ class Simulation:
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
         there, cluster = _count_gpus(), os.environ.get("RAY_ADDRESS")
         gpus = options.client_gpus if options.client_gpus is not None else float(there > 0)
-        if gpus > there and not cluster:
+        # Where nvidia-smi is not, Ray may still find some.
+        if gpus > there and not cluster and (there or not any(Path(p).exists() for p in _DRIVERS)):
             raise ConfigError(f"--client-gpus = {gpus:g}: must be at most {there}, the GPUs of this machine")
         federation = {
             "num-supernodes": options.num_supernodes,
@@ -176,8 +178,9 @@ class Simulation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(name, signal.SIG_IGN)  # a second Ctrl-C may not leave processes behind
+        # A second Ctrl-C may not leave processes behind.
+        names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {name: signal.signal(name, signal.SIG_IGN) for name in names}
         self._process.terminate()
         try:
             self._process.wait(15)
@@ -195,6 +198,8 @@ class Simulation:
                 process.kill()
         self._log.close()
         shutil.rmtree(self._home, ignore_errors=True)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _count_gpus() -> int:

@@ -27,6 +27,8 @@ class Task:
     part: str  # which parameters the reply is to cover
     acked: int  # the last round whose reply of this node, of that part, entered a mean; 0: none
     acked_any: int  # the same of any part
+    durable: int  # `acked`, had the server to go back to the last checkpoint that is on its disk for sure
+    durable_any: int  # the same of any part
     assets: str  # JSON: SHA-256 of what the run builds upon, by kind
     shadow: str  # fingerprint of what the nodes are to hold; empty where weights are sent
 
@@ -104,10 +106,11 @@ class NodeLink:
         meant = wanted.cpu().numpy()
         left = meant - self._up.decode(frame, c.target, number)
         if c.error_feedback:
-            self._keep(self._residual, left, part, self._task.acked)
+            self._keep(self._residual, left, part, (self._task.acked, self._task.durable))
         if self._parts.personal.layout.names:
             values = self._parts.personal.take(trained.cpu().numpy())
-            self._keep("personal", values, self._parts.personal, self._task.acked_any)
+            still = (self._task.acked_any, self._task.durable_any)
+            self._keep("personal", values, self._parts.personal, still)
         norm = float(np.linalg.norm(meant.astype(np.float64)))
         return Sent(frame, float(np.linalg.norm(left.astype(np.float64))) / norm if norm else 0.0)
 
@@ -123,9 +126,9 @@ class NodeLink:
             self.state_lost = True
             return None
 
-    def _keep(self, kind: str, values: Values, part: Part, acked: int) -> None:
+    def _keep(self, kind: str, values: Values, part: Part, still: tuple[int, ...]) -> None:
         assert self.state
-        self.state.write(kind, self._task.round, values, part.layout.fingerprint, acked)
+        self.state.write(kind, self._task.round, values, part.layout.fingerprint, still)
 
 
 def _take(part: Part, vector: Tensor) -> Tensor:

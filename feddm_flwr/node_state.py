@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from feddm_flwr.exchange import Channel, FrameError, Values, exact, fingerprint
@@ -104,14 +104,14 @@ class NodeState:
         except (OSError, FrameError) as error:
             raise StateLostError(f"{path.name}: {error}") from error
 
-    def write(self, kind: str, number: int, vector: Values, layout: str, acked: int) -> None:
-        """Keep a vector as of round `number`, and of those kept before only that of the `acked` round and the two
-        newest: the server may have acknowledged the last one meanwhile, or go back a checkpoint. Later ones stay:
+    def write(self, kind: str, number: int, vector: Values, layout: str, still: Collection[int]) -> None:
+        """Keep a vector as of round `number`, and of those kept before only those of rounds that may `still` be asked
+        for and the two newest, of which the server may have heard meanwhile. Later ones stay:
         a job that was overtaken must not take anything from those that overtook it."""
         _write(self.path / f"{kind}-{number}.frame", self._own(layout, len(vector)).encode(vector, kind, number))
         earlier = [one for one in _numbered(self.path, kind) if one[0] < number]
         for other, path in earlier[:-2]:
-            if other != acked:
+            if other not in still:
                 path.unlink(missing_ok=True)
 
     def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:

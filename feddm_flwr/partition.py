@@ -22,11 +22,7 @@ def partition_rows(config: RunConfig, source: Source, index: int, count: int) ->
     Raises:
         ConfigError: the images cannot be shared out like that.
     """
-    partitions = _partitioner(config, source, count)
-    try:
-        chosen: list[int] = partitions.load_partition(index)["row"][:]
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{_problem(config, source, count)}: {error}") from error
+    chosen: list[int] = _partitioner(config, source, count).load_partition(index)["row"][:]
     return chosen
 
 
@@ -70,9 +66,12 @@ def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner |
         columns["by"] = [values[i] for i in order]
     partitions = make()
     partitions.dataset = Dataset.from_dict(columns)
-    if d.partition == "natural" and partitions.num_partitions != count:
-        problem = _problem(config, source, count)
-        raise ConfigError(f"{problem}: {column!r} has {partitions.num_partitions} different values; use as many nodes")
+    try:
+        if d.partition == "natural" and partitions.num_partitions != count:
+            raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
+        partitions.load_partition(0)  # deals all of them; one that failed must not be kept
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{_problem(config, source, count)}: {error}") from error
     return partitions
 
 

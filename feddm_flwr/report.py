@@ -294,7 +294,7 @@ def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:
             }
             for i, c in enumerate(classes)
         ]
-    return sorted(nodes, key=lambda node: [part.zfill(9) for part in re.split(r"(\d+)", node["name"])])
+    return sorted(nodes, key=lambda node: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", node["name"])])
 
 
 def _read_json(path: Path, otherwise: Any) -> Any:

@@ -66,6 +66,7 @@ def main(grid: Grid, context: Context) -> None:
             feddm.restore(found)
         else:
             _save(run, feddm, kept, writer)
+            _durable(run, feddm, writer)  # what cannot be written is known before anybody trains
         del found
         if not undrawn:
             _show(run, model_of, feddm)  # what a run that was killed here still owes

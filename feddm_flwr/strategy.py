@@ -39,7 +39,6 @@ from feddm_flwr.tally import ABSURD, Round, Tally, levels_of, weighted, weighted
 
 log = logging.getLogger("feddm")
 
-
 _GARBAGE = 1 << 26  # bytes of replies until they are collected: Flower's messages are in cycles
 
 
@@ -72,6 +71,7 @@ class FedDM:
         self.never_sent = {*parts.sent}  # parts that no node's reply has covered yet
         self._held: dict[str, int] = {}  # by node: the version of the shadow that it is known to hold
         self._acked: dict[tuple[str, str], int] = {}  # by node and part: the last round whose reply entered a mean
+        self._durable = self._acked  # the same as of the round before, whose checkpoint is on the disk for sure
         self._optimizer = server_optimizer(s.optimizer, s.learning_rate, s.momentum)
         self._state = self._optimizer.init(initial)
 
@@ -84,8 +84,8 @@ class FedDM:
         """Everything that `restore` needs to go on after the last round as if nothing had happened; later rounds
         do not change it.
 
-        Until it is durable, the next round must not be committed: nodes keep what they need to go back two rounds
-        from the one that they train in, and no more.
+        Until it is durable, the next round must not be committed: nodes keep what they need to go back to it or to
+        the one before, and no more.
         """
         tensors = {
             **{f"optimizer.{name}": value for name, value in self._state.items()},
@@ -116,6 +116,7 @@ class FedDM:
         self._run_uuid, self._steps, self._held = facts["run-uuid"], facts["steps"], facts["held"]
         self._step_norm = facts.get("step-norm", 0.0)
         self._acked = {(name, part): number for name, part, number in facts["acked"]}
+        self._durable = self._acked
         self._outliers.restore(facts["norms"])
         self.never_sent = {*facts["never-sent"]}
         self._roster.expect([Node(**node) for node in facts["nodes"]])
@@ -219,11 +220,12 @@ class FedDM:
                 "steps-before": self._steps,
                 "evaluate": evaluate,
                 "part": part[name],
-                "acked": self._acked.get((name, part[name]), 0),
-                "acked-any": max(self._acked.get((name, p), 0) for p in self._parts.sent),
                 "assets": json.dumps(self._fingerprints),
                 "shadow": self._broadcast.fingerprint,
             }
+            for key, rounds in (("acked", self._acked), ("durable", self._durable)):
+                task[key] = rounds.get((name, part[name]), 0)
+                task[f"{key}-any"] = max(rounds.get((name, p), 0) for p in self._parts.sent)
             return RecordDict({"weights": arrays[kinds], "task": ConfigRecord(task)})
 
         return content
@@ -315,6 +317,7 @@ class FedDM:
         self.ema = ema_update(self.ema, weights, factor)
         self._steps += steps
         self._outliers.commit(tally.norms)
+        self._durable, self._acked = self._acked, dict(self._acked)
         self._acked |= {(name, tally.part[name]): number for name, _, _ in tally.steps}
         traffic = tally.traffic
         done = Round(

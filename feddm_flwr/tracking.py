@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ class RunDirectory:
 
     def begin(self, config: Mapping[str, object], after: int | None, tracker: str = "none") -> None:
         """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
-        forget the figures of later ones, which are made again. The `tracker` gets them beside the folder.
+        forget the figures and grids of later ones, which are made again. The `tracker` gets them beside the folder.
 
         Raises:
             ConfigError: the tracker cannot be had.
@@ -67,6 +68,9 @@ class RunDirectory:
         resumed = _resumed_after(self.path)
         if after is not None:
             resumed.append(after)
+            for path in (self.path / "samples").glob("round-*.png"):
+                if (number := re.match(r"round-(\d+)", path.name)) and int(number[1]) > after:
+                    path.unlink()
             with whole_file(self.path / "metrics.jsonl") as file:
                 for row in read_metrics(self.path):
                     if row["round"] <= after:

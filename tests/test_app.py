@@ -21,7 +21,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from feddm_flwr import cli
+from feddm_flwr import cli, launch
+from feddm_flwr.options import parser
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -182,6 +183,20 @@ def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Pat
         with Image.open(tmp_path / "folder" / f"{i:05d}.png") as written:
             assert (np.asarray(written) == image[..., 0]).all()
     assert (tmp_path / "grid.png").exists()
+
+
+def test_a_second_run_of_a_process_can_be_stopped_as_the_first() -> None:
+    def stop(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with launch.Simulation(
+            parser().parse_args(["run", "--num-supernodes", "2"]), launch.environment(telemetry=False)
+        ):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,10 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def train(c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = False) -> list[Round]:
+def train(c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = False, dropped: int = 0) -> list[Round]:
     """A run that is killed in the round after each of `stops`, once its nodes have trained, and resumed from
-    its checkpoint; where they are `late`, that of a round is not written before the next one's replies are in."""
+    its checkpoint; where they are `late`, that of a round is not written before the next one's replies are in. One
+    reply of the `dropped` round is of no use."""
     done: dict[int, Round] = {}
     save(folder, feddm(c).checkpoint(), keep=2)
 
@@ -184,6 +185,9 @@ def train(c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = Fa
                 heard += 1
                 if heard == 3:
                     raise KilledError
+            report = reply.content.config_records["report"]
+            if (report["round"], report["name"]) == (dropped, "node-1"):
+                report["round"] = 99
             return reply
 
         handlers = {i: on_train(handle, kill) for i, handle in nodes(c).items()}
@@ -228,6 +232,15 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
         assert one.ema.tobytes() == other.ema.tobytes()
         timeless = [{k: v for k, v in o.figures().items() if k != "seconds"} for o in (one, other)]
         assert json.dumps(timeless[0]) == json.dumps(timeless[1])  # NaN is not equal to itself
+
+
+def test_a_node_whose_reply_was_dropped_still_has_what_the_last_durable_checkpoint_needs(tmp_path: Path) -> None:
+    c = config(num_server_rounds=5, strategy="feddm-lean", exchange__personal="conv_in.*")
+    whole = train(c, tmp_path / "whole", (), dropped=2)
+    resumed = train(c, tmp_path / "resumed", (3,), late=True, dropped=2)
+    assert [one.clients_failed for one in whole] == [0, 1, 0, 0, 0]
+    assert [one.state_lost for one in resumed] == [0] * 5
+    assert whole[-1].weights.tobytes() == resumed[-1].weights.tobytes()
 
 
 def test_a_configuration_that_contradicts_the_checkpoint_is_refused_with_the_difference() -> None:

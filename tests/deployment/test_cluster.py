@@ -32,13 +32,16 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     at = address()
     one = ["--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
     head = ["--head", f"--port={at.rpartition(':')[2]}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     started = []
     # Paths of sockets must be short.
     with (tmp_path / "ray.log").open("wb") as log, tempfile.TemporaryDirectory(prefix="ray-") as short:
         try:
             for own in ([*head, f"--temp-dir={short}"], [f"--address={at}", "--node-ip-address=127.0.0.2"]):
                 line = [BIN / "ray", "start", *own, *one]
-                started.append(subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+                started.append(
+                    subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                )
                 nodes = len(started)
                 wait(lambda nodes=nodes: status(at).count(" 1 node_") == nodes, f"node {nodes} of the cluster", 60)
             yield at
