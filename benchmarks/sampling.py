@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,8 @@ def main() -> None:
     network = features.recipe("classifier", config.data.channels, lambda: (real, classes), state_root(None)).build()
     told, rows = network(real), list[dict[str, Any]]()
     pipeline = pipelines.load(finished.find(options.run))
+    if pipelines.autoencoder(pipeline) is not None or pipelines.class_names(pipeline):
+        sys.exit("this benchmark is for models of pixels without classes")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def draw(count: int, scheduler: str, steps: int) -> Images:
