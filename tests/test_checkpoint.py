@@ -220,10 +220,8 @@ def train(c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = Fa
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
-@pytest.mark.parametrize("late", [False, True], ids=["durable", "late"])
-def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
-    keys: dict[str, Any], tmp_path: Path, *, late: bool
-) -> None:
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(keys: dict[str, Any], tmp_path: Path) -> None:
+    late = keys["strategy"] != "feddm-quant"  # the checkpoints of most; that of some comes in time
     c = config(num_server_rounds=4, out_dir=str(tmp_path), **keys)
     whole, resumed = train(c, tmp_path / "whole", ()), train(c, tmp_path / "resumed", (1, 2), late=late)
     assert [one.round for one in resumed] == [1, 2, 3, 4]

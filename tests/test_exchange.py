@@ -267,7 +267,7 @@ def vector(seed: int) -> Values:
 
 def test_state_is_read_as_it_was_written_and_only_by_its_owner(tmp_path: Path) -> None:
     own = NodeState(tmp_path, RUN, "a")
-    own.write("residual", 3, vector(0), "layout", acked=0)
+    own.write("residual", 3, vector(0), "layout", still=())
     assert own.read("residual", 3, "layout", 1000).tobytes() == vector(0).tobytes()
     for wrong in ((3, "other", 1000), (3, "layout", 999), (4, "layout", 1000)):
         with pytest.raises(StateLostError, match="residual-"):
@@ -280,18 +280,19 @@ def test_state_is_read_as_it_was_written_and_only_by_its_owner(tmp_path: Path) -
 
 def test_residuals_since_the_acknowledged_round_are_kept(tmp_path: Path) -> None:
     state = NodeState(tmp_path, RUN, "a")
-    for number, acked, kept in (
-        (1, 0, {1}),
-        (2, 1, {1, 2}),
-        (4, 1, {1, 2, 4}),
-        (5, 4, {2, 4, 5}),
-        (8, 4, {4, 5, 8}),
-        (9, 4, {4, 5, 8, 9}),
+    for number, still, kept in (
+        (1, (0, 0), {1}),
+        (2, (1, 0), {1, 2}),
+        (4, (1, 1), {1, 2, 4}),
+        (5, (4, 1), {1, 2, 4, 5}),
+        (6, (4, 4), {4, 5, 6}),
+        (8, (4, 4), {4, 5, 6, 8}),
+        (9, (8, 4), {4, 6, 8, 9}),
     ):
-        state.write("residual", number, vector(number), "layout", acked)
+        state.write("residual", number, vector(number), "layout", still)
         assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in kept}
-    state.write("residual", 6, vector(6), "layout", 4)  # a job that was overtaken
-    assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in (4, 5, 6, 8, 9)}
+    state.write("residual", 7, vector(7), "layout", (8, 4))  # a job that was overtaken
+    assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in (4, 6, 7, 8, 9)}
 
 
 def test_a_run_uuid_is_never_a_path(tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_a_run_uuid_is_never_a_path(tmp_path: Path) -> None:
 def test_runs_that_nobody_touched_for_two_weeks_are_forgotten_and_nothing_else(tmp_path: Path) -> None:
     old, recent = "1" * 32, "2" * 32
     for run_uuid in (old, recent):
-        NodeState(tmp_path, run_uuid, "a").write("residual", 1, vector(0), "layout", 0)
+        NodeState(tmp_path, run_uuid, "a").write("residual", 1, vector(0), "layout", ())
     (tmp_path / "notes").mkdir()
     long_ago = time.time() - 15 * 24 * 3600
     for path in (tmp_path / old, tmp_path / old / "a", tmp_path / "notes"):
