@@ -317,8 +317,8 @@ class FedDM:
         self.ema = ema_update(self.ema, weights, factor)
         self._steps += steps
         self._outliers.commit(tally.norms)
-        self._durable, self._acked = self._acked, dict(self._acked)
-        self._acked |= {(name, tally.part[name]): number for name, _, _ in tally.steps}
+        self._durable = self._acked
+        self._acked = self._acked | {(name, tally.part[name]): number for name, _, _ in tally.steps}
         traffic = tally.traffic
         done = Round(
             round=number,
