@@ -43,8 +43,9 @@ class Codec(Protocol):
     def encode(self, values: Tensor, state: State) -> Planes:
         """The planes of one chunk of the vector."""
 
-    def decode(self, planes: Planes, size: int) -> Tensor:
-        """The values of one chunk: any planes within the limits decode to finite values or raise.
+    def decode(self, planes: Planes, out: Tensor) -> None:
+        """Put the values of one chunk into `out`, float32 (n,): any planes within the limits decode to finite
+        values or raise.
 
         Raises:
             FrameError: the planes do not stand for that many finite values.
@@ -67,11 +68,11 @@ class Identity:
     def encode(self, values: Tensor, state: State) -> Planes:
         return bytes_of(values, "<f4")
 
-    def decode(self, planes: Planes, size: int) -> Tensor:
-        values = torch.from_numpy(numbers_of(planes, size, "<f4"))
+    def decode(self, planes: Planes, out: Tensor) -> None:
+        values = torch.from_numpy(numbers_of(planes, len(out), "<f4"))
         if not bool((values.abs() <= LARGEST).all()):
             raise FrameError("the frame has values that are not finite or too large")
-        return values
+        out.copy_(values)
 
     def limits(self, size: int) -> list[int]:
         return [size] * 4
@@ -90,8 +91,8 @@ class BFloat16:
     def encode(self, values: Tensor, state: State) -> Planes:
         return to_bfloat16(values)
 
-    def decode(self, planes: Planes, size: int) -> Tensor:
-        return from_bfloat16(planes, size, 2 * LARGEST)
+    def decode(self, planes: Planes, out: Tensor) -> None:
+        out.copy_(from_bfloat16(planes, len(out), 2 * LARGEST))
 
     def limits(self, size: int) -> list[int]:
         return [size] * 2
@@ -112,12 +113,12 @@ class Float16:
         assert isinstance(state, int)
         return [*bytes_of((values * 2.0**state).half(), "<f2"), np.int8(state).tobytes()]
 
-    def decode(self, planes: Planes, size: int) -> Tensor:
-        halves = torch.from_numpy(numbers_of(planes[:2], size, "<f2")).float()
+    def decode(self, planes: Planes, out: Tensor) -> None:
+        halves = torch.from_numpy(numbers_of(planes[:2], len(out), "<f2")).float()
         exponent = int(numbers_of(planes[2:], 1, "<i1")[0])
         if exponent < -85 or not bool(halves.isfinite().all()):
             raise FrameError("the frame has values that are not finite or too large")
-        return halves * 2.0**-exponent
+        torch.mul(halves, 2.0**-exponent, out=out)
 
     def limits(self, size: int) -> list[int]:
         return [size, size, 1]

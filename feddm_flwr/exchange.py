@@ -57,21 +57,26 @@ class Channel:
         Raises:
             FrameError: the frame is corrupt, of another content, round, layout or codec, or not finite.
         """
-        vector = np.empty(self.size, np.float32)
-        start = 0
-        for part in self.decode_chunks(frame, content, number):
-            vector[start : (start := start + len(part))] = part
-        return vector
+        vector = torch.empty(self.size)
+        parts = iter(vector.split(wire.CHUNK))
+        for planes in self._chunks(frame, content, number):
+            self.codec.decode(planes, next(parts))
+        return vector.numpy()
 
     def decode_chunks(self, frame: wire.Frame, content: str, number: int) -> Iterator[Values]:
         """The same, one chunk after the other."""
+        for size, planes in zip(wire.chunk_sizes(self.size), self._chunks(frame, content, number), strict=True):
+            part = torch.empty(size)
+            self.codec.decode(planes, part)
+            yield part.numpy()
+
+    def _chunks(self, frame: wire.Frame, content: str, number: int) -> Iterator[list[bytes]]:
+        """The planes of each chunk."""
         header, offset = wire.read_header(frame)
         for name, value in asdict(self._header(content, number)).items():
             if getattr(header, name) != value:
                 raise FrameError(f"the frame's {name} is {getattr(header, name)!r}, not {value!r}")
-        chunks = wire.read_chunks(frame, offset, self.size, self.codec.limits)
-        for size, planes in zip(wire.chunk_sizes(self.size), chunks, strict=True):
-            yield self.codec.decode(planes, size).float().numpy()
+        return wire.read_chunks(frame, offset, self.size, self.codec.limits)
 
     def _header(self, content: str, number: int) -> wire.Header:
         return wire.Header(content, self.codec.name, self.layout, number, self.size, options_of(self.codec))

@@ -52,13 +52,13 @@ class Grid:
         packed = packing.pack(digits.view(-1)[: len(values)], self.levels, self.per_byte)
         return [packed, *to_bfloat16(steps)]
 
-    def decode(self, planes: Planes, size: int) -> Tensor:
+    def decode(self, planes: Planes, out: Tensor) -> None:
+        size = len(out)
         steps = from_bfloat16(planes[1:], self._blocks(size), 2.1 * LARGEST)
-        values = packing.unpack(planes[0], size, self.levels, self.per_byte)
+        packing.unpack(planes[0], out, self.levels, self.per_byte)
         whole = size // self.block_size
-        values[: whole * self.block_size].view(-1, self.block_size).mul_(steps[:whole, None])
-        values[whole * self.block_size :].mul_(steps[whole:])
-        return values
+        out[: whole * self.block_size].view(-1, self.block_size).mul_(steps[:whole, None])
+        out[whole * self.block_size :].mul_(steps[whole:])
 
     def limits(self, size: int) -> list[int]:
         return [-(-size // self.per_byte), self._blocks(size), self._blocks(size)]

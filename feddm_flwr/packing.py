@@ -86,20 +86,26 @@ def pack(digits: Tensor, levels: int, per_byte: int) -> bytes:
     return packed.cpu().numpy().tobytes()
 
 
-def unpack(packed: bytes, size: int, levels: int, per_byte: int) -> Tensor:
-    """The inverse of `pack`, each digit as the float32 digit - (levels - 1) / 2; shape (size,).
+def unpack(packed: bytes, out: Tensor, levels: int, per_byte: int) -> Tensor:
+    """The inverse of `pack`, each digit as the float32 digit - (levels - 1) / 2, into `out`, shape (n,), on the CPU.
 
     Raises:
-        FrameError: there are not ceil(size / per_byte) bytes, or one is too large.
+        FrameError: there are not ceil(n / per_byte) bytes, or one is too large.
     """
+    size, values = len(out), out.numpy()
     if len(packed) != -(-size // per_byte):
         raise FrameError(f"{len(packed)} bytes do not hold {size} digits")
     index = np.frombuffer(packed, np.uint8)
     if len(index) and index.max() >= levels**per_byte:
         raise FrameError(f"a byte of the frame is {index.max()}, the largest is {levels**per_byte - 1}")
-    if per_byte == 1:
-        return torch.from_numpy(index.astype(np.float32)).sub_((levels - 1) / 2)
-    return torch.from_numpy(_digits(levels, per_byte).take(index, 0).reshape(-1)[:size])
+    if per_byte == 1:  # an odd number of levels: whole numbers, which are subtracted while they are bytes
+        np.copyto(values, (index - np.uint8(levels // 2)).view(np.int8))
+        return out
+    table, whole = _digits(levels, per_byte), size // per_byte
+    end = whole * per_byte
+    table.take(index[:whole], 0, out=values[:end].reshape(whole, per_byte), mode="clip")  # unbuffered
+    values[end:] = table[index[whole:]].reshape(-1)[: size - end]
+    return out
 
 
 @cache

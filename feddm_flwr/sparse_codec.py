@@ -16,13 +16,6 @@ from feddm_flwr.packing import LARGEST, Planes, State, bytes_of, largest_of, num
 from feddm_flwr.wire import FrameError, compress
 
 
-def _scatter(positions: Tensor, values: Tensor, size: int) -> Tensor:
-    """A vector (size,) that has the values at the positions and is zero elsewhere."""
-    vector = torch.zeros(size)
-    vector[positions] = values
-    return vector
-
-
 @dataclass(frozen=True)
 class TopK:
     """`topk`: of each chunk the `per_million` largest magnitudes, the rest is zero; their values at
@@ -49,12 +42,14 @@ class TopK:
         chosen = self._grid().encode(values[positions], None)
         return [*packing.to_gaps(positions, len(values)), *chosen]
 
-    def decode(self, planes: Planes, size: int) -> Tensor:
-        count = self._count(size)
-        positions = packing.from_gaps(planes[:3], size)
+    def decode(self, planes: Planes, out: Tensor) -> None:
+        count = self._count(len(out))
+        positions = packing.from_gaps(planes[:3], len(out))
         if len(positions) != count:
             raise FrameError(f"the frame has {len(positions)} values of a chunk, not {count}")
-        return _scatter(positions, self._grid().decode(planes[3:], count), size)
+        chosen = torch.empty(count)
+        self._grid().decode(planes[3:], chosen)
+        out.zero_()[positions] = chosen
 
     def limits(self, size: int) -> list[int]:
         groups, count = -(-size // packing.GROUP), self._count(size)
@@ -124,16 +119,17 @@ class Budget:
             *bytes_of(torch.stack([torch.tensor(state), offset.cpu().clamp_(-1, 1)]), "<f4"),
         ]
 
-    def decode(self, planes: Planes, size: int) -> Tensor:
-        positions = packing.from_gaps(planes[:3], size)
-        signs = packing.unpack(planes[3], len(positions), 2, 8)  # 1/2 where negative, -1/2 where not
-        more = packing.unpack(planes[4], len(positions), 1 + _ESCAPE, 4) + _ESCAPE / 2
+    def decode(self, planes: Planes, out: Tensor) -> None:
+        positions = packing.from_gaps(planes[:3], len(out))
+        empty = torch.empty(len(positions))
+        signs = packing.unpack(planes[3], empty, 2, 8)  # 1/2 where negative, -1/2 where not
+        more = packing.unpack(planes[4], torch.empty_like(empty), 1 + _ESCAPE, 4) + _ESCAPE / 2
         escaped = more == _ESCAPE
         more[escaped] = torch.from_numpy(numbers_of(planes[5:7], int(escaped.sum()), "<i2").astype(np.float32))
         step, offset = numbers_of(planes[7:], 2, "<f4")
         if not (0 <= step <= 2 * LARGEST and -1 <= offset <= 1 and bool((more >= 0).all())):
             raise FrameError("the frame has a step, an offset or magnitudes that are out of range")
-        return _scatter(positions, -2 * signs * ((more + 1 - float(offset)) * float(step)), size)
+        out.zero_()[positions] = -2 * signs * ((more + 1 - float(offset)) * float(step))
 
     def limits(self, size: int) -> list[int]:
         groups = -(-size // packing.GROUP)

@@ -113,24 +113,27 @@ def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], li
     Raises:
         FrameError: a chunk is truncated, corrupt or too long, or bytes follow the last one.
     """
+    view = memoryview(frame) if isinstance(frame, bytes) else frame  # slices that copy nothing
+    decompressor = zstandard.ZstdDecompressor()
     for index, count in enumerate(chunk_sizes(size)):
         if offset + _CHUNK_PREFIX.size > len(frame):
             raise FrameError(f"the frame ends before chunk {index}")
         length, checksum = _CHUNK_PREFIX.unpack_from(frame, offset)
         offset += _CHUNK_PREFIX.size
-        body = frame[offset : offset + length]
+        body = memoryview(view[offset : offset + length])
         offset += length
         if len(body) < length or zlib.crc32(body) != checksum:
             raise FrameError(f"chunk {index} is truncated or its checksum is wrong")
-        yield _decompress(body, limits(count), index)
+        yield _decompress(decompressor, body, limits(count), index)
     if offset != len(frame):
         raise FrameError(f"{len(frame) - offset} bytes follow the last chunk")
 
 
-def _decompress(body: bytes, limits: list[int], index: int) -> list[bytes]:
+def _decompress(
+    decompressor: zstandard.ZstdDecompressor, body: memoryview, limits: list[int], index: int
+) -> list[bytes]:
     """The planes in the body of a chunk."""
     planes, offset = [], 0
-    decompressor = zstandard.ZstdDecompressor()
     for limit in limits:
         if offset + _PLANE_PREFIX.size > len(body):
             raise FrameError(f"chunk {index} has too few planes")

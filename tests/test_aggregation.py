@@ -66,6 +66,16 @@ def test_the_largest_values_that_are_taken_add_up_exactly() -> None:
     assert mean.mean()[0] == pytest.approx(1.07e7 / 3)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])  # below and above what is rounded by one addition
+def test_each_vector_enters_rounded_to_the_nearest_fixed_point_number(scale: float) -> None:
+    vectors = [(scale * RANDOM.standard_normal(70_001)).astype(np.float32) for _ in range(9)]
+    mean = StreamingMean(70_001, total_weight=9 * 1000)
+    for vector in vectors:
+        mean.add(vector, 1000)
+    exact = sum(np.rint(v.astype(np.float64) * 1000 * 2.0**32).astype(np.int64) for v in vectors)
+    assert mean.mean().tobytes() == (exact / (9000 * 2.0**32)).astype(np.float32).tobytes()
+
+
 def steps(name: str, eta: float, beta: float, deltas: list[Vector]) -> Vector:
     w = np.zeros_like(deltas[0])
     optimizer = server_optimizer(name, eta, beta)
