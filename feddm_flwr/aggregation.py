@@ -162,10 +162,8 @@ def ema_update(ema: Vector, weights: Vector, factor: float) -> Vector:
     return result
 
 
-def euclidean_norm(vector: Vector) -> float:
-    """The Euclidean norm, summed in float64 piece by piece."""
-    squares = (
-        float(np.square(vector[start : start + _CHUNK], dtype=np.float64).sum())
-        for start in range(0, len(vector), _CHUNK)
-    )
-    return math.sqrt(math.fsum(squares))
+def euclidean_norm(vector: Vector, origin: Vector | None = None) -> float:
+    """The Euclidean norm, or distance from `origin`, summed in float64 piece by piece: finite if all values are."""
+    pieces = (slice(start, start + _CHUNK) for start in range(0, len(vector), _CHUNK))
+    parts = (vector[piece] if origin is None else vector[piece] - origin[piece] for piece in pieces)
+    return math.sqrt(math.fsum(float(np.square(part, dtype=np.float64).sum()) for part in parts))

@@ -53,11 +53,12 @@ class Broadcast:
         seed = derive_seed(self._seed, "downlink", number)
         self.version, self._full = number, b""
         if self._shadow is None:
-            frame = self._down.encode(weights, "weights", number, seed)
+            frame, received = self._down.code(weights, "weights", number, seed)
             self._frames = {number: frame}
-            return self._down.decode(frame, "weights", number)
-        frame = self._down.encode(weights - self._shadow, "delta", number, seed)
-        self._shadow = self._shadow + self._down.decode(frame, "delta", number)
+            return received
+        frame, shadow = self._down.code(weights - self._shadow, "delta", number, seed)
+        shadow += self._shadow
+        self._shadow = shadow
         self.fingerprint = fingerprint(self._shadow)
         self._frames[number] = frame
         while sum(map(len, self._frames.values())) > 4 * len(weights):  # the whole shadow is smaller

@@ -102,9 +102,9 @@ class NodeLink:
         wanted = trained if c.target == "weights" else trained - torch.from_numpy(received).to(trained.device)
         if self._parts.personal.layout.names or len(self._parts.sent) > 1:
             wanted = _take(part, _take(self._parts.shared, wanted))
-        frame = self._up.encode(wanted, c.target, number, self._seed)
+        frame, decoded = self._up.code(wanted, c.target, number, self._seed)
         meant = wanted.cpu().numpy()
-        left = meant - self._up.decode(frame, c.target, number)
+        left = meant - decoded
         if c.error_feedback:
             self._keep(self._residual, left, part, (self._task.acked, self._task.durable))
         if self._parts.personal.layout.names:

@@ -130,6 +130,7 @@ class FedDM:
             RunFailedError: nodes stay away longer than `wait-timeout`, or a round has too few good
                 replies however often it is repeated.
         """
+        gc.freeze()  # what is there stays: collecting the replies' cycles need not walk it
         for number in range(self.round + 1, self.config.num_server_rounds + 1):
             start = time.monotonic()
             earlier = Traffic()
@@ -307,9 +308,9 @@ class FedDM:
         # nodes had. Where differences are, it is still owed to them: the step starts from the model.
         base = received if self.config.codec.target == "weights" else self.weights
         weights, state = self._optimizer.update(base, delta, self._state)
-        if not np.isfinite(weights).all():
+        before, step = self._step_norm, euclidean_norm(weights, base)
+        if not math.isfinite(step):
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
-        before, step = self._step_norm, euclidean_norm(weights - base)
         self._step_norm = step
         steps = round(weighted(tally.steps))
         factor = ema_factor(self.config.server.ema_decay, self._steps, steps)

@@ -15,13 +15,18 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from mmap import mmap
+from typing import TypeVar
 
 import zstandard
 
 #: A frame in memory, or in a file.
 Frame = bytes | mmap
+
+T = TypeVar("T")
 
 MAGIC = b"FDDM"
 VERSION = 2
@@ -63,12 +68,22 @@ def compress(planes: Iterable[bytes]) -> bytes:
     return b"".join(part for plane in coded for part in (_PLANE_PREFIX.pack(len(plane)), plane))
 
 
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before is used."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(list, islice(iterator, 1))
+        while item := coming.result():
+            coming = pool.submit(list, islice(iterator, 1))
+            yield item[0]
+
+
 def write(header: Header, chunks: Iterable[Iterable[bytes]]) -> bytes:
     """The frame of a header and its chunks, each as the planes that the codec made."""
     text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
     head = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
     parts = [head, _CRC.pack(zlib.crc32(head))]
-    for planes in chunks:
+    for planes in _ahead(chunks):
         body = compress(planes)
         parts += [_CHUNK_PREFIX.pack(len(body), zlib.crc32(body)), body]
     return b"".join(parts)
@@ -105,7 +120,7 @@ def read_header(frame: Frame) -> tuple[Header, int]:
 
 
 def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
-    """The planes of each chunk of a vector of `size` values, one chunk at a time.
+    """The planes of each chunk of a vector of `size` values, one chunk ahead of what is asked for.
 
     `limits(n)` has the most bytes that each plane of n values can have. `size` must have been checked
     against what the receiver expects.
@@ -113,6 +128,10 @@ def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], li
     Raises:
         FrameError: a chunk is truncated, corrupt or too long, or bytes follow the last one.
     """
+    return _ahead(_read_chunks(frame, offset, size, limits))
+
+
+def _read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
     view = memoryview(frame) if isinstance(frame, bytes) else frame  # slices that copy nothing
     decompressor = zstandard.ZstdDecompressor()
     for index, count in enumerate(chunk_sizes(size)):
