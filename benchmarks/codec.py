@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from feddm_flwr.aggregation import StreamingMean
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    psutil.Process().cpu_affinity([psutil.Process().cpu_affinity()[0]])
     size = round(options.millions * 1e6)
     random = torch.Generator().manual_seed(0)
     scale = torch.exp(torch.randn(-(-size // 1000), generator=random) * 0.5).repeat_interleave(1000)[:size]

@@ -99,15 +99,13 @@ def test_the_model_loads_with_diffusers_alone(vanilla: Path) -> None:
     assert done.stdout.strip() == "(8, 8) False"
 
 
-@pytest.mark.parametrize("strategy", ["feddm-quant", "feddm-lean"])
-def test_strategies_are_swapped_by_run_config(strategy: str, vanilla: Path, folder: Path, tmp_path: Path) -> None:
-    done, run = train(folder, strategy, f'strategy="{strategy}"')
+def test_strategies_are_swapped_by_run_config(vanilla: Path, folder: Path, tmp_path: Path) -> None:
+    done, run = train(folder, "lean", 'strategy="feddm-lean"')
     assert done.returncode == 0, done.stdout + done.stderr
     for line, of_vanilla in zip(rows(run), rows(vanilla), strict=True):
         assert line["train_loss"] == pytest.approx(of_vanilla["train_loss"], rel=0.05)
-        least = {"feddm-quant": 3.9, "feddm-lean": 20}[strategy]
-        assert line["bytes_up_fp32"] >= least * line["bytes_up"]
-        assert line["bytes_down_fp32"] >= least * line["bytes_down"]
+        assert line["bytes_up_fp32"] >= 20 * line["bytes_up"]
+        assert line["bytes_down_fp32"] >= 20 * line["bytes_down"]
     assert checksum(run) != checksum(vanilla)
     assert re.search(r"sent by the nodes: \S+ \S+, \S+x less than float32, \S+x less than gradients", done.stdout)
     # Nodes of a simulation leave nothing behind but decoded images, which other runs share.
@@ -317,13 +315,13 @@ def actor_at_work(process: subprocess.Popen[str]) -> psutil.Process:
 
 
 def test_a_client_process_that_is_killed_costs_nothing_where_others_are_left(folder: Path, vanilla: Path) -> None:
-    process = start(folder, "killed", "train.local-steps=60")
+    process = start(folder, "killed", "train.local-steps=40 num-server-rounds=1")
     actor_at_work(process).kill()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "process-died" in output
     assert "asked again" in output
-    assert [line["clients_ok"] for line in rows(folder / "runs" / "killed")] == [4, 4]
+    assert [line["clients_ok"] for line in rows(folder / "runs" / "killed")] == [4]
 
 
 def test_ctrl_c_stops_the_run_leaves_no_process_and_the_run_goes_on_to_the_same_bits(
