@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
@@ -51,8 +50,7 @@ class StreamingMean:
                 was added then. This too does not depend on the order.
         """
         assert 1 <= weight <= self._total - self.weight, (weight, self.weight, self._total)
-        low, high = map(float, torch.aminmax(torch.from_numpy(vector)))
-        largest = max(high, -low)
+        largest = float(max(vector.max(initial=0), -vector.min(initial=0)))
         if not largest * self._total * 2.0**FRACTION_BITS < _LIMIT:
             raise ValueError(f"the update has values up to {largest:.3g}: too large to add up exactly")
         factor = np.array(weight * 2.0**FRACTION_BITS)

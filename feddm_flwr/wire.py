@@ -68,9 +68,12 @@ def compress(planes: Iterable[bytes]) -> bytes:
     return b"".join(part for plane in coded for part in (_PLANE_PREFIX.pack(len(plane)), plane))
 
 
-def _ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before is used."""
-    iterator = iter(items)
+def _ahead(chunks: Iterable[T], size: int) -> Iterator[T]:
+    """The chunks of a vector of `size` values, each made in a thread while the one before is used."""
+    iterator = iter(chunks)
+    if size <= CHUNK:
+        yield from iterator
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(list, islice(iterator, 1))
         while item := coming.result():
@@ -83,7 +86,7 @@ def write(header: Header, chunks: Iterable[Iterable[bytes]]) -> bytes:
     text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
     head = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
     parts = [head, _CRC.pack(zlib.crc32(head))]
-    for planes in _ahead(chunks):
+    for planes in _ahead(chunks, header.size):
         body = compress(planes)
         parts += [_CHUNK_PREFIX.pack(len(body), zlib.crc32(body)), body]
     return b"".join(parts)
@@ -128,7 +131,7 @@ def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], li
     Raises:
         FrameError: a chunk is truncated, corrupt or too long, or bytes follow the last one.
     """
-    return _ahead(_read_chunks(frame, offset, size, limits))
+    return _ahead(_read_chunks(frame, offset, size, limits), size)
 
 
 def _read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:

@@ -171,10 +171,14 @@ def end(process: psutil.Process) -> None:
         one.kill()
 
 
-def test_samples_are_drawn_as_grid_folder_and_array(vanilla: Path, tmp_path: Path) -> None:
-    for output in ("grid.png", "folder/", "images.npz"):
-        done = feddm("sample", str(vanilla), "-n", "5", "--steps", "4", "--seed", "3", "-o", output, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+def test_samples_are_drawn_as_grid_folder_and_array(
+    vanilla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = ["sample", str(vanilla), "-n", "5", "--steps", "4", "--seed", "3", "-o"]
+    done = feddm(*drawing, "grid.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*drawing, "folder/"]) == cli.main([*drawing, "images.npz"]) == 0
     images = np.load(tmp_path / "images.npz")["images"]
     assert images.shape == (5, 8, 8, 1)
     for i, image in enumerate(images):
