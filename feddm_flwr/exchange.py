@@ -81,7 +81,7 @@ class Channel:
         """
         vector = torch.empty(self.size)
         parts = iter(vector.split(wire.CHUNK))
-        for planes in self._chunks(frame, content, number):
+        for planes in wire.ahead(self._chunks(frame, content, number), self.size):
             self.codec.decode(planes, next(parts))
         return vector.numpy()
 

@@ -68,7 +68,7 @@ def compress(planes: Iterable[bytes]) -> bytes:
     return b"".join(part for plane in coded for part in (_PLANE_PREFIX.pack(len(plane)), plane))
 
 
-def _ahead(chunks: Iterable[T], size: int) -> Iterator[T]:
+def ahead(chunks: Iterable[T], size: int) -> Iterator[T]:
     """The chunks of a vector of `size` values, each made in a thread while the one before is used."""
     iterator = iter(chunks)
     if size <= CHUNK:
@@ -86,7 +86,7 @@ def write(header: Header, chunks: Iterable[Iterable[bytes]]) -> bytes:
     text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
     head = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
     parts = [head, _CRC.pack(zlib.crc32(head))]
-    for planes in _ahead(chunks, header.size):
+    for planes in ahead(chunks, header.size):
         body = compress(planes)
         parts += [_CHUNK_PREFIX.pack(len(body), zlib.crc32(body)), body]
     return b"".join(parts)
@@ -123,7 +123,7 @@ def read_header(frame: Frame) -> tuple[Header, int]:
 
 
 def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
-    """The planes of each chunk of a vector of `size` values, one chunk ahead of what is asked for.
+    """The planes of each chunk of a vector of `size` values, one chunk at a time.
 
     `limits(n)` has the most bytes that each plane of n values can have. `size` must have been checked
     against what the receiver expects.
@@ -131,10 +131,6 @@ def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], li
     Raises:
         FrameError: a chunk is truncated, corrupt or too long, or bytes follow the last one.
     """
-    return _ahead(_read_chunks(frame, offset, size, limits), size)
-
-
-def _read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
     view = memoryview(frame) if isinstance(frame, bytes) else frame  # slices that copy nothing
     decompressor = zstandard.ZstdDecompressor()
     for index, count in enumerate(chunk_sizes(size)):

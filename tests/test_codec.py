@@ -55,6 +55,18 @@ def blocks(values: Array, size: int) -> list[Array]:
     return [values[i : i + size].astype(np.float64) for i in range(0, len(values), size)]
 
 
+@pytest.mark.parametrize("name", ["none", "int8", "int4", "budget"])
+def test_coding_of_several_chunks_is_encoding_and_decoding_in_one(name: str) -> None:
+    size = 2 * wire.CHUNK + 5
+    c, vector = make_channel(name, size), uneven(size)
+    frame, coded = c.code(vector, "delta", 3, seed=1)
+    assert frame == c.encode(vector, "delta", 3, seed=1)
+    assert coded.tobytes() == c.decode(frame, "delta", 3).tobytes()
+    assert np.concatenate([*c.decode_chunks(frame, "delta", 3)]).tobytes() == coded.tobytes()
+    with pytest.raises(wire.FrameError, match="chunk 2 is truncated"):
+        c.decode(frame[:-1], "delta", 3)
+
+
 def test_the_configuration_offers_every_codec() -> None:
     assert tuple(codec.REGISTRY) == CODECS
 
