@@ -3,8 +3,9 @@
     python benchmarks/sampling.py RUN -c 'data.name="test.parquet"' --samples 512 --out benchmarks/results/sampling.json
 
 RUN is the folder of a run without classes; its samples are compared with its images, or those that -c names, by the
-features of a classifier. All schedulers start from the same noise. The change against DDPM is that of the KID, which
-does not depend on the number of samples, beside its standard deviation over subsets: less is not measurable.
+features of a classifier. All schedulers start from the same noise. The change against the first case, which is DDPM
+unless --without-ddpm, is that of the KID, which does not depend on the number of samples, beside its standard
+deviation over subsets: less is not measurable.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("-c", "--run-config", action="append", default=[])
     parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--spacing", choices=("leading", "trailing"), help="of the steps; default: the model's own")
+    parser.add_argument("--without-ddpm", action="store_true", help="which takes two thirds of the time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
@@ -49,12 +52,13 @@ def main() -> None:
         sys.exit("this benchmark is for models of pixels without classes")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def draw(count: int, scheduler: str, steps: int) -> Images:
-        return evaluation.sample(
-            pipeline.unet, pipeline.scheduler.config, count, steps, 0, scheduler=scheduler, batch_size=128
-        )
+    process = dict(pipeline.scheduler.config)
+    process["timestep_spacing"] = options.spacing or process["timestep_spacing"]
 
-    for scheduler, steps in CASES:
+    def draw(count: int, scheduler: str, steps: int) -> Images:
+        return evaluation.sample(pipeline.unet, process, count, steps, 0, scheduler=scheduler, batch_size=128)
+
+    for scheduler, steps in CASES[options.without_ddpm :]:
         draw(128, scheduler, 2)  # warms up
         start = time.monotonic()
         fake = draw(options.samples, scheduler, steps)
@@ -72,7 +76,12 @@ def main() -> None:
     if options.out:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
         facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device, "samples": options.samples}
-        facts |= {"run": options.run.name, "real": len(real), "features": network.name}
+        facts |= {
+            "spacing": process["timestep_spacing"],
+            "run": options.run.name,
+            "real": len(real),
+            "features": network.name,
+        }
         options.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

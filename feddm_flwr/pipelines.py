@@ -27,6 +27,9 @@ def noise_scheduler(config: RunConfig) -> DDPMScheduler:
         beta_schedule=SCHEDULES[d.schedule],
         prediction_type=PREDICTIONS[d.prediction],
         clip_sample=config.model.kind == "ddpm",  # latents have no bounds
+        # Few steps that begin where there is only noise: diffusers' default begins below it, at twice the FID (Lin et
+        # al. 2024, arXiv 2305.08891; docs/performance.md).
+        timestep_spacing="trailing",
     )
 
 

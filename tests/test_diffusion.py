@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from feddm_flwr import diffusion, pipelines
+from feddm_flwr import diffusion, evaluation, pipelines
 from feddm_flwr.config import parse
 
 
@@ -52,3 +52,10 @@ def test_min_snr_weighs_the_error_of_x0(prediction: str, gamma: float) -> None:
 
 def test_no_gamma_weighs_alike() -> None:
     assert (diffusion.loss_weight("v", torch.rand(9), 0.0) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_few_sampling_steps_begin_where_there_is_only_noise(name: str) -> None:
+    solver = evaluation._SCHEDULERS[name].from_config(scheduler("cosine").config)
+    solver.set_timesteps(10)
+    assert int(solver.timesteps[0]) == 999
