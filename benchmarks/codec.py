@@ -26,6 +26,12 @@ from feddm_flwr.config import CODECS, parse
 from feddm_flwr.exchange import channel
 
 
+def one_core() -> None:
+    """Keep this process, and what it starts, to one core."""
+    torch.set_num_threads(1)
+    psutil.Process().cpu_affinity([psutil.Process().cpu_affinity()[0]])
+
+
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
     """The median time of a call, after one that does not count."""
     work()
@@ -45,8 +51,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the vector is; decoding is always on the CPU")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    psutil.Process().cpu_affinity([psutil.Process().cpu_affinity()[0]])
+    one_core()
     size = round(options.millions * 1e6)
     random = torch.Generator().manual_seed(0)
     scale = torch.exp(torch.randn(-(-size // 1000), generator=random) * 0.5).repeat_interleave(1000)[:size]

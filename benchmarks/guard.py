@@ -15,9 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
-from codec import median_seconds
+from codec import median_seconds, one_core
 from throughput import measure
 
 from feddm_flwr.aggregation import StreamingMean
@@ -66,8 +65,7 @@ def training() -> dict[str, float]:
 
 def coding() -> dict[str, float]:
     """Bytes of float32 a second through a codec, over those of adding two vectors, on one core."""
-    torch.set_num_threads(1)
-    psutil.Process().cpu_affinity([psutil.Process().cpu_affinity()[0]])
+    one_core()
     vector = torch.randn(_VALUES, generator=torch.Generator().manual_seed(0)) * 1e-3
     plain, out = vector.numpy(), np.empty(_VALUES, np.float32)
     add = median_seconds(lambda: np.add(plain, plain, out=out), 15)

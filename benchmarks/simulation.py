@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from codec import one_core
 
 BIN = Path(sys.executable).parent
 OVERHEAD = {"model.preset": "small", "train.batch-size": 32, "sample.every": 0, "sample.count": 1, "sample.steps": 1}
@@ -63,7 +64,7 @@ def rounds(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def overhead(nodes: int, steps: int) -> dict[str, Any]:
     """On one core."""
-    psutil.Process().cpu_affinity([psutil.Process().cpu_affinity()[0]])
+    one_core()
     keys = {**OVERHEAD, "train.local-steps": steps, "num-server-rounds": 2, "run-name": "x"}
     before, ended = plain(steps), list[float]()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ FRACTION_BITS = 32
 _LIMIT = 2.0**62
 _CHUNK = 1 << 15  # temporaries that stay in the cache: twice as fast as larger ones
 #: Added to a float64 below 2^51 it leaves the nearest integer in the low bits: rounding and conversion in one addition.
-_ROUNDING = np.array(1.5 * 2.0**52)
+_ROUNDING = np.float64(1.5 * 2.0**52)
 
 
 class StreamingMean:
@@ -53,17 +53,17 @@ class StreamingMean:
         largest = float(max(vector.max(initial=0), -vector.min(initial=0)))
         if not largest * self._total * 2.0**FRACTION_BITS < _LIMIT:
             raise ValueError(f"the update has values up to {largest:.3g}: too large to add up exactly")
-        factor = np.array(weight * 2.0**FRACTION_BITS)
+        factor = weight * 2.0**FRACTION_BITS
         small = largest * factor < 2.0**51
         scaled = np.empty(_CHUNK)
         for start in range(0, len(vector), _CHUNK):
             values, total = vector[start : start + _CHUNK], self._sum[start : start + _CHUNK]
             part = scaled[: len(values)]
-            np.copyto(part, values)
-            np.multiply(part, factor, part)
+            part[:] = values
+            part *= factor
             if small:
-                np.add(part, _ROUNDING, part)
-                np.add(total, part.view(np.int64), total)
+                part += _ROUNDING
+                total += part.view(np.int64)
             else:
                 total += np.rint(part).astype(np.int64)
         if small:

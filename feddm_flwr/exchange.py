@@ -41,24 +41,15 @@ class Channel:
     layout: str  # fingerprint
     size: int
 
-    def encode(self, vector: Tensor | Values, content: str, number: int, seed: int = 0) -> bytes:
-        """The frame of a vector of `size` values, on any device, for round `number`.
+    def encode(
+        self, vector: Tensor | Values, content: str, number: int, seed: int = 0, decoded: Tensor | None = None
+    ) -> bytes:
+        """The frame of a vector of `size` values, on any device, for round `number`; `decoded` takes what `decode`
+        makes of it.
 
         Raises:
             ValueError: a value is NaN, infinite or too large.
         """
-        return self._encode(vector, content, number, seed, None)
-
-    def code(self, vector: Tensor | Values, content: str, number: int, seed: int = 0) -> tuple[bytes, Values]:
-        """The frame of a vector, as `encode`, and what `decode` makes of it, for less than both cost.
-
-        Raises:
-            ValueError: as `encode`.
-        """
-        decoded = torch.empty(self.size)
-        return self._encode(vector, content, number, seed, decoded), decoded.numpy()
-
-    def _encode(self, vector: Tensor | Values, content: str, number: int, seed: int, decoded: Tensor | None) -> bytes:
         values = torch.as_tensor(vector)
         assert values.shape == (self.size,), (values.shape, self.size)
         state = self.codec.init(values, seed)
@@ -72,6 +63,15 @@ class Channel:
                 yield planes
 
         return wire.write(self._header(content, number), chunks())
+
+    def code(self, vector: Tensor | Values, content: str, number: int, seed: int = 0) -> tuple[bytes, Values]:
+        """The frame of a vector, as `encode`, and what `decode` makes of it, for less than both cost.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        decoded = torch.empty(self.size)
+        return self.encode(vector, content, number, seed, decoded), decoded.numpy()
 
     def decode(self, frame: bytes, content: str, number: int) -> Values:
         """The vector in a frame of round `number`.

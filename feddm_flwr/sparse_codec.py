@@ -121,9 +121,9 @@ class Budget:
 
     def decode(self, planes: Planes, out: Tensor) -> None:
         positions = packing.from_gaps(planes[:3], len(out))
-        empty = torch.empty(len(positions))
-        signs = packing.unpack(planes[3], empty, 2, 8)  # 1/2 where negative, -1/2 where not
-        more = packing.unpack(planes[4], torch.empty_like(empty), 1 + _ESCAPE, 4) + _ESCAPE / 2
+        count = len(positions)
+        signs = packing.unpack(planes[3], torch.empty(count), 2, 8)  # 1/2 where negative, -1/2 where not
+        more = packing.unpack(planes[4], torch.empty(count), 1 + _ESCAPE, 4) + _ESCAPE / 2
         escaped = more == _ESCAPE
         more[escaped] = torch.from_numpy(numbers_of(planes[5:7], int(escaped.sum()), "<i2").astype(np.float32))
         step, offset = numbers_of(planes[7:], 2, "<f4")
