@@ -38,7 +38,7 @@ def sample(
     labels: Sequence[int] | None = None,
     guidance: float = 1.0,
     autoencoder: Any = None,
-    scheduler: str = "ddim",
+    scheduler: str = "unipc",
     batch_size: int = 64,
 ) -> Images:
     """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second order),

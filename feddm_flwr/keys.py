@@ -270,11 +270,11 @@ class Sample:
     every: int = key(5, "rounds between grids; the last round always has one, 0: only that", low=0)
     count: int = key(64, "images in a grid", low=1, high=4096)
     scheduler: str = key(
-        "ddim",
-        "how samples are drawn: deterministic DDIM, DPM-Solver++ and UniPC of fewer steps, or the original DDPM",
+        "unipc",
+        "how samples are drawn: UniPC and DPM-Solver++ need few steps, DDIM more; DDPM is the original, of 1,000",
         choices=(*SCHEDULERS,),
     )
-    steps: int = key(50, "steps of the scheduler", low=1)
+    steps: int = key(25, "steps of the scheduler", low=1)
     guidance: float = key(2.0, "classifier-free guidance of class-conditional models; 1: none", low=0)
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from feddm_flwr import __version__
-from feddm_flwr.config import SCHEDULERS
+from feddm_flwr.config import SCHEDULERS, parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,8 +66,16 @@ def parser() -> argparse.ArgumentParser:
     drawn.add_argument(
         "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
     )
-    drawn.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="how images are drawn (default ddim)")
-    drawn.add_argument("--steps", type=_positive, default=50, metavar="N", help="steps of the scheduler (default 50)")
+    usual = parse({}).sample
+    drawn.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default=usual.scheduler,
+        help=f"how images are drawn (default {usual.scheduler})",
+    )
+    drawn.add_argument(
+        "--steps", type=_positive, default=usual.steps, metavar="N", help=f"steps of it (default {usual.steps})"
+    )
     drawn.add_argument("--seed", type=_seed, default=0, help="seed of the starting noise (default 0)")
 
     sample = commands.add_parser("sample", parents=[drawn], help="draw images from a trained model")

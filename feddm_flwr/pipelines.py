@@ -99,11 +99,11 @@ def load(folder: Path) -> Any:
 def _load_own(folder: Path, index: dict[str, Any]) -> ClassPipeline:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d import UNet2DModel
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     return ClassPipeline(
         UNet2DModel.from_pretrained(folder / "unet"),
-        DDIMScheduler.from_pretrained(folder / "scheduler"),
+        UniPCMultistepScheduler.from_pretrained(folder / "scheduler"),
         AutoencoderKL.from_pretrained(folder / "vae") if (folder / "vae").is_dir() else None,
         str(index["class_names"]),
     )

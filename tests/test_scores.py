@@ -93,7 +93,7 @@ def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.Capt
         "FID  ",
         "KID  ",
         "features   classifier (trained",
-        "samples    40 (seed 0, 3 steps of ddim",
+        "samples    40 (seed 0, 3 steps of unipc",
         "split train",
         "MIFID  ",
         "IS  ",
