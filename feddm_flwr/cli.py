@@ -56,6 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         overrides = _resumed(options) | overrides
     options.num_supernodes = options.num_supernodes or 4
     config = parse(overrides)
+    options.client_cpus = options.client_cpus or config.train.threads or 1
     local = launch.is_local(options.superlink)
     place = (launch.Simulation if local else launch.Remote)(options, launch.environment(telemetry=options.telemetry))
     overrides["run-name"] = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"

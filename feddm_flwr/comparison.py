@@ -17,6 +17,7 @@ A comparison is a TOML file or one of the presets below:
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tomllib
@@ -190,7 +191,8 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> bool:
     if run.is_dir():
         feddm(["run", "local", "--resume", str(run), "--num-supernodes", str(cell.nodes)])
     else:
-        keys = {**cell.keys, "run-name": cell.name, "out-dir": str(folder)}
+        threads = {"train.threads": os.cpu_count() or 1} if cell.nodes == 1 else {}  # nobody else needs the cores
+        keys = {**threads, **cell.keys, "run-name": cell.name, "out-dir": str(folder)}
         said = [part for key, value in keys.items() for part in ("-c", f"{key}={json.dumps(value)}")]
         feddm(["run", "local", "--num-supernodes", str(cell.nodes), *said])
     return status(run) == "completed"

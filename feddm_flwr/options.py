@@ -46,9 +46,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--client-cpus",
         type=_positive,
-        default=1,
         metavar="N",
-        help="cores reserved for each node that trains at a time (default 1)",
+        help="cores reserved for each node that trains at a time (default: train.threads, else 1)",
     )
     run.add_argument(
         "--client-gpus",

@@ -193,7 +193,8 @@ def test_a_second_run_of_a_process_can_be_stopped_as_the_first() -> None:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with launch.Simulation(
-            parser().parse_args(["run", "--num-supernodes", "2"]), launch.environment(telemetry=False)
+            parser().parse_args(["run", "--num-supernodes", "2", "--client-cpus", "1"]),
+            launch.environment(telemetry=False),
         ):
             pass
         assert signal.getsignal(signal.SIGTERM) is stop
