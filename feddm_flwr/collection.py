@@ -68,7 +68,7 @@ def collect(
     deadline = time.monotonic() + timeout
     # A simulation keeps replies in this process until they are pulled, and may make them faster. Real nodes are all
     # asked at once: their replies wait in the SuperLink, on disk.
-    window = _WINDOW + _cores() if hasattr(grid, "state") else len(names)
+    window = _WINDOW + _cores() if simulated(grid) else len(names)
     replies = Replies(grid)
     died: dict[int, Failure] = {}
     whole: set[int] = set()
@@ -122,6 +122,11 @@ def collect(
                 log.warning("%s: %s; asked again", names[node_id], died[node_id])
     for node_id in again:
         yield node_id, died.get(node_id, Failure("timeout", "no time was left to send the shared weights"))
+
+
+def simulated(grid: Grid) -> bool:
+    """Whether the nodes are this machine's own."""
+    return hasattr(grid, "state")
 
 
 def _cores() -> int:

@@ -26,10 +26,10 @@ from feddm_flwr.images import Images
 from feddm_flwr.messages import Failure, clean
 from feddm_flwr.model import layout
 from feddm_flwr.node_evaluation import FINAL, REFERENCE, SAMPLES, WEIGHTS, near_by_chance
+from feddm_flwr.node_report import ABSURD
 from feddm_flwr.reference import Statistics
 from feddm_flwr.state_folder import state_root
 from feddm_flwr.strategy import FedDM
-from feddm_flwr.tally import ABSURD
 from feddm_flwr.whole_file import whole_file
 
 log = logging.getLogger("feddm")

@@ -220,7 +220,9 @@ class Server:
         "or `median`, which a few broken or hostile nodes cannot move far",
         choices=("mean", "trimmed-mean", "median"),
     )
-    trim_share: float = key(0.2, "share of the values that trimmed-mean drops at either end", above=0, below=0.5)
+    trim_share: float = key(
+        0.2, "share of the values that trimmed-mean drops at either end, at least one of three", above=0, below=0.5
+    )
     norm_limit: float = key(
         10.0, "an update this many times longer than the median of earlier rounds is dropped; 0: none is", low=0
     )

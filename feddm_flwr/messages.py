@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Container
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Array, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_object_body
+from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from google.protobuf.message import DecodeError
 
 #: What Flower raises when it unpacks what a node made up.
@@ -35,6 +38,25 @@ _REASONS = {
     5: "node-offline",
     8: "process-died",
 }
+
+
+class _Array(Array):
+    """Flower's, of chunks that count once each: a list that names one chunk a million times would fill the memory."""
+
+    @classmethod
+    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
+        """As Flower's, for an array that its chunks make up.
+
+        Raises:
+            ValueError: it names a chunk more than once.
+        """
+        listed = json.loads(get_object_body(object_content, Array))["arraychunk_ids"]
+        if len(listed) > len(children or {}):
+            raise ValueError(f"an array of {len(listed)} chunks, {len(children or {})} of which were sent")
+        return Array.inflate(object_content, children)
+
+
+inflatable_class_registry[Array.__name__] = _Array
 
 
 _PATIENCE = 5.0  # seconds that a reply may take to come through before others are pulled beside it

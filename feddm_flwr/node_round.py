@@ -70,6 +70,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
     report: Report = {
         "name": name,
         "round": task.round,
+        "images": len(data.train),
         "steps": trained.steps,
         "train-loss": trained.loss,
         "eval-loss": held_out.loss,

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from feddm_flwr.exchange import Channel, FrameError, Values, exact, fingerprint
 from feddm_flwr.state_folder import RUN_UUID, forget_old
-from feddm_flwr.whole_file import whole_file, whole_folder
+from feddm_flwr.whole_file import forget_unfinished, whole_file, whole_folder
 
 log = logging.getLogger("feddm")
+
+_UNFINISHED_AFTER = 24 * 3600.0  # seconds: nothing is written for as long
 
 
 class StateLostError(RuntimeError):
@@ -44,6 +46,8 @@ class NodeState:
         if not self.path.is_dir():
             self.path.mkdir(parents=True, exist_ok=True)
             forget_old(root, run)
+        for folder in (self._run, self.path):
+            forget_unfinished(folder, _UNFINISHED_AFTER)
 
     def shadow(
         self, version: int, wanted: str, frames: Mapping[int, bytes], full: bytes | None, down: Channel, initial: Values

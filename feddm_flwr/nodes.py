@@ -22,6 +22,7 @@ _TRIES = 3  # introductions that a node may fail before it is left out
 _MAX_IMAGES = 10_000_000  # keeps the exact sum of any federation within 64 bits
 _MAX_CLASSES = 10_000
 _PAUSE = 0.2  # seconds
+_TTL = 2.0  # round-timeouts that an introduction may take: it waits for the round that goes on
 _SAID = 50  # nodes that have a line of their own in the log
 
 
@@ -76,9 +77,9 @@ class Roster:
             online = {self._ids[i]: i for i in ids if i in self._ids}
             absent = sorted(self._expected - {*online}) if first else []
             settled = not first or (ids == before and not self._queries and not absent)
-            if first and settled and self._problems and not self._expected:
-                raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
             late = time.monotonic() > deadline
+            if first and (settled or late) and self._problems and not self._expected:
+                raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
             if (settled or late) and len(online) >= self._needed():
                 if absent:
                     log.warning("the run goes on without %s", _list({*absent}, 20))
@@ -102,6 +103,11 @@ class Roster:
         """Remember those who took part before the run was resumed."""
         self.nodes = {node.name: node for node in nodes}
         self._expected = {*self.nodes}
+
+    def introduce_again(self, name: str) -> None:
+        """Ask a node anew what it has, before its next round: it is not what it said."""
+        log.warning("node %s has other images than it said", name)
+        self._ids = {i: known for i, known in self._ids.items() if known != name}
 
     def asked(self, online: int) -> int:
         """How many of the online nodes train in a round."""
@@ -134,7 +140,7 @@ class Roster:
         for i in ids:
             if i in known:
                 continue
-            if message := push(grid, RecordDict(), i, MessageType.QUERY, self.config.round_timeout):
+            if message := push(grid, RecordDict(), i, MessageType.QUERY, _TTL * self.config.round_timeout):
                 self._queries[message] = i
         introduced: list[Node] = []
         for message, i in list(self._queries.items()):
@@ -143,7 +149,7 @@ class Roster:
             del self._queries[message]
             answer = reply if isinstance(reply, Failure) else _introduction(reply)
             if isinstance(answer, Failure):
-                self._tries[i] += 1
+                self._tries[i] += answer.reason != "timeout"  # it had no time beside its training
                 if answer.reason == "malformed" or self._tries[i] >= _TRIES:
                     self._leave_out(i, f"a node did not introduce itself: {answer}")
                 continue
@@ -156,7 +162,9 @@ class Roster:
             if problem:
                 for line in problem.splitlines():
                     self._problems.setdefault(line, set()).add(node.name)
-                self._leave_out(i, f"{node.name}: {problem}", quiet=first)  # it ends the run, and is said there
+                # It ends a new run, and is said there; one that is resumed goes on without the node.
+                self._leave_out(i, f"{node.name}: {problem}", quiet=first and not self._expected)
+                self._expected.discard(node.name)
                 continue
             for other in namesakes:  # a node that was restarted; Flower lists its old id for a minute
                 self._leave_out(other, f"{node.name}: came back under another id")

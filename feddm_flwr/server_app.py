@@ -17,6 +17,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from feddm_flwr import architecture, assets, checkpoint, costs, evaluation, model, pipelines, report
+from feddm_flwr.collection import simulated
 from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import Values
@@ -88,8 +89,8 @@ def main(grid: Grid, context: Context) -> None:
                 _audit(run, model_of, feddm, grid, judge.recipe)
         for line in report.traffic(read_metrics(run.path)):
             log.info("%s", line)
-        if not config.keeps_personal:
-            forget_run(state_root(None), run_uuid)  # of simulated nodes, which share this machine
+        if simulated(grid) and not config.keeps_personal:
+            forget_run(state_root(None), run_uuid)
         run.finish("completed", incomplete)
     written = {"model": run.path / "model", "report": run.path / "report.html"}
     log.info("%s", " ".join(f"{what}={path}" for what, path in written.items() if path.exists()))

@@ -14,15 +14,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from hashlib import sha256
-from mmap import mmap
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from feddm_flwr import node_report
 from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_update, euclidean_norm, server_optimizer
 from feddm_flwr.broadcast import Broadcast
 from feddm_flwr.checkpoint import Checkpoint
@@ -35,7 +37,7 @@ from feddm_flwr.outliers import Outliers
 from feddm_flwr.parts import Parts, assign
 from feddm_flwr.probes import Probes
 from feddm_flwr.robust import RobustMean
-from feddm_flwr.tally import ABSURD, Round, Tally, levels_of, weighted, weighted_levels
+from feddm_flwr.tally import Round, Tally, weighted, weighted_levels
 
 log = logging.getLogger("feddm")
 
@@ -190,8 +192,10 @@ class FedDM:
         if s.aggregation == "mean":
             return StreamingMean(size, total)
 
-        def updates(frame: mmap) -> Iterator[Values]:
-            start, base = 0, self._base(part, received)
+        base_of_all = cache(lambda: self._base(part, received))  # one copy, made when it is needed
+
+        def updates(frame: memoryview) -> Iterator[Values]:
+            start, base = 0, base_of_all()
             for chunk in self._up[part].decode_chunks(frame, self.config.codec.target, number):
                 yield chunk if base is None else chunk - base[start : start + len(chunk)]
                 start += len(chunk)
@@ -241,19 +245,15 @@ class FedDM:
             frame = reply.array_records["weights"]["frame"].data
             tally.traffic.up[name] += sum(len(a.data) for r in reply.array_records.values() for a in r.values())
             tally.traffic.float32_up += 4 * self._up[tally.part[name]].size
-            said = reply.config_records["report"]
-            steps, train_loss, eval_loss = said["steps"], said["train-loss"], said["eval-loss"]
-            coding_error, lost, levels = said["coding-error"], said["state-lost"], said.get("eval-levels", "[]")
-            if (said["name"], said["round"]) != (name, number):
-                return Failure("stale", clean(f"the reply is of {said['name']!r}, round {said['round']!r}"))
+            said = node_report.checked(reply.config_records["report"], name, number)
         except (KeyError, TypeError, AttributeError) as error:
             return Failure("malformed", clean(repr(error)))
-        if not (isinstance(train_loss, float) and 0 <= train_loss <= ABSURD and isinstance(eval_loss, float)):
-            return Failure("malformed", clean(f"losses {train_loss!r} and {eval_loss!r}"))
-        if not (isinstance(coding_error, float) and 0 <= coding_error <= ABSURD and isinstance(lost, bool)):
-            return Failure("malformed", clean(f"coding-error = {coding_error!r}, state-lost = {lost!r}"))
-        if type(steps) is not int or not 0 < steps <= local_steps(self.config, node.images):
-            return Failure("malformed", clean(f"steps = {steps!r}"))
+        if isinstance(said, Failure):
+            return said
+        if said.images != node.images:
+            self._roster.introduce_again(name)
+        if said.steps > (most := local_steps(self.config, node.images)):
+            return Failure("malformed", f"{said.steps} steps; {most} are all of the {node.images} images that it had")
         part = tally.part[name]
         if len(frame) > 1.25 * 4 * self._up[part].size + 100_000:
             return Failure("oversized", f"a frame of {len(frame)} bytes for {self._up[part].size} values")
@@ -264,7 +264,7 @@ class FedDM:
         if (base := self._base(part, received)) is not None:
             update -= base
         try:
-            norm, scale = self._outliers.judge(part, update, steps)
+            norm, scale = self._outliers.judge(part, update, said.steps)
         except ValueError as error:
             return Failure("outlier", str(error))
         if scale < 1:
@@ -274,21 +274,12 @@ class FedDM:
             tally.means[part].add(update, node.images, frame, scale)
         except ValueError as error:
             return Failure("bad-update", str(error))
-        tally.norms.setdefault(part, []).append(norm / steps)
-        tally.squares.append((name, (norm * scale) ** 2, node.images))
-        tally.loss.append((name, train_loss, node.images))
-        tally.steps.append((name, steps, node.images))
-        tally.error.append((name, coding_error, node.images))
+        tally.norms.setdefault(part, []).append(norm / said.steps)
+        tally.add(name, said, norm * scale, node.images, min(node.held_out, self.config.eval.images))
         self._held[name] = number
-        if lost:
-            tally.lost += 1
+        if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)
-        if node.held_out and 0 <= eval_loss <= ABSURD:  # NaN where it was not evaluated
-            weight = min(node.held_out, self.config.eval.images)
-            tally.eval.append((name, eval_loss, weight))
-            if by_level := levels_of(levels):
-                tally.levels.append((name, by_level, weight))
-        log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, train_loss, len(frame))
+        log.info("round=%d node=%s done=%d loss=%.4f up=%d", number, name, tally.count, said.train_loss, len(frame))
         return None
 
     def _commit(self, number: int, received: Values, tally: Tally, asked: int, seconds: float) -> Round:
@@ -312,7 +303,9 @@ class FedDM:
         if not math.isfinite(step):
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
         self._step_norm = step
-        steps = round(weighted(tally.steps))
+        # One node's number of images, which it may have made up, decides nothing where the rule is a robust one.
+        robust = self.config.server.aggregation != "mean"
+        steps = round(median(s for _, s, _ in tally.steps) if robust else weighted(tally.steps))
         factor = ema_factor(self.config.server.ema_decay, self._steps, steps)
         self.round, self.weights, self._state = number, weights, state
         self.ema = ema_update(self.ema, weights, factor)
@@ -344,7 +337,7 @@ class FedDM:
             coding_error=weighted(tally.error),
             local_steps=sum(s for _, s, _ in tally.steps),
             update_norm=(norm := euclidean_norm(delta)),
-            drift=tally.drift(norm) if whole and self.config.server.aggregation == "mean" else math.nan,
+            drift=tally.drift(norm) if whole and not robust else math.nan,
             contraction=step / before if before else math.nan,
             seconds=round(seconds, 3),
         )

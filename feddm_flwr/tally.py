@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -13,8 +12,7 @@ from feddm_flwr.aggregation import Aggregate
 from feddm_flwr.collection import Traffic
 from feddm_flwr.config import NOISE_LEVELS
 from feddm_flwr.exchange import Values
-
-ABSURD = 1e6  # losses and errors above this are a broken node's
+from feddm_flwr.node_report import NodeReport
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,18 @@ class Tally:
         """Good replies."""
         return len(self.steps)
 
+    def add(self, name: str, said: NodeReport, norm: float, images: int, held_out: int) -> None:
+        """Count a good reply, whose update has that `norm`; `held_out` images were to be evaluated."""
+        self.squares.append((name, norm**2, images))
+        self.loss.append((name, said.train_loss, images))
+        self.steps.append((name, said.steps, images))
+        self.error.append((name, said.coding_error, images))
+        self.lost += said.state_lost
+        if held_out and said.eval_loss is not None:
+            self.eval.append((name, said.eval_loss, held_out))
+            if said.eval_levels:
+                self.levels.append((name, said.eval_levels, held_out))
+
     def drift(self, norm: float) -> float:
         """How far the nodes' updates d_k are from their weighted mean d, over its `norm`:
         sum w_k |d_k - d|^2 = sum w_k |d_k|^2 - |d|^2, for whole updates."""
@@ -98,14 +108,3 @@ def weighted_levels(values: Iterable[tuple[str, list[float], int]]) -> list[floa
     return [
         weighted((name, levels[i], w) for name, levels, w in ordered) for i in range(NOISE_LEVELS if ordered else 0)
     ]
-
-
-def levels_of(text: object) -> list[float]:
-    """A node's losses by noise level, as JSON; none where they are not that."""
-    try:
-        values = json.loads(str(text)[:1000])
-        if isinstance(values, list) and len(values) == NOISE_LEVELS and all(0 <= float(v) <= ABSURD for v in values):
-            return [float(v) for v in values]
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        pass
-    return []

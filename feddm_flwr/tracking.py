@@ -15,7 +15,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from feddm_flwr import trackers
-from feddm_flwr.whole_file import whole_file
+from feddm_flwr.whole_file import forget_unfinished, whole_file
 
 Row = dict[str, Any]
 
@@ -46,6 +46,7 @@ class RunDirectory:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunInUseError(f"{path} is in use by another process: is the run still going on?") from None
+        forget_unfinished(self.checkpoints)
 
     def begin(self, config: Mapping[str, object], after: int | None, tracker: str = "none") -> None:
         """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,

@@ -6,10 +6,11 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_UNFINISHED = ".writing-"
 _FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 
 
@@ -20,7 +21,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk is full, say; an earlier file of that name is untouched then.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -37,7 +38,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to make and fill, which takes the place of an earlier one of that name when the block ends
     without an error."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as temporary:
         filled = Path(temporary) / path.name
         yield filled
         for folder, _, files in os.walk(filled):
@@ -48,6 +49,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.rename(Path(temporary) / "earlier")
         filled.rename(path)
         _sync(path.parent)
+
+
+def forget_unfinished(folder: Path, age: float = 0.0) -> None:
+    """Remove the files that a process which was killed began to write there, if they are `age` seconds old."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):  # another process was faster
+            if path.is_file() and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def forgotten(touched: float) -> bool:

@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
-from mmap import mmap
 from typing import TypeVar
 
 import zstandard
 
 #: A frame in memory, or in a file.
-Frame = bytes | mmap
+Frame = bytes | memoryview
 
 T = TypeVar("T")
 
@@ -111,7 +110,7 @@ def read_header(frame: Frame) -> tuple[Header, int]:
     if zlib.crc32(frame[:end]) != _CRC.unpack_from(frame, end)[0]:
         raise FrameError("the header's checksum is wrong")
     try:
-        header = Header(**json.loads(frame[_PREFIX.size : end]))
+        header = Header(**json.loads(bytes(frame[_PREFIX.size : end])))
     except (ValueError, TypeError, RecursionError) as error:
         raise FrameError(f"the header cannot be read: {error}") from error
     texts = all(isinstance(text, str) for text in (header.content, header.codec, header.layout))
@@ -131,14 +130,14 @@ def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], li
     Raises:
         FrameError: a chunk is truncated, corrupt or too long, or bytes follow the last one.
     """
-    view = memoryview(frame) if isinstance(frame, bytes) else frame  # slices that copy nothing
+    view = memoryview(frame)  # slices that copy nothing
     decompressor = zstandard.ZstdDecompressor()
     for index, count in enumerate(chunk_sizes(size)):
         if offset + _CHUNK_PREFIX.size > len(frame):
             raise FrameError(f"the frame ends before chunk {index}")
         length, checksum = _CHUNK_PREFIX.unpack_from(frame, offset)
         offset += _CHUNK_PREFIX.size
-        body = memoryview(view[offset : offset + length])
+        body = view[offset : offset + length]
         offset += length
         if len(body) < length or zlib.crc32(body) != checksum:
             raise FrameError(f"chunk {index} is truncated or its checksum is wrong")

@@ -206,7 +206,7 @@ class _Life:
     def _owned(self) -> bool:
         try:
             return _identity(int(self._owner.split()[0])) == self._owner
-        except psutil.Error:
+        except (psutil.Error, OSError):  # it ends just now
             return False
 
 

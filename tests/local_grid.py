@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from pool_grid import InProcessGrid
 
 from feddm_flwr import architecture, model, server_app
@@ -117,5 +117,19 @@ def on_train(handle: Handler, change: Callable[[Message, Message], Message | Non
         reply = handle(message)
         assert reply
         return change(message, reply) if message.metadata.message_type == "train" else reply
+
+    return changed
+
+
+def on_query(handle: Handler, **changes: Any) -> Handler:
+    """The node, with changes to its introduction."""
+
+    def changed(message: Message) -> Message | None:
+        reply = handle(message)
+        assert reply
+        if message.metadata.message_type != "query":
+            return reply
+        report = {k: v for k, v in {**reply.content["report"], **changes}.items() if v is not None}
+        return Message(RecordDict({"report": ConfigRecord(report)}), reply_to=message)
 
     return changed

@@ -20,10 +20,10 @@ from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.evaluation import labels_like
 from feddm_flwr.judge import Judge, final
 from feddm_flwr.node_evaluation import near_by_chance, near_copies, separability
+from feddm_flwr.node_report import levels_of
 from feddm_flwr.parts import parts_of
 from feddm_flwr.reference import statistics
 from feddm_flwr.strategy import FedDM
-from feddm_flwr.tally import levels_of
 
 
 def federation(c: RunConfig) -> tuple[GlobalModel, FedDM]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
-from local_grid import config, nodes, on_train, run
+from local_grid import LocalGrid, config, feddm, nodes, on_query, on_train, run
 from numpy.typing import NDArray
 
 from feddm_flwr import wire
@@ -45,7 +46,7 @@ def robust(updates: NDArray[np.float32], trim: float, codec: str = "none", scale
 def test_the_rules_are_those_of_the_textbook(count: int, trim: float, seed: int) -> None:
     updates = np.random.default_rng(seed).normal(size=(count, 20)).astype(np.float32)
     np.testing.assert_allclose(robust(updates, 0.5), np.median(updates, axis=0), rtol=1e-6, atol=1e-7)
-    dropped = int(trim * count)
+    dropped = min(max(1, math.floor(trim * count)), (count - 1) // 2)
     expected = np.sort(updates, axis=0)[dropped : count - dropped].mean(axis=0)
     np.testing.assert_allclose(robust(updates, trim), expected, rtol=1e-5, atol=1e-6)
     shuffled = np.random.default_rng(seed + 1).permutation(updates)
@@ -67,6 +68,39 @@ def test_one_hostile_node_cannot_move_the_median_out_of_the_others_range() -> No
         result = robust(np.vstack([honest, np.full((1, 100), lie, np.float32)]), 0.5)
         assert (result >= honest.min(axis=0)).all()
         assert (result <= honest.max(axis=0)).all()
+
+
+def test_the_trimmed_mean_of_few_replies_stands_one_liar_too() -> None:
+    honest = np.random.default_rng(0).normal(size=(3, 100)).astype(np.float32)
+    result = robust(np.vstack([honest, np.full((1, 100), 1e20, np.float32)]), trim=0.2)
+    assert (result <= honest.max(axis=0)).all()
+
+
+def test_the_replies_of_a_large_federation_take_one_file(tmp_path: Path) -> None:
+    up, update = coded("int8", 10), np.ones(10, np.float32)
+    mean = RobustMean(10, 0.5, lambda frame: up.decode_chunks(frame, "delta", 1), tmp_path)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for _ in range(2000):  # systems allow a process 1,024 open files
+        mean.add(update, 1, up.encode(update, "delta", 1), 1.0)
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    np.testing.assert_array_equal(mean.mean(), up.decode(up.encode(update, "delta", 1), "delta", 1))
+
+
+def test_under_a_robust_rule_no_node_decides_alone_how_far_the_run_is(tmp_path: Path) -> None:
+    keys = {"train__local_epochs": 1, "train__local_steps": 0, "num_server_rounds": 1}
+    c = config(server__aggregation="median", out_dir=str(tmp_path), **keys)
+    handlers = nodes(c)
+
+    def many(message: Message, reply: Message) -> Message:
+        reply.content.config_records["report"].update({"images": 800_000, "steps": 100_000})
+        return reply
+
+    last = min(handlers)
+    claims = on_query(on_train(handlers[last], many), images=800_000)
+    server = feddm(c)
+    (done,) = server.run(LocalGrid(handlers | {last: claims}))
+    assert done.clients_ok == 4
+    assert server.checkpoint().facts["steps"] < 1000
 
 
 def test_norms_are_judged_by_earlier_rounds_only() -> None:

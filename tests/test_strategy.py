@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
-from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_train, run
+from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_query, on_train, run
 
 from feddm_flwr import messages, probes
 from feddm_flwr.client_app import app
@@ -273,20 +274,6 @@ def test_a_large_federation_does_not_fill_the_log(caplog: pytest.LogCaptureFixtu
     assert re.fullmatch(r"10 more nodes; 1[0-9]{3} images in all, see nodes.json", lines[-1])
 
 
-def on_query(handle: Handler, **changes: Any) -> Handler:
-    """The node, with changes to its introduction."""
-
-    def changed(message: Message) -> Message | None:
-        reply = handle(message)
-        assert reply
-        if message.metadata.message_type != "query":
-            return reply
-        report = {k: v for k, v in {**reply.content["report"], **changes}.items() if v is not None}
-        return Message(RecordDict({"report": ConfigRecord(report)}), reply_to=message)
-
-    return changed
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -354,6 +341,72 @@ def test_a_new_node_takes_part_once_it_is_known_and_nobody_waits_for_it() -> Non
     assert next(rounds).clients_ok == 4
     handlers[7] = node(c, 3, **{"node-name": "new"})
     assert next(rounds).clients_ok == 5
+
+
+def test_a_node_whose_introduction_had_no_time_beside_long_rounds_takes_part_once_it_has() -> None:
+    c = config(num_server_rounds=6)
+    handlers, ttls = nodes(c), []
+    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    next(rounds)
+
+    def late(message: Message) -> Message | None:
+        if message.metadata.message_type == "query":
+            ttls.append(message.metadata.ttl)
+            if len(ttls) < 5:
+                return Message(Error(4, "it was not fetched while it was valid"), reply_to=message)
+        return node(c, 3, **{"node-name": "late"})(message)
+
+    handlers[7] = late
+    assert [done.clients_ok for done in rounds] == [4, 4, 4, 4, 5]
+    assert min(ttls) >= 2 * c.round_timeout
+
+
+@pytest.mark.parametrize("keys", [{}, {"train__local_epochs": 1, "train__local_steps": 0}])
+def test_a_node_that_has_other_images_than_before_is_asked_what_it_has(
+    keys: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    c = config(num_server_rounds=4, data__eval_fraction=0.0, **keys)
+    handlers, grown = nodes(c), [False]
+    server = feddm(c)
+
+    def changed(message: Message) -> Message | None:
+        count = 2 if grown[0] else 4
+        grown[0] |= message.metadata.message_type == "train"
+        return node(c, 1, count, **{"node-name": "node-3"})(message)
+
+    rounds: Iterator[Round] = server.run(LocalGrid(handlers | {min(handlers): changed}))
+    had = [next(rounds) and {n.name: n.images for n in server.nodes}["node-3"] for _ in range(4)]
+    assert had[0] < had[-1] == 1438 // 2
+    assert caplog.messages.count("node node-3 has other images than it said") == 1
+    assert ("steps; " in caplog.text) == bool(keys)
+
+
+def test_what_a_node_finds_wrong_is_said_though_others_do_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    c = config(wait_timeout=1.0)
+    wrong = node(c, 0, **{"node-name": "a b"})
+    with pytest.raises(ConfigError, match="unnamed: node-name = 'a b' is not allowed"):
+        run(c, {**nodes(c), 1: wrong, 2: lambda m: None})
+
+
+def test_a_run_that_is_resumed_does_not_wait_for_a_node_that_finds_something_wrong(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    c = config(wait_timeout=600.0)
+    roster = Roster(c)
+    roster.expect([*run_nodes(c).values()])
+    handlers = nodes(c)
+    handlers[997] = on_query(handlers[997], problem="data-path = '/data': no such folder")
+    assert len(roster.wait(LocalGrid(handlers), first=True)) == 3
+    assert "left out: node-3: data-path = '/data': no such folder" in caplog.messages
+
+
+def test_an_array_that_names_a_chunk_more_than_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4)
+    inflate = inflatable_class_registry["Array"].inflate  # as Flower calls it
+    honest, bomb = (Array("uint8", (8,), "feddm.frame", data) for data in (b"abcdefgh", b"abcdabcd"))
+    assert inflate(honest.deflate(), honest.children).data == b"abcdefgh"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="an array of 2 chunks, 1 of which were sent"):
+        inflate(bomb.deflate(), bomb.children)
 
 
 def test_a_share_of_the_nodes_trains_and_a_repeated_round_draws_others() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from feddm_flwr.node_state import NodeState
+from feddm_flwr.tracking import RunDirectory
 from feddm_flwr.whole_file import whole_folder
 
 
@@ -38,3 +41,21 @@ def test_an_earlier_folder_stays_where_the_new_one_fails(tmp_path: Path) -> None
     write("third")
     assert (tmp_path / "model" / "card").read_text() == "third"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_process_began_to_write_is_removed(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.begin({}, None)
+    run.checkpoints.mkdir()
+    (run.checkpoints / ".writing-abc").write_text("half a checkpoint")
+    run._lock.release()
+    RunDirectory(tmp_path / "run", resume=True)
+    assert [*run.checkpoints.iterdir()] == []
+
+    own = NodeState(tmp_path, "0" * 32, "north").path
+    for name, days in (("old", 2), ("new", 0)):  # that of a day may be of a process that is at it
+        for folder in (own, own.parent):
+            (folder / f".writing-{name}").write_text("half a residual")
+            os.utime(folder / f".writing-{name}", (time.time() - days * 86400,) * 2)
+    NodeState(tmp_path, "0" * 32, "north")
+    assert sorted(path.name for path in own.parent.rglob(".writing-*")) == [".writing-new"] * 2
