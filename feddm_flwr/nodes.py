@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from flwr.app import MessageType, RecordDict
+from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig
@@ -22,6 +22,7 @@ _TRIES = 3  # introductions that a node may fail before it is left out
 _MAX_IMAGES = 10_000_000  # keeps the exact sum of any federation within 64 bits
 _MAX_CLASSES = 10_000
 _PAUSE = 0.2  # seconds
+_ANSWER = 5.0  # seconds in which a node answers that is there and not at work
 _TTL = 2.0  # round-timeouts that an introduction may take: it waits for the round that goes on
 _SAID = 50  # nodes that have a line of their own in the log
 
@@ -53,6 +54,8 @@ class Roster:
         self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
+        # By the id of one that has the name of another: what it said, the question to the other, and since when.
+        self._claims: dict[int, tuple[Node, str, float]] = {}
         self._replies: Replies | None = None
         self._expected: set[str] = set()  # those that took part before the run was resumed
         self._said = 0  # nodes introduced in the log since the last round
@@ -76,7 +79,7 @@ class Roster:
             self._introduce(grid, ids, first=first)
             online = {self._ids[i]: i for i in ids if i in self._ids}
             absent = sorted(self._expected - {*online}) if first else []
-            settled = not first or (ids == before and not self._queries and not absent)
+            settled = not self._claims and (not first or (ids == before and not self._queries and not absent))
             late = time.monotonic() > deadline
             if first and (settled or late) and self._problems and not self._expected:
                 raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
@@ -131,12 +134,13 @@ class Roster:
     def _introduce(self, grid: Grid, ids: list[int], *, first: bool) -> None:
         """Ask whoever is new, and take in the answers that are there."""
         self._queries = {message: i for message, i in self._queries.items() if i in ids}
+        self._claims = {i: claim for i, claim in self._claims.items() if i in ids}
         self._replies = self._replies or Replies(grid)
-        self._replies.forget_all_but(self._queries)
+        self._replies.forget_all_but({*self._queries, *(question for _, question, _ in self._claims.values())})
         # One that went away may come back, with what was wrong put right.
         self._left_out = {i: why for i, why in self._left_out.items() if i in ids}
         self._tries = Counter({i: tries for i, tries in self._tries.items() if i in ids})
-        known = {*self._ids, *self._left_out, *self._queries.values()}
+        known = {*self._ids, *self._left_out, *self._queries.values(), *self._claims}
         for i in ids:
             if i in known:
                 continue
@@ -166,16 +170,14 @@ class Roster:
                 self._leave_out(i, f"{node.name}: {problem}", quiet=first and not self._expected)
                 self._expected.discard(node.name)
                 continue
-            for other in namesakes:  # a node that was restarted; Flower lists its old id for a minute
-                self._leave_out(other, f"{node.name}: came back under another id")
-                del self._ids[other]
-            self._ids[i] = node.name
-            if (before := self.nodes.get(node.name)) and before != node:
-                log.warning(
-                    "node %s has other images than before: %d, were %d", *(node.name, node.images, before.images)
-                )
-            self.nodes[node.name] = node
+            if namesakes:  # a node that was restarted, whose old id Flower lists for a minute; or a second one
+                probe = RecordDict({"probe": ConfigRecord({})})
+                question = push(grid, probe, namesakes[0], MessageType.QUERY, self.config.round_timeout)
+                self._claims[i] = node, question, time.monotonic()
+                continue
+            self._admit(i, node)
             introduced.append(node)
+        introduced += self._judge_claims()
         for node in sorted(introduced, key=lambda n: n.name):
             self._said += 1
             if self._said > _SAID:
@@ -187,6 +189,31 @@ class Roster:
                 "node %s: %d images%s, %d held out%s, classes %s",
                 *(node.name, node.images, sizes, node.held_out, skipped, classes),
             )
+
+    def _judge_claims(self) -> list[Node]:
+        """Let those in whose name nobody answers to any more."""
+        assert self._replies
+        admitted = []
+        for i, (node, question, since) in list(self._claims.items()):
+            answer = self._replies.pull(question) if question else None
+            if question and answer is None and time.monotonic() - since < _ANSWER:
+                continue
+            del self._claims[i]
+            if isinstance(answer, RecordDict):
+                self._leave_out(i, f"{node.name}: another node of this name is at work; give each its own node-name")
+                continue
+            for other in [other for other, name in self._ids.items() if name == node.name]:
+                self._leave_out(other, f"{node.name}: came back under another id")
+                del self._ids[other]
+            self._admit(i, node)
+            admitted.append(node)
+        return admitted
+
+    def _admit(self, node_id: int, node: Node) -> None:
+        self._ids[node_id] = node.name
+        if (before := self.nodes.get(node.name)) and before != node:
+            log.warning("node %s has other images than before: %d, were %d", node.name, node.images, before.images)
+        self.nodes[node.name] = node
 
     def _leave_out(self, node_id: int, why: str, *, quiet: bool = False) -> None:
         self._left_out[node_id] = clean(why)

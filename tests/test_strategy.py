@@ -332,6 +332,19 @@ def test_a_restarted_node_keeps_its_name_while_its_old_id_is_still_listed() -> N
     assert next(rounds).clients_ok == 4
 
 
+def test_a_second_node_of_a_name_does_not_oust_the_one_that_works(caplog: pytest.LogCaptureFixture) -> None:
+    c = config(num_server_rounds=3)
+    handlers = nodes(c)
+    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    first = next(rounds)
+    handlers[5] = node(c, 1, **{"node-name": "node-0"})
+    (*_, last) = rounds
+    assert (last.clients_ok, last.clients_failed) == (4, 0)
+    assert "left out: node-0: another node of this name is at work; give each its own node-name" in caplog.messages
+    assert {*first.nodes} == {*last.nodes}
+    assert last.weights.tobytes() == run(c)[-1].weights.tobytes()
+
+
 def test_a_new_node_takes_part_once_it_is_known_and_nobody_waits_for_it() -> None:
     c = config(num_server_rounds=3)
     handlers = nodes(c)
