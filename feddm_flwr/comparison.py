@@ -208,7 +208,6 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
     """What came of a run that is done."""
     rows = read_metrics(folder / cell.name)
     judged = [row for row in rows if row.get("fid") is not None]
-    evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
     config = parse(cell.keys)
     facts = folder / cell.name / "reference" / "facts.json"
     return {
@@ -219,7 +218,7 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
         "rounds": rows[-1]["round"],
         "images": sum(row["local_steps"] for row in rows) * config.train.batch_size,
         **{key: judged[-1].get(key) if judged else None for key in ("fid", "kid", "coverage")},
-        "eval_loss": evaluated[-1] if evaluated else None,
+        "eval_loss": rows[-1]["eval_loss"],
         "fid_by_round": [[row["round"], row["fid"]] for row in judged],
         **total_bytes(rows),
         "seconds": round(sum(row["seconds"] for row in rows), 1),

@@ -242,7 +242,11 @@ class Eval:
     """Held-out denoising loss, computed by the nodes on the weights they receive, and what `features` compare: FID, KID
     and coverage of the averaged weights' samples against all nodes' images, which stay where they are."""
 
-    every: int = key(1, "rounds between evaluations; 0: no held-out loss, and FID of the last round only", low=0)
+    every: int = key(
+        1,
+        "rounds between evaluations; the last round always has one; 0: no held-out loss, and FID of the last only",
+        low=0,
+    )
     images: int = key(256, "held-out images a node uses at most", low=1)
     features: str = key(
         "none",

@@ -210,7 +210,8 @@ class FedDM:
     def _contents(self, number: int, part: dict[str, str]) -> Callable[[str, bool], RecordDict]:
         """What each node is sent in a round; frames that several get are held once."""
         arrays: dict[tuple[str, ...], ArrayRecord] = {}
-        evaluate = self.config.eval.every > 0 and (number - 1) % self.config.eval.every == 0
+        every, last = self.config.eval.every, number == self.config.num_server_rounds
+        evaluate = every > 0 and (last or (number - 1) % every == 0)
 
         def content(name: str, whole: bool) -> RecordDict:
             frames = self._broadcast.frames(None if whole else self._held.get(name, 0))
