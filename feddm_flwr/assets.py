@@ -14,6 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,25 +94,40 @@ def _check_process(config: RunConfig) -> None:
     """Whether the U-Net to fine-tune was trained for the noise of this run, where a scheduler beside it tells."""
     name = config.model.init_from
     here = local_path(name)
-    try:
-        if here:
-            folder = next(f for f in (here / "scheduler", here.parent / "scheduler") if f.is_dir())
-            own = DDPMScheduler.load_config(folder)
-        else:
-            own = DDPMScheduler.load_config(name, subfolder="scheduler")
-    except (OSError, StopIteration):
+    places = (here / "scheduler", here.parent / "scheduler", here, here.parent) if here else ("scheduler", None)
+    own: dict[str, Any] = {}
+    for place in places:
+        with suppress(OSError):
+            own = DDPMScheduler.load_config(place) if here else DDPMScheduler.load_config(name, subfolder=place)
+            break
+    if not own:
         log.warning("model.init-from = %r: has no scheduler; diffusion.* must be what it was trained with", name)
         return
     d = config.diffusion
     wrong = [
         f"{key} = {ours!r}: model.init-from = {name!r} was trained with {known.get(theirs, theirs)!r}; must be the same"
         for key, ours, known, theirs in (
-            ("diffusion.timesteps", d.timesteps, {}, own["num_train_timesteps"]),
-            ("diffusion.schedule", d.schedule, {v: k for k, v in SCHEDULES.items()}, own["beta_schedule"]),
-            ("diffusion.prediction", d.prediction, {v: k for k, v in PREDICTIONS.items()}, own["prediction_type"]),
+            ("diffusion.timesteps", d.timesteps, {}, own.get("num_train_timesteps", 1000)),
+            (
+                "diffusion.schedule",
+                d.schedule,
+                {v: k for k, v in SCHEDULES.items()},
+                own.get("beta_schedule", "linear"),
+            ),
+            (
+                "diffusion.prediction",
+                d.prediction,
+                {v: k for k, v in PREDICTIONS.items()},
+                own.get("prediction_type", "epsilon"),
+            ),
         )
         if known.get(theirs, theirs) != ours
     ]
+    betas = own.get("beta_start", 1e-4), own.get("beta_end", 0.02)
+    if d.schedule == "linear" and betas != (1e-4, 0.02):
+        wrong.append(
+            f"model.init-from = {name!r}: was trained with betas from {betas[0]} to {betas[1]}, not 1e-4 to 0.02"
+        )
     if wrong:
         raise ConfigError("\n".join(wrong))
 

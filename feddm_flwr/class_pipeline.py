@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel, UniPCMultistepScheduler
+from diffusers.utils.torch_utils import randn_tensor
 
 
 class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -48,7 +49,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
             labels.append(names.index(one) if isinstance(one, str) else int(one))
         c, device = self.unet.config, self.unet.device
         size = (c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else tuple(c.sample_size)
-        x = torch.randn((len(labels), c.in_channels, *size), generator=generator).to(device)
+        x = randn_tensor((len(labels), c.in_channels, *size), generator, device, self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.progress_bar(self.scheduler.timesteps):
             predicted = guided(self.unet, x, t, torch.tensor(labels, device=device), len(names), guidance_scale)
@@ -56,7 +57,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         if self.vae is not None:
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
             x = torch.cat([self.vae.decode(z / self.vae.config.scaling_factor + shift).sample for z in x.split(1)])
-        images = (x / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
+        images = (x.float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=self.numpy_to_pil(images) if output_type == "pil" else images)
 
 

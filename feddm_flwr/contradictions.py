@@ -46,6 +46,8 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield f"codec.uplink = 'none', codec.downlink = 'none' with strategy = {c.strategy!r}: use feddm-vanilla"
     if not c.data.name.strip():
         yield "data.name = '' is not allowed: must be digits, an id of a hub, a folder, or parquet files"
+    if c.model.resnet_resampling and not any(c.model.attention):
+        yield "model.resnet-resampling = true with no attention in model.attention: acts on levels with attention only"
     if c.data.channels == 2:
         yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
     if c.data.partition == "natural" and not c.data.natural_column:

@@ -20,7 +20,7 @@ from feddm_flwr.sources import Source, open_source, stamp_of
 
 Labels = NDArray[np.int64]  # (N,)
 
-_FORMAT = 2  # of what is cached: raised when the same file would be decoded to other pixels
+_FORMAT = 3  # of what is cached: raised when the same file would be decoded to other pixels
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ def _load_node(
         rows = (
             partition_rows(config, source, *partition) if partition and not data_path else [*range(len(source.table))]
         )
-        order = np.random.default_rng(derive_seed(config.seed, "held out", partition)).permutation(len(rows))
-        rows = [rows[i] for i in order]
+        # By name, or by row: what is held out stays so when images are added or removed.
+        names = source.names or range(len(source.table))
+        rows = sorted(rows, key=lambda row: derive_seed(config.seed, "held out", partition, names[row]))
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
         decoded = source.decode(rows, images)
         classes = _classes(source, d.label_column)

@@ -57,12 +57,15 @@ def sample(
     network.eval()
     done: list[torch.Tensor] = []
     classes = torch.tensor([*labels] if labels is not None else [0] * count, device=device)
-    for x, own in zip(noise.split(batch_size), classes.split(batch_size), strict=True):
-        x = x.to(device)
+
+    def batch(images: slice) -> torch.Tensor:
+        x, own = noise[images].to(device), classes[images]
         solver.set_timesteps(steps)  # and forget the batch before
-        images = range(start := len(done) * batch_size, start + len(x))
-        added = {"generator": [_noise_of(seed, i) for i in images]} if scheduler == "ddpm" else {}
+        random = [_noise_of(seed, i) for i in range(count)[images]]
+        added = {"generator": random} if scheduler == "ddpm" else {}
         for t in solver.timesteps:
+            if t < 0 and scheduler in ("ddim", "ddpm"):
+                continue  # diffusers' rounding adds it to some numbers of steps; it means pure noise
             if labels is None:
                 predicted = network(x, t).sample
             else:
@@ -70,7 +73,16 @@ def sample(
             x = solver.step(predicted, t, x, **added).prev_sample
         if autoencoder is not None:
             x = decode(autoencoder, x)
-        done.append(((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
+    while (start := sum(map(len, done))) < count:
+        try:
+            done.append(batch(slice(start, start + batch_size)))
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            torch.cuda.empty_cache()
     drawn: Images = torch.cat(done).numpy()
     return drawn
 

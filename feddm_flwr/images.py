@@ -1,6 +1,6 @@
 """Image files to uint8 pixels, by one rule everywhere.
 
-EXIF orientation applied; more than 8 bits scaled so that `data.white` becomes 255; transparency laid on white;
+EXIF orientation applied; grey of more than 8 bits scaled so that `data.white` becomes 255; transparency laid on white;
 converted to grey or RGB; the shorter side resized to `data.image-size` with Pillow's antialiased bicubic filter
 (what Parmar et al. 2022, clean-fid, ask for), centre-cropped to a square. Of several frames the first is taken.
 """

@@ -52,7 +52,7 @@ class Data:
         "names of all classes of the federation, separated by commas, for model.class-conditional (preset: known data "
         "sets' own)",
     )
-    white: int = key(65535, "value that is white in images of more than 8 bits: 4095 for 12-bit X-rays", low=256)
+    white: int = key(65535, "value that is white in grey images of more than 8 bits: 4095 for 12-bit X-rays", low=256)
     flip: bool = key(PRESET, "mirror training images left to right at random")
     eval_fraction: float = key(0.1, "share of its images that a node holds out for `eval_loss`", low=0, below=1)
     max_broken: float = key(0.01, "share of a node's images that are skipped where they cannot be read", low=0, below=1)
@@ -88,7 +88,9 @@ class Model:
     norm_groups: int = key(PRESET, "groups of each GroupNorm", low=1)
     dropout: float = key(PRESET, "dropout rate", low=0, below=1)
     time_scale_shift: bool = key(PRESET, "the time step scales and shifts features instead of being added to them")
-    resnet_resampling: bool = key(PRESET, "levels are joined by residual blocks instead of single convolutions")
+    resnet_resampling: bool = key(
+        PRESET, "levels with attention are joined by residual blocks instead of single convolutions"
+    )
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         log.info("summing the features of %d images", len(data.train) + len(data.held_out))
         seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
         return Outcome(report, statistics(seen, data.classes, config.eval.min_images // _PER_CLASS).pack())
-    return Outcome(report | _final(config, name, data, assets, root, frames, device), b"done")
+    report |= _final(config, name, data, assets, root, frames, device)
+    training.leave_memory(device)
+    return Outcome(report, b"done")
 
 
 def _final(

@@ -78,6 +78,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         "coding-error": sent.error,
         "state-lost": link.state_lost,
     }
+    training.leave_memory(device)
     return Outcome(report, sent.frame)
 
 

@@ -73,11 +73,19 @@ def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+_SHARE = 0.25  # of what is free of a GPU's memory, for a node's images
+
+
 class Pixels:
-    """uint8 images (N, C, H, W) as what a network sees: float32 in [-1, 1], flipped at random where asked for."""
+    """uint8 images (N, C, H, W) as what a network sees: float32 in [-1, 1], flipped at random where asked for.
+
+    They lie on the device, unless they would take too much of a GPU's memory.
+    """
 
     def __init__(self, images: Images, flip: bool, device: torch.device) -> None:
-        self._images, self._flip = torch.from_numpy(images).to(device), flip
+        self._images, self._flip, self._device = torch.from_numpy(images), flip, device
+        if device.type != "cuda" or images.nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]:
+            self._images = self._images.to(device)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -92,7 +100,7 @@ class Pixels:
 
     def fixed(self, index: Tensor) -> Tensor:
         """The same without anything random."""
-        return self._images[index].float() / 127.5 - 1
+        return self._images[index.to(self._images.device)].to(self._device).float() / 127.5 - 1
 
 
 class Denoising:

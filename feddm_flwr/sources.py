@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,7 @@ class Source:
     decode: Callable[[Sequence[int], Images], Decoded]
     version: str  # of what it is decoded from
     streamed: bool = False
+    names: Sequence[str] = ()  # of the rows, where they have some that stay when others come and go
 
     def classes(self, column: str) -> list[str]:
         """The class of every row, or nothing where there is no such column."""
@@ -45,15 +46,27 @@ class Source:
         return [_UNLABELLED if v is None or (names and v < 0) else names[v] if names else str(v) for v in values]
 
 
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders below a path with their files, in order of name. Links are followed; what is hidden is left out, such
+    as a wastebasket or thumbnails: an image and its copy must not be held out and trained on."""
+    seen = set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        if (here := os.path.realpath(folder)) in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, sorted(name for name in files if not name.startswith("."))
+
+
 def stamp_of(name: str) -> str:
     """What changes when a file does that is there by this name, or below it; "" where there is none."""
     path = Path(name).expanduser()
     if not path.exists():
         return ""
     digest = hashlib.sha256()
-    for folder, folders, files in [*os.walk(path)] if path.is_dir() else [(str(path.parent), [], [path.name])]:
-        folders.sort()
-        for file in sorted(files):
+    for folder, files in _walk(path) if path.is_dir() else [(str(path.parent), [path.name])]:
+        for file in files:
             try:
                 found = Path(folder, file).stat()
             except OSError:  # a link to nothing
@@ -192,7 +205,8 @@ def _folder(config: RunConfig, path: Path, origin: str, own: bool, stamp: str) -
     """Images below a folder; the class is the name of the first subfolder, where there is one."""
     from datasets import Dataset
 
-    files = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in ENDINGS and p.is_file())
+    found = (Path(folder, name) for folder, names in _walk(path) for name in names)
+    files = sorted(p for p in found if p.suffix.lower() in ENDINGS and p.is_file())
     if not files:
         raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(ENDINGS)}")
     parts = [p.relative_to(path).parts for p in files]
@@ -204,4 +218,4 @@ def _folder(config: RunConfig, path: Path, origin: str, own: bool, stamp: str) -
         names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
         return decode(config.data, (files[i] for i in rows), names, origin, out)
 
-    return Source(origin, Dataset.from_dict(columns), fill, stamp)
+    return Source(origin, Dataset.from_dict(columns), fill, stamp, names=tuple(columns["file"]))

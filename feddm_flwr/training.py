@@ -128,6 +128,12 @@ def train(
     return Trained(mean, done)
 
 
+def leave_memory(device: torch.device) -> None:
+    """Give a GPU's memory back that is not in use: other nodes of a simulation, and the server, need it next."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _optimizer(config: RunConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
     t = config.train
     if t.optimizer == "adamw8bit":
@@ -157,6 +163,7 @@ def _backward(
         except torch.OutOfMemoryError:
             if micro == 1:
                 raise
+            part = loss  # the graph of the piece that failed is held by nothing then
             micro = (min(micro, size) + 1) // 2
             log.warning("out of memory: from here on %d images at a time; gradients are accumulated", micro)
         optimizer.zero_grad(set_to_none=True)

@@ -144,6 +144,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"model__block_channels": "32,x"}, 'must be integers such as "32,64,128"'),
         ({"model__attention": "0,2"}, "model.attention = '0,2' is not allowed"),
         ({"model__attention": "0"}, "for each of the 2 levels"),
+        ({"model__attention": "0,0", "model__resnet_resampling": True}, "acts on levels with attention only"),
         ({"model__attention_head_dim": 40}, "must divide the 64 channels"),
         ({"model__block_channels": "32,48", "model__attention": "0,0"}, "must divide the 48 channels"),
         ({"train__local_epochs": 1}, "exactly one of them must be above 0"),

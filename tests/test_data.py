@@ -385,3 +385,35 @@ def test_a_survey_shows_what_there_is_and_guesses_what_is_missing(folder: Path, 
     for path in (sheet, tmp_path / "out" / "sheet-nodes.png"):
         with Image.open(path) as image:
             assert min(image.size) > 30
+
+
+def pictures(folder: Path, names: list[str]) -> None:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(folder / name)
+
+
+def test_linked_classes_are_read_and_what_is_hidden_is_not(tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    pictures(site, ["cats/a.png", "cats/.thumbnails/a.png", ".Trash-1000/files/old.png"])
+    pictures(elsewhere, ["b.png", "c.png"])
+    (site / "dogs").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(site)
+    config = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
+    assert load(config, None, str(site)).class_counts == {"cats": 1, "dogs": 2}
+    before = sources.stamp_of(str(site))
+    pictures(elsewhere, ["d.png"])
+    assert sources.stamp_of(str(site)) != before
+
+
+def test_what_is_held_out_stays_so_when_images_come_and_go(tmp_path: Path) -> None:
+    config = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
+    names = [f"{i:03d}.png" for i in range(100)]
+    pictures(tmp_path, names)
+    before = load(config, None, str(tmp_path))
+    (tmp_path / names[7]).unlink()
+    Image.new("L", (8, 8), 200).save(tmp_path / "000-new.png")
+    after = load(config, None, str(tmp_path))
+    was_trained_on = {image.tobytes() for image in before.train}
+    assert sum(image.tobytes() in was_trained_on for image in after.held_out) <= 1
+    assert len(before.held_out) == len(after.held_out) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
 from pathlib import Path
@@ -154,6 +155,26 @@ def test_a_model_to_fine_tune_must_fit_the_run(keys: dict[str, Any], said: str, 
     pipelines.save(architecture.build(c, {}), c, {}, tmp_path / "model", "")
     with pytest.raises(ConfigError, match=said):
         tuned(tmp_path / "model", **keys)
+
+
+def test_the_process_of_a_model_is_found_where_old_repositories_have_it(tmp_path: Path) -> None:
+    architecture.build(config(), {}).save_pretrained(tmp_path / "old")
+    noise = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_end": 0.01}
+    (tmp_path / "old" / "scheduler_config.json").write_text(json.dumps(noise))  # without prediction_type
+    with pytest.raises(ConfigError) as caught:
+        tuned(tmp_path / "old")
+    assert "diffusion.schedule = 'cosine': model.init-from" in str(caught.value)
+    assert "diffusion.prediction = 'v': model.init-from" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"trained with betas from 0.0001 to 0.01, not 1e-4 to 0.02"):
+        tuned(tmp_path / "old", diffusion__schedule="linear", diffusion__prediction="epsilon")
+
+
+def test_a_class_pipeline_draws_in_half_precision(tmp_path: Path) -> None:
+    c = config(model__class_conditional=True)
+    pipelines.save(architecture.build(c, {}), c, {}, tmp_path, "")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("3", num_inference_steps=2).images[0].size == (8, 8)
 
 
 def test_classes_are_added_to_a_model_that_has_none_and_others_than_its_own_are_refused(tmp_path: Path) -> None:

@@ -69,8 +69,9 @@ def test_an_image_depends_on_its_number_and_seed_not_on_the_batch(scheduler: str
     assert (evaluation.sample(network, config, 3, 5, seed=2, scheduler=scheduler) != few).any()
 
 
+@pytest.mark.parametrize("steps", [20, 61])  # of 61, diffusers' rounding makes 62
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_ends_at_what_the_denoiser_says(scheduler: str) -> None:
+def test_every_scheduler_ends_at_what_the_denoiser_says(scheduler: str, steps: int) -> None:
     """A denoiser that knows of one image only must lead there."""
     image = torch.linspace(-0.9, 0.9, 64).view(1, 1, 8, 8)
     abar = diffusion.alphas_cumprod("cosine", 1000)
@@ -88,9 +89,24 @@ def test_every_scheduler_ends_at_what_the_denoiser_says(scheduler: str) -> None:
             return type("Out", (), {"sample": a.sqrt() * noise - (1 - a).sqrt() * image})
 
     drawn = evaluation.sample(
-        Knowing(), pipelines.noise_scheduler(parse({})).config, 2, 20, seed=0, scheduler=scheduler
+        Knowing(), pipelines.noise_scheduler(parse({})).config, 2, steps, seed=0, scheduler=scheduler
     )
     assert np.abs(drawn.astype(float) - ((image.numpy() + 1) * 127.5)).max() <= 4
+
+
+def test_where_memory_runs_out_fewer_are_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = architecture.build(TINY, {})
+    forward = network.forward
+
+    def little_memory(x: torch.Tensor, *rest: Any) -> Any:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return forward(x, *rest)
+
+    config = pipelines.noise_scheduler(TINY).config
+    whole = evaluation.sample(network, config, 5, 3, seed=1)
+    monkeypatch.setattr(network, "forward", little_memory)
+    assert np.abs(evaluation.sample(network, config, 5, 3, seed=1).astype(int) - whole).max() <= 1
 
 
 @pytest.mark.parametrize(("count", "channels", "size"), [(1, 1, 8), (7, 3, 16), (64, 1, 28)])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,3 +187,28 @@ def test_pieces_of_a_batch_give_its_gradient_and_memory_that_runs_out_makes_them
     monkeypatch.setattr(Denoising, "losses", little_memory)
     np.testing.assert_allclose(trained(config(train__precision="fp32"))[0], whole, atol=2e-4)
     assert caplog.text.count("out of memory") == 2  # 16 to 8 to 4, once for all steps
+
+
+def test_what_a_piece_held_is_gone_when_smaller_ones_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, whole, alive = Denoising.losses, [], []
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise torch.OutOfMemoryError
+
+    def backward_fails(self: Denoising, network: torch.nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        alive.extend(graph() is not None for graph in whole)
+        loss: torch.Tensor = losses(self, network, drawn)
+        if len(drawn[0]) > 8:
+            loss = Full.apply(loss)
+            whole.append(weakref.ref(loss.grad_fn))
+        return loss
+
+    monkeypatch.setattr(Denoising, "losses", backward_fails)
+    trained(config(train__precision="fp32", **{"train__local-steps": 1}))
+    assert alive == [False, False]
