@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from feddm_flwr.config import ConfigError, RunConfig, local_path, parse
 from feddm_flwr.options import parser
 
@@ -239,12 +241,18 @@ def _compare(options: argparse.Namespace) -> int:
     folder: Path = options.output.resolve()
     _check_folder(folder, f"--output = {str(options.output)!r}")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)  # until this process ends
+    except Timeout:
+        raise ConfigError(f"--output = {str(options.output)!r}: another comparison is writing there") from None
     done = []
     for i, cell in enumerate(cells, 1):
         print(f"{i} of {len(cells)}: {cell.name}", flush=True)
-        if not comparison.do(cell, folder, main):
-            print(f"feddm: {cell.name} did not complete; the same command goes on with it", file=sys.stderr)
-            return 1
+        if code := comparison.do(cell, folder, main):
+            more = "" if code == 2 else "; the same command goes on with it"
+            print(f"feddm: {cell.name} did not complete{more}", file=sys.stderr)
+            return code
         done.append(comparison.result(cell, folder))
         for name, text in (
             ("results.json", json.dumps(done, indent=1) + "\n"),

@@ -46,7 +46,7 @@ def introduce(message: Message, context: Context) -> Message:
         report["problem"] = str(error)
     except Exception as error:  # whatever it is, the run must hear of it before it starts
         log.exception("this node cannot take part")
-        report["problem"] = f"{type(error).__name__}: {error}"
+        report["problem"] = f"{type(error).__name__}; the node's own log says more"  # it may name a file
     return Message(RecordDict({"report": report}), reply_to=message)
 
 

@@ -27,12 +27,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config import ConfigError, flatten, parse
 from feddm_flwr.tracking import flat, read_metrics, total_bytes
 
 Keys = dict[str, Any]
 
-_JUDGED: Keys = {"eval.features": "classifier", "eval.samples": 2000}
+# Nobody is to be protected from a simulation: all runs are compared with all images.
+_JUDGED: Keys = {"eval.features": "classifier", "eval.samples": 2000, "eval.min-images": 0}
 _STRATEGIES: dict[str, Keys] = {
     "centralized": {"centralized": True},
     "vanilla": {},
@@ -161,10 +162,13 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
         raise ConfigError(f"run {run!r}: centralized = {centralized!r} is not allowed: must be true or false")
     if centralized:
         config = parse(keys)
+        if config.train.local_epochs:
+            raise ConfigError(f"run {run!r}: centralized = true needs train.local-steps, not train.local-epochs")
         asked = max(1, round(config.fraction_train * nodes))
         keys = {key: value for key, value in keys.items() if key not in _PARTITION}
         keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
-        keys["train.local-steps"] = asked * config.train.local_steps
+        keys |= {"train.local-steps": asked * config.train.local_steps, "train.max-seconds": 0.0}
+        keys["round-timeout"] = asked * config.round_timeout
         nodes = 1
     try:
         parse(keys)
@@ -173,29 +177,29 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
     return Cell(condition, run, seed, nodes, keys)
 
 
-def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> bool:
-    """Do a run in `folder`, or go on with it, unless it is done; `feddm` is the command line. Whether it is done now.
+def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
+    """Do a run in `folder`, or go on with it, unless it is done; `feddm` is the command line. Its exit code.
 
     Raises:
         ConfigError: the folder has a run of that name with other keys.
     """
     run, asked = folder / cell.name, folder / f"{cell.name}.json"
-    wanted = json.dumps({"nodes": cell.nodes, "keys": cell.keys}, sort_keys=True)
-    if asked.exists() and asked.read_text(encoding="utf-8") != wanted:
+    wanted = json.dumps({"nodes": cell.nodes, "keys": flatten(parse(cell.keys))}, sort_keys=True)
+    if run.is_dir() and asked.exists() and asked.read_text(encoding="utf-8") != wanted:
         raise ConfigError(f"{run}: was run with other keys; choose another --output, or remove it and {asked.name}")
     asked.write_text(wanted, encoding="utf-8")
     if status(run) == "completed":
-        return True
+        return 0
     if run.is_dir() and not any(run.glob("checkpoints/round-*")):  # it ended before there was anything to go on with
         shutil.rmtree(run)
     if run.is_dir():
-        feddm(["run", "local", "--resume", str(run), "--num-supernodes", str(cell.nodes)])
+        code = feddm(["run", "local", "--resume", str(run), "--num-supernodes", str(cell.nodes)])
     else:
         threads = {"train.threads": os.cpu_count() or 1} if cell.nodes == 1 else {}  # nobody else needs the cores
         keys = {**threads, **cell.keys, "run-name": cell.name, "out-dir": str(folder)}
         said = [part for key, value in keys.items() for part in ("-c", f"{key}={json.dumps(value)}")]
-        feddm(["run", "local", "--num-supernodes", str(cell.nodes), *said])
-    return status(run) == "completed"
+        code = feddm(["run", "local", "--num-supernodes", str(cell.nodes), *said])
+    return code or (0 if status(run) == "completed" else 1)
 
 
 def status(run: Path) -> str:
@@ -210,6 +214,7 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
     judged = [row for row in rows if row.get("fid") is not None]
     config = parse(cell.keys)
     facts = folder / cell.name / "reference" / "facts.json"
+    known = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
     return {
         "condition": cell.condition,
         "run": cell.run,
@@ -223,7 +228,8 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
         **total_bytes(rows),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "samples": config.eval.samples,
-        "features": json.loads(facts.read_text(encoding="utf-8"))["features"] if facts.exists() else None,
+        "features": known.get("features"),
+        "real": [known.get("images"), len(known.get("classes", []))],  # images and classes that were compared with
         # A path is nobody else's business.
         "keys": {**cell.keys, **({"data.name": Path(name).name} if (name := cell.keys.get("data.name")) else {})},
     }

@@ -19,14 +19,16 @@ def markdown(results: Results) -> str:
     parts = []
     for condition in dict.fromkeys(r["condition"] for r in results):
         own = [r for r in results if r["condition"] == condition]
-        base = [r["fid"] for r in own if r["run"] == _CENTRALIZED and r["fid"] is not None]
+        all_images = [r for r in own if r["run"] == _CENTRALIZED and r["fid"] is not None]
+        base = [r["fid"] for r in all_images]
         lines = [f"**{condition}**\n"] if condition else []
         lines.append("| run | FID | least | over centralized | KID | coverage | held-out loss | up | down | seeds |")
         lines.append("|---|---|---|---|---|---|---|---|---|---|")
         for run in dict.fromkeys(r["run"] for r in own):
             same = [r for r in own if r["run"] == run]
             fids = [r["fid"] for r in same if r["fid"] is not None]
-            over = f"{mean(fids) / mean(base):.3f}" if fids and base else "–"
+            alike = all(r.get("real") == all_images[0].get("real") for r in same) if base else False
+            over = f"{mean(fids) / mean(base):.3f}" if fids and alike else "–"  # FID against other images is another
             lines.append(
                 f"| {run} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {over} "
                 f"| {_spread([r['kid'] for r in same if r['kid'] is not None])} "

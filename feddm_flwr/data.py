@@ -95,7 +95,9 @@ def _load_node(
         folder = cached(root, key, fill)
         found, kept = facts(folder), array(folder, "images")
     except OSError as error:
-        raise ConfigError(f"state-path = {str(root)!r}: decoded images cannot be kept there ({error})") from error
+        raise ConfigError(
+            f"state-path = {str(root)!r}: decoded images cannot be kept there ({error.strerror})"
+        ) from error
     own, count, share = found["classes"], found["count"], d.eval_fraction
     held_out = min(math.ceil(share * count), count - 1)
     if count < (2 if share else 1):

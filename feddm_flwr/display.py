@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ class Display:
         self._round = self._asked = self._done = self._up = self._down = 0
         self._loss = ""
         self._first = 0.0
+        self._finished_here = 0  # rounds, without those before the run was resumed
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -42,7 +44,8 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with suppress(OSError):  # a terminal that was closed
+            self._bar.stop()
 
     def print(self, text: str) -> None:
         """A line above the bar."""
@@ -79,7 +82,8 @@ class Display:
             )
 
     def _finished(self, number: int, ok: str, failed: str, seconds: str) -> None:
-        left = (time.monotonic() - self._first) / number * (self._rounds - number)
+        self._finished_here += 1
+        left = (time.monotonic() - self._first) / self._finished_here * (self._rounds - number)
         self._bar.update(self._task, completed=number, left=f"about {_clock(left)} left" if left else "")
         if not self._console.is_terminal:
             nodes = f"nodes {ok} ok {failed} failed"

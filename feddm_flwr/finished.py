@@ -90,7 +90,9 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
             "(channels, height, width): set data.image-size and data.channels"
         )
     return {
-        **scores.compare(network(real), network(fake), how.seed, classes, network.logits),
+        **scores.compare(
+            network(real), network(fake), how.seed, classes, network.logits, memorization=kind == "inception"
+        ),
         "features": network.name,
         "resize": network.resize,
         "samples": len(fake),

@@ -51,7 +51,7 @@ class Judge:
         self._model, self._folder, config = model, run / "reference", model.config
         self._folder.mkdir(exist_ok=True)
         self.recipe = self._folder / "features.safetensors"
-        if not self.recipe.exists():
+        if not (self.recipe.exists() and (self._folder / "sums").exists()):  # until then the network may be another
             made = features.recipe(
                 config.eval.features,
                 config.data.channels,
@@ -158,7 +158,7 @@ def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tu
                         raise ValueError(f"sums over {found.count} images")
                     if any(n not in (0, node.class_counts[name]) for name, (n, _) in found.classes.items()):
                         raise ValueError("sums over other classes than it has")
-                    Path(spooled, node.name).write_bytes(sums)
+                    Path(spooled, str(len(names))).write_bytes(sums)
                     names.append(node.name)
                     continue
                 except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -167,8 +167,10 @@ def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tu
         if not names:
             raise RuntimeError(f"eval.features: no node gave sums of features (eval.min-images = {least})")
         known = {node.name: node for node in feddm.nodes}
+        places = sorted(range(len(names)), key=lambda place: names[place])
         parts = (
-            reference.unpack(Path(spooled, n).read_bytes(), size, sorted(known[n].class_counts)) for n in sorted(names)
+            reference.unpack(Path(spooled, str(i)).read_bytes(), size, sorted(known[names[i]].class_counts))
+            for i in places
         )
         return reference.total(parts), sorted({*known} - {*names})
 

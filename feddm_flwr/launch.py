@@ -242,13 +242,13 @@ def follow(
             process.wait()
         except KeyboardInterrupt:
             process.kill()
-            display.print("stopping the run …")
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                display.print("stopping the run …")
             done = _flwr(federation, "stop", run_id) if run_id else None
-            if federation.local or (done and done.returncode == 0):
-                display.print("stopped")
-            else:
-                command = " ".join(["flwr stop", run_id or "RUN_ID", *federation.arguments])
-                display.print(f"the run may still go on; to stop it: {command}")
+            command = " ".join(["flwr stop", run_id or "RUN_ID", *federation.arguments])
+            stopped = federation.local or (done and done.returncode == 0)
+            with contextlib.suppress(OSError):
+                display.print("stopped" if stopped else f"the run may still go on; to stop it: {command}")
             return STOPPED
     if not run_id:
         print("".join(tail), "feddm: the run could not be submitted", sep="\n", file=sys.stderr)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from feddm_flwr import architecture, features, model, training
 from feddm_flwr.assets import FEATURES, Assets
-from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data import NodeData
 from feddm_flwr.exchange import exact
 from feddm_flwr.node_round import Outcome, Report, assets_of, examples
@@ -28,15 +28,16 @@ REFERENCE, FINAL = "reference", "final"
 WEIGHTS, SAMPLES = "weights", "samples"  # frames of the final evaluation
 
 _PER_CLASS = 10  # of a class as many images are needed as of a node, over this
+_AT_A_TIME = 4096
 _QUANTILE = 0.01  # of unseen images that are as near to a training image by chance
-_AUDITED = 2048  # images of each kind that are compared
+_AUDITED = 2048  # held-out images that are compared, and images whose loss is
 
 
 def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, frames: Mapping[str, bytes]) -> Outcome:
     """Answer the question that the server `said`, with its frames, as node `name`.
 
     Raises:
-        ConfigError: the feature network cannot be had here.
+        ConfigError: the feature network cannot be had here, or there are too few images for sums of them to be told.
         FrameError: a frame is corrupt.
     """
     device = training.prepare_process(config)
@@ -45,6 +46,8 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
     if assets is None:
         return Outcome(report, b"")
     if said["kind"] == REFERENCE:
+        if len(data.train) < config.eval.min_images:  # the server asks none that has few; images may have gone since
+            raise ConfigError(f"eval.min-images = {config.eval.min_images}: this node has {len(data.train)}")
         network = features.read(assets[FEATURES]).build()
         log.info("summing the features of %d images", len(data.train) + len(data.held_out))
         seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
@@ -74,11 +77,9 @@ def _final(
         shape = (-1, config.data.channels, config.data.image_size, config.data.image_size)
         samples = np.frombuffer(frames[SAMPLES], np.uint8).reshape(shape)
         extract = features.read(assets[FEATURES]).build()
-        order = np.random.default_rng(derive_seed(config.seed, name, "audit"))
         count = min(len(data.train), len(data.held_out), _AUDITED)
-        some = data.train[np.sort(order.permutation(len(data.train))[:_AUDITED])]
         unseen_ones = data.held_out[:_AUDITED]
-        near = near_copies(extract(samples), extract(some), extract(unseen_ones))
+        near = near_copies(extract(samples), extract(data.train), extract(unseen_ones))
         losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
         report |= {"near": near, "members-auc": separability(*losses), "unseen": len(unseen_ones)}
     return report
@@ -94,7 +95,8 @@ def near_copies(samples: Tensor, trained: Tensor, unseen: Tensor) -> int:
 def _nearest(points: Tensor, others: Tensor) -> Tensor:
     """The distance of each point to the nearest of the others, exactly 0 for the same."""
     exactly = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(points.double(), others.double(), compute_mode=exactly).min(1).values
+    parts = (torch.cdist(points.double(), part.double(), compute_mode=exactly) for part in others.split(_AT_A_TIME))
+    return torch.stack([part.min(1).values for part in parts]).min(0).values
 
 
 def near_by_chance(samples: int, unseen: int) -> float:

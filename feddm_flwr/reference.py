@@ -64,7 +64,7 @@ def unpack(packed: bytes, size: int, classes: Sequence[str]) -> Statistics:
     if (
         not (np.abs(values) <= _ABSURD * count[0]).all()
         or itself[0] < 0
-        or (np.diag(second.reshape(size, size)) < 0).any()
+        or (np.diag(second.reshape(size, size)) * count[0] < first**2 * (1 - 1e-6)).any()
     ):
         raise ValueError("statistics that no images have")
     return Statistics(

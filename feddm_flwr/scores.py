@@ -41,14 +41,17 @@ def compare(
     seed: int,
     classes: Sequence[str] = (),
     logits: Callable[[Tensor], Tensor] | None = None,
+    *,
+    memorization: bool = False,
 ) -> dict[str, Any]:
     """The figures for features (N, D) of real and of generated images.
 
     `fid` (Heusel et al. 2017), `kid` and `kid_std` (Binkowski et al. 2018, over subsets), `precision` and `recall`
-    (Kynkäänniemi et al. 2019), `mifid`, the FID divided by how far samples are from their nearest real image where that
-    is suspiciously near (Bai et al. 2021), and `fid_floor`, the FID of as many real images against the rest, where
+    (Kynkäänniemi et al. 2019), and `fid_floor`, the FID of as many real images against the rest, where
     there are enough: what a perfect model would get. Where the real images' classes are known, the coverage of
-    each (see `reference`); where the network has classes of its own, the `inception_score` (Salimans et al. 2016).
+    each (see `reference`); with `memorization`, `mifid`, the FID divided by how far samples are from their nearest real
+    image where that is suspiciously near (Bai et al. 2021), by a threshold for Inception's features; where the network
+    has classes of its own, the `inception_score` (Salimans et al. 2016).
     """
     random = np.random.default_rng(seed)
     figures: dict[str, Any] = {"fid": frechet(real, fake)}
@@ -67,11 +70,13 @@ def compare(
     count = min(len(real), len(fake), FEW)
     some = (of[torch.from_numpy(random.permutation(len(of))[:count])] for of in (real, fake))
     figures["precision"], figures["recall"] = precision_and_recall(*some)
-    mifid = MemorizationInformedFrechetInceptionDistance(Features(real.shape[1]), normalize=False)
-    mifid.set_dtype(torch.float64)
-    mifid.update(real.double(), real=True)
-    mifid.update(fake.double(), real=False)
-    figures["mifid"] = float(mifid.compute())
+    if memorization:
+        mifid = MemorizationInformedFrechetInceptionDistance(Features(real.shape[1]), normalize=False)
+        mifid.set_dtype(torch.float64)
+        # torchmetrics looks for the nearest of the second kind for each of the first: the samples.
+        mifid.update(fake.double(), real=True)
+        mifid.update(real.double(), real=False)
+        figures["mifid"] = float(mifid.compute())
     if classes:
         reference = statistics(real, classes)
         figures["coverage_by_class"] = coverage(reference, Counter(classes), fake)
@@ -122,7 +127,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"FID        {result['fid']:.3f}{floor}",
         f"KID        {kid}",
         f"precision  {result['precision']:.3f}, recall {result['recall']:.3f}",
-        f"MIFID      {result['mifid']:.3f}",
+        *([f"MIFID      {result['mifid']:.3f}"] if "mifid" in result else []),
         *([f"IS         {result['inception_score']:.3f}"] if "inception_score" in result else []),
         *_coverage_lines(result),
         f"features   {result['features']}; resized: {result['resize']}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from feddm_flwr.images import ENDINGS, Decoded, Images, decode, fit
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger("feddm")
 
 _SPLITS = {"train", "test", "validation", "val"}
 _UNLABELLED = "unlabelled"  # the class of a row that has none
@@ -78,7 +81,18 @@ def stamp_of(name: str) -> str:
 @lru_cache(maxsize=2)
 def open_source(config: RunConfig, name: str, origin: str, *, own: bool = False, stamp: str) -> Source:
     """A data set by name or path, nothing decoded yet. A node's `own` must be here: no name is looked
-    up elsewhere, and no file's name goes into a message."""
+    up elsewhere, and no file's name goes into a message.
+
+    Raises:
+        ConfigError: it cannot be had, or is not what the configuration says.
+    """
+    try:
+        return _open(config, name, origin, own, stamp)
+    except OSError as error:
+        raise ConfigError(f"{origin}: cannot be read ({error.strerror if own else error})") from error
+
+
+def _open(config: RunConfig, name: str, origin: str, own: bool, stamp: str) -> Source:
     import datasets
 
     if name == "digits" and not own:
@@ -105,8 +119,11 @@ def open_source(config: RunConfig, name: str, origin: str, *, own: bool = False,
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for many causes
+        if own:
+            log.warning("%s: %s", origin, error)  # in the node's own log
+        what = "" if own else f": {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"{origin}: cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}); must be digits, "
+            f"{origin}: cannot be read ({type(error).__name__}{what}); must be digits, "
             "a Hugging Face data set id in reach, a folder of images, or parquet with images in column "
             f"{config.data.image_column!r}"
         ) from error

@@ -50,7 +50,7 @@ def test_every_run_is_done_once_under_each_condition_and_seen_as_many_images(tmp
         return in_process(arguments)
 
     for _ in range(2):
-        assert all(comparison.do(cell, tmp_path, feddm) for cell in cells)
+        assert not any(comparison.do(cell, tmp_path, feddm) for cell in cells)
     assert len(ran) == 5  # and none again: training on all images is the same under both conditions
     results = [comparison.result(cell, tmp_path) for cell in cells]
     assert {r["images"] for r in results} == {2 * 4 * 2 * 8}
@@ -70,6 +70,28 @@ def test_every_run_is_done_once_under_each_condition_and_seen_as_many_images(tmp
         comparison.do(changed[0], tmp_path, feddm)
 
 
+def test_all_images_are_trained_on_for_as_long_as_the_nodes_together(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(FILE)
+    limits = {"round-timeout": 100.0, "train.max-seconds": 9.0, "fraction-train": 0.5}
+    centralized = comparison.cells(str(tmp_path / "x.toml"), {**QUICK, **limits}, None, None)[2]
+    config = parse(centralized.keys)
+    assert (config.train.local_steps, config.round_timeout, config.train.max_seconds) == (4, 200.0, 0.0)
+    assert config.eval.min_images == 0
+    with pytest.raises(ConfigError, match=r"'centralized': centralized = true needs train.local-steps"):
+        comparison.cells(str(tmp_path / "x.toml"), {"train.local-steps": 0, "train.local-epochs": 1}, None, None)
+
+
+def test_fids_against_other_images_are_not_divided() -> None:
+    row = {"condition": "", "nodes": 4, "kid": None, "coverage": None, "eval_loss": None, "samples": 9, "features": "x"}
+    sent = {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
+    rows = [
+        {**row, **sent, "run": run, "fid": fid, "real": real}
+        for run, fid, real in (("centralized", 2.0, [9, 3]), ("all", 4.0, [9, 3]), ("fewer", 6.0, [8, 3]))
+    ]
+    lines = comparison_tables.markdown(rows).splitlines()
+    assert [line.split("|")[4].strip() for line in lines[2:5]] == ["1.000", "2.000", "–"]
+
+
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(FILE)
     cell = comparison.cells(str(tmp_path / "x.toml"), QUICK, None, None)[0]
@@ -81,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
         (run / "status.json").write_text(json.dumps({**status, "status": "stopped"}))
         return 130
 
-    assert not comparison.do(cell, tmp_path, stopped)
+    assert comparison.do(cell, tmp_path, stopped) == 130
     went_on: list[list[str]] = []
     comparison.do(cell, tmp_path, lambda arguments: went_on.append(arguments) or 0)
     assert went_on[0][:3] == ["run", "local", "--resume"]

@@ -417,3 +417,24 @@ def test_what_is_held_out_stays_so_when_images_come_and_go(tmp_path: Path) -> No
     was_trained_on = {image.tobytes() for image in before.train}
     assert sum(image.tobytes() in was_trained_on for image in after.held_out) <= 1
     assert len(before.held_out) == len(after.held_out) == 10
+
+
+def test_no_name_of_a_nodes_file_is_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
+    (tmp_path / "jane_doe.parquet").write_text("not parquet")
+    with pytest.raises(ConfigError, match="cannot be read") as parquet:
+        load(config, None, str(tmp_path))
+    pictures(tmp_path / "folder", ["john_smith/scan.png"])
+
+    is_file = Path.is_file
+
+    def locked(path: Path) -> bool:
+        if path.suffix != ".png":
+            return is_file(path)
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", locked)
+    with pytest.raises(ConfigError, match=r"folder': cannot be read .Permission denied.") as folder:
+        load(config, None, str(tmp_path / "folder"))
+    assert "jane" not in str(parquet.value)
+    assert "john" not in str(folder.value)

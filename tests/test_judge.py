@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from local_grid import Handler, LocalGrid, config, nodes
 from torch import nn
 
-from feddm_flwr import architecture, features, gauges, model
+from feddm_flwr import architecture, features, gauges, model, reference
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data import load_all
 from feddm_flwr.drawing import GlobalModel
@@ -198,3 +199,17 @@ def test_what_cannot_be_judged_is_refused(keys: dict[str, Any], said: str) -> No
     with pytest.raises(ConfigError) as caught:
         config(**keys)
     assert said in str(caught.value)
+
+
+def test_copies_are_found_among_all_training_images() -> None:
+    torch.manual_seed(0)
+    trained, unseen = torch.randn(9000, 8), torch.randn(500, 8)
+    assert near_copies(trained[-20:], trained, unseen) == 20
+
+
+def test_sums_that_contradict_each_other_are_refused() -> None:
+    sums = reference.statistics(torch.randn(50, 4) + 3)
+    wrong = replace(sums, first=2 * sums.first)
+    with pytest.raises(ValueError, match="statistics that no images have"):
+        reference.unpack(wrong.pack(), 4, [])
+    assert reference.unpack(sums.pack(), 4, []).count == 50

@@ -95,7 +95,6 @@ def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.Capt
         "features   classifier (trained",
         "samples    40 (seed 0, 3 steps of unipc",
         "split train",
-        "MIFID  ",
         "IS  ",
         "coverage   0.",
     ):
@@ -105,3 +104,13 @@ def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.Capt
     assert written["fid"] > 10 * written["fid_floor"]  # noise
     assert cli.main([*line[:-2], "-c", "data.image-size=16"]) == 2
     assert "its images are (1, 16, 16), the model's (1, 8, 8)" in capsys.readouterr().err
+
+
+def test_copies_of_real_images_make_mifid_worse_than_fid() -> None:
+    torch.manual_seed(0)
+    real = torch.rand(400, 64) - 0.5
+    fresh, copies = torch.rand(200, 64) - 0.5, real[:5].repeat(40, 1)
+    honest, copied = (scores.compare(real, fake, 0, memorization=True) for fake in (fresh, copies))
+    assert honest["mifid"] == pytest.approx(honest["fid"], rel=1e-3)
+    assert copied["mifid"] > 1e6 * copied["fid"]
+    assert "mifid" not in scores.compare(real, fresh, 0)

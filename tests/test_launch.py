@@ -1,0 +1,49 @@
+"""Following a run: what is said of it, and that it is stopped, whatever becomes of the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from feddm_flwr import launch
+from feddm_flwr.config import parse
+from feddm_flwr.display import Display
+
+
+def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flwr = tmp_path / "flwr"
+    flwr.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ $1 = run ] || exit 0\n'
+        f"echo Successfully started run 7\ntouch {tmp_path}/started\nexec sleep 60\n"
+    )
+    flwr.chmod(0o755)
+
+    def closed(self: Display, text: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    def hang_up() -> None:
+        while not (tmp_path / "started").exists():
+            pass
+        monkeypatch.setattr(Display, "print", closed)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=hang_up).start()
+    remote = launch.Remote(argparse.Namespace(superlink="site"), {"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert launch.follow(tmp_path, remote, {}, parse({}), verbose=False) == launch.STOPPED
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "stop 7 site"
+
+
+def test_the_time_left_is_estimated_from_the_rounds_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    display = Display(parse({"num-server-rounds": 100}))
+    for number in (51, 52):  # it was resumed
+        display.take(f"feddm: round={number}/100 asked=4")
+        now[0] += 60
+        display.take(f"feddm: round={number}/100 loss=0.1 eval=nan ok=4 failed=0 up=1 down=1 seconds=60.0")
+    assert display._bar.tasks[0].fields["left"] == "about 48:00 left"
