@@ -1,7 +1,8 @@
 """Write docs/results.md and its plots from the committed figures: `python docs/write_results.py`.
 
-The figures are `results.json` of the comparison, as `feddm compare benchmarks/fashionmnist.toml` writes it, and, of
-four of its runs, what `feddm evaluate RUN --samples 10000 --steps 25 -o x.json` wrote, in one list.
+The figures are `results.json` of the comparison, as `feddm compare benchmarks/fashionmnist.toml` writes it; a whole one
+whose samples were drawn in an earlier way; and, of four runs of that, what `feddm evaluate RUN --samples 10000 --steps
+25 -o x.json` wrote, in one list.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from feddm_flwr import comparison_tables
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "benchmarks" / "results" / "fashionmnist.json"
+EARLIER = FIGURES.with_name("fashionmnist-leading.json")
 MANY = FIGURES.with_name("fashionmnist-10000.json")
 TARGET = HERE / "results.md"
 
@@ -32,6 +34,15 @@ feddm compare benchmarks/fashionmnist.toml -o fashionmnist
 """
 
 
+BEFORE = """## Samples drawn as before
+
+All three kinds of shares and all runs, of which samples were drawn by 25 steps of DDIM that began below pure noise
+("leading", diffusers' default; see [performance.md](performance.md#sampling)). FID is about ten points higher than
+above, everywhere: **compare within this section only.**
+
+"""
+
+
 def text(results: list[dict[str, Any]]) -> str:
     """The document."""
     one = next(r for r in results if r["nodes"] > 1)
@@ -45,7 +56,9 @@ def text(results: list[dict[str, Any]]) -> str:
     many = json.loads(MANY.read_text(encoding="utf-8"))
     notes = HERE / "results-notes.md"  # what a person makes of them
     plot = "![FID against megabytes](images/fid-by-bytes.png)\n\n"
-    return head + comparison_tables.markdown(results) + "\n" + plot + of_many(many) + notes.read_text(encoding="utf-8")
+    earlier = comparison_tables.markdown(json.loads(EARLIER.read_text(encoding="utf-8")))
+    parts = (head, comparison_tables.markdown(results), "\n", plot, BEFORE, earlier, "\n", of_many(many))
+    return "".join(parts) + notes.read_text(encoding="utf-8")
 
 
 def of_many(rows: list[dict[str, Any]]) -> str:
