@@ -90,7 +90,7 @@ def feddm(size: int, rounds: int, seconds: list[float], pauses: list[float]) -> 
         node, number = int(context.node_config["partition-id"]), int(message.content.config_records["task"]["round"])
         up = channel(CONFIG.codec.uplink, CONFIG.codec, layout.fingerprint, size)
         frame = up.encode(update(size, node), "delta", number)
-        said = {"name": f"node-{node}", "round": number, "steps": 1, "train-loss": 1.0, "eval-loss": 1.0}
+        said = {"name": f"node-{node}", "round": number, "images": 10, "steps": 1, "train-loss": 1.0, "eval-loss": 1.0}
         report = ConfigRecord({**said, "coding-error": 0.0, "state-lost": False})
         arrays = ArrayRecord({"frame": Array("uint8", (len(frame),), "feddm.frame", frame)})
         return Message(RecordDict({"report": report, "weights": arrays}), reply_to=message)
