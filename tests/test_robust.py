@@ -87,12 +87,12 @@ def test_the_replies_of_a_large_federation_take_one_file(tmp_path: Path) -> None
 
 
 def test_under_a_robust_rule_no_node_decides_alone_how_far_the_run_is(tmp_path: Path) -> None:
-    keys = {"train__local_epochs": 1, "train__local_steps": 0, "num_server_rounds": 1}
+    keys = {"train__local_epochs": 1, "train__local_steps": 0, "train__batch_size": 64, "num_server_rounds": 1}
     c = config(server__aggregation="median", out_dir=str(tmp_path), **keys)
     handlers = nodes(c)
 
     def many(message: Message, reply: Message) -> Message:
-        reply.content.config_records["report"].update({"images": 800_000, "steps": 100_000})
+        reply.content.config_records["report"].update({"images": 800_000, "steps": 12_500})
         return reply
 
     last = min(handlers)

@@ -374,7 +374,7 @@ def test_a_node_whose_introduction_had_no_time_beside_long_rounds_takes_part_onc
     assert min(ttls) >= 2 * c.round_timeout
 
 
-@pytest.mark.parametrize("keys", [{}, {"train__local_epochs": 1, "train__local_steps": 0}])
+@pytest.mark.parametrize("keys", [{}, {"train__local_epochs": 1, "train__local_steps": 0, "train__batch_size": 64}])
 def test_a_node_that_has_other_images_than_before_is_asked_what_it_has(
     keys: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
