@@ -103,27 +103,20 @@ def _check_process(config: RunConfig) -> None:
     if not own:
         log.warning("model.init-from = %r: has no scheduler; diffusion.* must be what it was trained with", name)
         return
+    # What diffusers takes where an old repository does not say.
+    usual = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
+    own = {**usual, "beta_start": 1e-4, "beta_end": 0.02, **own}
     d = config.diffusion
     wrong = [
         f"{key} = {ours!r}: model.init-from = {name!r} was trained with {known.get(theirs, theirs)!r}; must be the same"
         for key, ours, known, theirs in (
-            ("diffusion.timesteps", d.timesteps, {}, own.get("num_train_timesteps", 1000)),
-            (
-                "diffusion.schedule",
-                d.schedule,
-                {v: k for k, v in SCHEDULES.items()},
-                own.get("beta_schedule", "linear"),
-            ),
-            (
-                "diffusion.prediction",
-                d.prediction,
-                {v: k for k, v in PREDICTIONS.items()},
-                own.get("prediction_type", "epsilon"),
-            ),
+            ("diffusion.timesteps", d.timesteps, {}, own["num_train_timesteps"]),
+            ("diffusion.schedule", d.schedule, {v: k for k, v in SCHEDULES.items()}, own["beta_schedule"]),
+            ("diffusion.prediction", d.prediction, {v: k for k, v in PREDICTIONS.items()}, own["prediction_type"]),
         )
         if known.get(theirs, theirs) != ours
     ]
-    betas = own.get("beta_start", 1e-4), own.get("beta_end", 0.02)
+    betas = own["beta_start"], own["beta_end"]
     if d.schedule == "linear" and betas != (1e-4, 0.02):
         wrong.append(
             f"model.init-from = {name!r}: was trained with betas from {betas[0]} to {betas[1]}, not 1e-4 to 0.02"

@@ -78,11 +78,12 @@ def sample(
     while (start := sum(map(len, done))) < count:
         try:
             done.append(batch(slice(start, start + batch_size)))
+            continue
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
-            batch_size //= 2
-            torch.cuda.empty_cache()
+        batch_size //= 2  # what the batch held is gone here, not before
+        torch.cuda.empty_cache()
     drawn: Images = torch.cat(done).numpy()
     return drawn
 
