@@ -103,9 +103,7 @@ def _check_process(config: RunConfig) -> None:
     if not own:
         log.warning("model.init-from = %r: has no scheduler; diffusion.* must be what it was trained with", name)
         return
-    # What diffusers takes where an old repository does not say.
-    usual = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
-    own = {**usual, "beta_start": 1e-4, "beta_end": 0.02, **own}
+    own = {**DDPMScheduler().config, **own}  # an old repository does not say everything
     d = config.diffusion
     wrong = [
         f"{key} = {ours!r}: model.init-from = {name!r} was trained with {known.get(theirs, theirs)!r}; must be the same"

@@ -53,7 +53,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
         return Outcome(report, statistics(seen, data.classes, config.eval.min_images // _PER_CLASS).pack())
     report |= _final(config, name, data, assets, root, frames, device)
-    training.leave_memory(device)
+    torch.cuda.empty_cache()  # a GPU's: other nodes of a simulation, and the server, need it next
     return Outcome(report, b"done")
 
 

@@ -78,7 +78,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         "coding-error": sent.error,
         "state-lost": link.state_lost,
     }
-    training.leave_memory(device)
+    torch.cuda.empty_cache()  # a GPU's: other nodes of a simulation, and the server, need it next
     return Outcome(report, sent.frame)
 
 

@@ -9,12 +9,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, MessageType, RecordDict
+from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig
 from feddm_flwr.messages import Failure, Replies, clean, push
-from feddm_flwr.probes import process_of
+from feddm_flwr.probes import ask, process_of
 
 log = logging.getLogger("feddm")
 
@@ -171,8 +171,7 @@ class Roster:
                 self._expected.discard(node.name)
                 continue
             if namesakes:  # a node that was restarted, whose old id Flower lists for a minute; or a second one
-                probe = RecordDict({"probe": ConfigRecord({})})
-                question = push(grid, probe, namesakes[0], MessageType.QUERY, self.config.round_timeout)
+                question = ask(grid, namesakes[0], self.config.round_timeout)
                 self._claims[i] = node, question, time.monotonic()
                 continue
             self._admit(i, node)

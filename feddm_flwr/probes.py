@@ -34,8 +34,7 @@ class Probes:
             when, interval = self._due.setdefault(node, (now + _FIRST, _FIRST))
             if now < when or node in self._asked.values() or not self._processes.get(node):
                 continue  # simulated nodes have no process of their own
-            content = RecordDict({"probe": ConfigRecord({})})
-            if message := push(self._grid, content, node, MessageType.QUERY, _LONGEST):
+            if message := ask(self._grid, node, _LONGEST):
                 self._asked[message] = node
             interval = min(2 * interval, _LONGEST)
             self._due[node] = (now + interval, interval)
@@ -49,6 +48,11 @@ class Probes:
                 self._processes[node] = said
                 found.add(node)
         return found & {*waiting}
+
+
+def ask(grid: Grid, node: int, ttl: float) -> str:
+    """Ask a node which process it is, and no more; the message's id, or "" where Flower did not take it."""
+    return push(grid, RecordDict({"probe": ConfigRecord({})}), node, MessageType.QUERY, ttl)
 
 
 def process_of(reply: RecordDict) -> str:

@@ -128,12 +128,6 @@ def train(
     return Trained(mean, done)
 
 
-def leave_memory(device: torch.device) -> None:
-    """Give a GPU's memory back that is not in use: other nodes of a simulation, and the server, need it next."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _optimizer(config: RunConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
     t = config.train
     if t.optimizer == "adamw8bit":
@@ -167,8 +161,7 @@ def _backward(
             micro = (min(micro, size) + 1) // 2
             log.warning("out of memory: from here on %d images at a time; gradients are accumulated", micro)
         optimizer.zero_grad(set_to_none=True)
-        if loss.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:
