@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from feddm_flwr.config import ConfigError, flatten, parse
-from feddm_flwr.tracking import flat, read_metrics, total_bytes
+from feddm_flwr.tracking import flat, read_metrics, status_of, total_bytes
 
 Keys = dict[str, Any]
 
@@ -188,7 +188,7 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
     if run.is_dir() and asked.exists() and asked.read_text(encoding="utf-8") != wanted:
         raise ConfigError(f"{run}: was run with other keys; choose another --output, or remove it and {asked.name}")
     asked.write_text(wanted, encoding="utf-8")
-    if status(run) == "completed":
+    if status_of(run) == "completed":
         return 0
     if run.is_dir() and not any(run.glob("checkpoints/round-*")):  # it ended before there was anything to go on with
         shutil.rmtree(run)
@@ -199,13 +199,7 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
         keys = {**threads, **cell.keys, "run-name": cell.name, "out-dir": str(folder)}
         said = [part for key, value in keys.items() for part in ("-c", f"{key}={json.dumps(value)}")]
         code = feddm(["run", "local", "--num-supernodes", str(cell.nodes), *said])
-    return code or (0 if status(run) == "completed" else 1)
-
-
-def status(run: Path) -> str:
-    """How a run stands; "" where there is none."""
-    file = run / "status.json"
-    return str(json.loads(file.read_text(encoding="utf-8"))["status"]) if file.exists() else ""
+    return code or (0 if status_of(run) == "completed" else 1)
 
 
 def result(cell: Cell, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from feddm_flwr import diffusion, evaluation, features, gauges, reference
 from feddm_flwr.assets import FEATURES
-from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.data import load_all
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import exact
@@ -37,6 +37,8 @@ log = logging.getLogger("feddm")
 _LEVELS = (0.05, 0.25, 0.5, 0.9)  # of the time steps, where the denoiser's steepness is looked at
 _LOOKED_AT = 2  # samples at each
 _AUDITED = 256  # samples that nodes compare with their images
+#: What the figures of a run's rounds must have in common.
+_SAME = ("eval.features", "eval.features-from", "eval.min-images", "eval.samples", "sample.scheduler", "sample.steps")
 
 
 class Judge:
@@ -68,11 +70,10 @@ class Judge:
     def refer(self, feddm: FedDM, grid: Grid) -> None:
         """Have the nodes sum the features of their images, once for a run: the reference."""
         kept, facts = self._folder / "sums", self._folder / "facts.json"
-        config = self._model.config.eval
-        keys = {f"eval.{k}": getattr(config, k.replace("-", "_")) for k in ("features", "features-from", "min-images")}
-        size = self._size()
+        config, size = self._model.config, self._size()
+        keys = {key: value for key, value in flatten(config).items() if key in _SAME}
         if not kept.exists():
-            real, left_out = _gather(feddm, grid, self.recipe, size, config.min_images)
+            real, left_out = _gather(feddm, grid, self.recipe, size, config.eval.min_images)
             counts = Counter[str]()
             for node in feddm.nodes:
                 counts.update({} if node.name in left_out else node.class_counts)

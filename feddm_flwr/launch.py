@@ -32,7 +32,7 @@ import tomli_w
 
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.display import Display
-from feddm_flwr.tracking import nest
+from feddm_flwr.tracking import nest, status_of
 
 #: Exit code of a run that was stopped by Ctrl-C, SIGTERM or a closed terminal.
 STOPPED = 130
@@ -215,13 +215,14 @@ def follow(
     app: Path, federation: Remote | Simulation, overrides: Mapping[str, object], config: RunConfig, *, verbose: bool
 ) -> int:
     """Submit the run, show its progress, and return 0 only if it completed."""
-    run_id, tail = "", deque[str](maxlen=200)
+    run_id, tail, completed = "", deque[str](maxlen=200), False
     with tempfile.TemporaryDirectory(prefix="feddm-") as folder, Display(config) as display:
         # As a file: Flower's `-c` has no quoting, and loses keys when it is given twice.
         file = Path(folder) / "run.toml"
         file.write_text(tomli_w.dumps(nest(overrides)), encoding="utf-8")
+        staged = _staged(app, Path(folder))
         process = subprocess.Popen(
-            ["flwr", "run", str(app), *federation.arguments, "--stream", "-c", str(file)],
+            ["flwr", "run", str(staged), *federation.arguments, "--stream", "-c", str(file)],
             env=federation.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -239,9 +240,13 @@ def follow(
                 if verbose:
                     display.print(line.rstrip())
                 display.take(line)
-            process.wait()
+                # The app's last line: what Flower and Ray put in order after it takes seconds, and is thrown away here.
+                if federation.local and re.match("feddm: (model|report)=", line) and _completed(overrides):
+                    completed = True
+                    break
+            else:
+                process.wait()
         except KeyboardInterrupt:
-            process.kill()
             with contextlib.suppress(OSError):  # a terminal that was closed
                 display.print("stopping the run …")
             done = _flwr(federation, "stop", run_id) if run_id else None
@@ -250,10 +255,12 @@ def follow(
             with contextlib.suppress(OSError):
                 display.print("stopped" if stopped else f"the run may still go on; to stop it: {command}")
             return STOPPED
+        finally:
+            process.kill()
     if not run_id:
         print("".join(tail), "feddm: the run could not be submitted", sep="\n", file=sys.stderr)
         return 1
-    status, details = _status(run_id, federation)
+    status, details = ("finished:completed", "") if completed else _status(run_id, federation)
     if status == "finished:completed":
         display.summary(overrides, local=federation.local)
         return 0
@@ -265,6 +272,20 @@ def follow(
         where = " ".join([run_id, *federation.arguments[:1]])
         print(f"feddm: the log broke off ({status}); if the run goes on: flwr log {where}", file=sys.stderr)
     return 1
+
+
+def _completed(overrides: Mapping[str, object]) -> bool:
+    """Whether the run's folder says so."""
+    return status_of(Path(str(overrides["out-dir"]), str(overrides["run-name"]))) == "completed"
+
+
+def _staged(app: Path, folder: Path) -> Path:
+    """A copy of what nodes get of the app. Flower looks at every file of the folder that it is given, and those of
+    a virtual environment there cost it 8 s."""
+    staged = folder / app.name
+    shutil.copytree(app / "feddm_flwr", staged / "feddm_flwr", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(app / "pyproject.toml", staged)
+    return staged
 
 
 def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def partition_rows(config: RunConfig, source: Source, index: int, count: int) -> list[int]:
-    """The rows of partition `index` of `count`, through flwr-datasets' partitioners but for `pathological`.
+    """The rows of partition `index` of `count`, through flwr-datasets' partitioners but for `iid` and `pathological`.
 
     Raises:
         ConfigError: the images cannot be shared out like that.
@@ -27,24 +27,23 @@ def partition_rows(config: RunConfig, source: Source, index: int, count: int) ->
 
 
 @lru_cache(maxsize=1)  # it shares out all images at once, and the nodes of a simulation ask one after the other
-def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner | _Pathological:
+def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner | _Even | _Pathological:
     from datasets import Dataset
-    from flwr_datasets import partitioner as flower
 
     d = config.data
     seed = derive_seed(config.seed, "partition") % 2**32
-    makers: dict[str, tuple[str, Callable[[], Partitioner | _Pathological]]] = {
-        "iid": ("", lambda: flower.IidPartitioner(count)),
+    makers: dict[str, tuple[str, Callable[[], Partitioner | _Even | _Pathological]]] = {
+        "iid": ("", lambda: _Even(count)),
         "dirichlet": (
             d.label_column,
-            lambda: flower.DirichletPartitioner(count, "by", d.alpha, min_partition_size=2, seed=seed),
+            lambda: _flower().DirichletPartitioner(count, "by", d.alpha, min_partition_size=2, seed=seed),
         ),
         "pathological": (d.label_column, lambda: _Pathological(count, d.classes_per_node, seed)),
         "shard": (
             d.label_column,
-            lambda: flower.ShardPartitioner(count, "by", num_shards_per_partition=d.shards_per_node, seed=seed),
+            lambda: _flower().ShardPartitioner(count, "by", num_shards_per_partition=d.shards_per_node, seed=seed),
         ),
-        "natural": (d.natural_column, lambda: flower.NaturalIdPartitioner("by")),
+        "natural": (d.natural_column, lambda: _flower().NaturalIdPartitioner("by")),
     }
     column, make = makers[d.partition]
     rows = len(source.table)
@@ -75,11 +74,29 @@ def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner |
     return partitions
 
 
+def _flower() -> Any:
+    from flwr_datasets import partitioner  # which imports pyplot: a second, where nothing else is slow
+
+    return partitioner
+
+
 def _problem(config: RunConfig, source: Source, count: int) -> str:
     """What could not be done."""
     return (
         f"data.partition = {config.data.partition!r} for {count} nodes and {len(source.table)} images ({source.origin})"
     )
+
+
+class _Even:
+    """As many images for each node as for the next, give or take one."""
+
+    dataset: Dataset
+
+    def __init__(self, count: int) -> None:
+        self.num_partitions = count
+
+    def load_partition(self, index: int) -> Dataset:
+        return self.dataset.shard(self.num_partitions, index, contiguous=True)
 
 
 class _Pathological:

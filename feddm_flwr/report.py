@@ -16,13 +16,13 @@ from markupsafe import Markup
 
 from feddm_flwr import charts
 from feddm_flwr.report_page import COMPARISON, PAGE
-from feddm_flwr.tracking import Row, flat, read_metrics, total_bytes
+from feddm_flwr.tracking import Row, flat, read_metrics, read_status, total_bytes
 
 
 def write(run: Path) -> Path:
     """Write the self-contained `report.html` of a run; it can be rewritten at any time."""
     rows = read_metrics(run)
-    status = _read_json(run / "status.json", {"status": "running", "reason": ""})
+    status = {"status": "running", "reason": ""} | read_status(run)
     config = _config(run)
     html = _render(
         PAGE,

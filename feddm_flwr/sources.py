@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,16 +199,17 @@ def _check_column(column: str, origin: str, names: Sequence[str]) -> None:
 def _digits(config: RunConfig, origin: str) -> Source:
     """scikit-learn's 1,797 handwritten digits (UCI ML repository), 8x8 with values 0..16."""
     from datasets import Dataset
-    from sklearn.datasets import load_digits
 
     if config.data.split not in ("train", "test"):
         raise ConfigError(f"data.split = {config.data.split!r}: must be train or test for digits")
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
+    # Importing it would take longer than all else that an introduction needs.
+    where = Path(str(find_spec("sklearn").origin)).parent  # type: ignore[union-attr]
+    digits = np.loadtxt(where / "datasets/data/digits.csv.gz", np.uint8, delimiter=",")
+    order = np.random.default_rng(0).permutation(len(digits))
     test = len(order) // _DIGITS_TEST_SHARE
     rows = order[test:] if config.data.split == "train" else order[:test]
-    images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
-    table = Dataset.from_dict({"label": digits.target[rows]})
+    images = np.round(digits[rows, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    table = Dataset.from_dict({"label": digits[rows, -1].astype(np.int64)})
 
     def fill(chosen: Sequence[int], out: Images) -> Decoded:
         for i, row in enumerate(chosen):

@@ -139,9 +139,20 @@ def write_status(path: Path, status: str, reason: str = "", resumed_after: list[
         file.write(json.dumps({"status": status, "reason": reason, "resumed_after": resumed}).encode())
 
 
-def _resumed_after(path: Path) -> list[int]:
+def read_status(path: Path) -> dict[str, Any]:
+    """What `write_status` wrote of a run; empty where nothing was."""
     file = path / "status.json"
-    rounds: list[int] = json.loads(file.read_text(encoding="utf-8"))["resumed_after"] if file.exists() else []
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
+def status_of(path: Path) -> str:
+    """How a run stands; "" where there is none."""
+    return str(read_status(path).get("status", ""))
+
+
+def _resumed_after(path: Path) -> list[int]:
+    rounds: list[int] = read_status(path).get("resumed_after", [])
     return rounds
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from feddm_flwr import data, images, sources, survey
 from feddm_flwr.config import ConfigError, RunConfig, parse
@@ -74,6 +75,13 @@ def test_partitions_depend_on_the_seed_and_on_nothing_else() -> None:
     data._load_node.cache_clear()
     assert both(node(1, 4, data__partition="dirichlet")) == first
     assert both(node(1, 4, data__partition="dirichlet", seed=1)) != first
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    whole = [load_all(parse({"data.split": split}))[0] for split in ("train", "test")]
+    ours = Counter(image.tobytes() for image in np.concatenate(whole))
+    theirs = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
+    assert ours == Counter(image.tobytes() for image in theirs)
 
 
 def test_digits_keep_a_test_split() -> None:

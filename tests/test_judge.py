@@ -74,10 +74,14 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     again = Judge(of, tmp_path)
     again.refer(feddm, LocalGrid({}))
     assert again.figures() == found
-    other = config(eval__features="dinov2", eval__samples=32)
-    judge = Judge(GlobalModel(of.network, other, {}), tmp_path)
-    with pytest.raises(ConfigError, match=f"eval.features = 'dinov2': was '{kind}' in the run to resume"):
-        judge.refer(feddm, LocalGrid({}))
+    for keys, said in (
+        ({"eval__features": "dinov2"}, f"eval.features = 'dinov2': was '{kind}' in the run to resume"),
+        ({"eval__samples": 33}, "eval.samples = 33: was 32 in the run to resume, and must stay so"),
+        ({"sample__steps": 4}, "sample.steps = 4: was 3 in the run to resume"),
+    ):
+        other = config(**{"eval__features": kind, "eval__samples": 32, "sample__steps": 3} | keys)
+        with pytest.raises(ConfigError, match=said):
+            Judge(GlobalModel(of.network, other, {}), tmp_path).refer(feddm, LocalGrid({}))
 
 
 def test_the_sum_does_not_depend_on_who_answers_first_and_bad_sums_cost_their_node(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from feddm_flwr import launch
 from feddm_flwr.config import parse
 from feddm_flwr.display import Display
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,11 +34,15 @@ def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatc
         monkeypatch.setattr(Display, "print", closed)
         signal.raise_signal(signal.SIGINT)
 
-    threading.Thread(target=hang_up).start()
+    threading.Thread(target=hang_up, daemon=True).start()
     remote = launch.Remote(argparse.Namespace(superlink="site"), {"PATH": f"{tmp_path}:/usr/bin:/bin"})
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert launch.follow(tmp_path, remote, {}, parse({}), verbose=False) == launch.STOPPED
+    assert launch.follow(ROOT, remote, {}, parse({}), verbose=False) == launch.STOPPED
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "stop 7 site"
+
+
+def test_the_nodes_get_what_flower_would_send_of_the_whole_folder(tmp_path: Path) -> None:
+    assert build_fab_from_disk(launch._staged(ROOT, tmp_path)) == build_fab_from_disk(ROOT)
 
 
 def test_the_time_left_is_estimated_from_the_rounds_seen(monkeypatch: pytest.MonkeyPatch) -> None:
