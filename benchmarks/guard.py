@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 from codec import median_seconds, one_core
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep these ratios for this kind of machine")
     options = parser.parse_args()
     kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    kind, found = machine(), {**training(), **coding()}
+    kind, found = machine.kind(), {**training(), **coding()}
     before = kept.get(kind, {}).get("ratios", {})
     print(f"{kind}\n{'':44s} {'now':>7s} {'kept':>7s}")
     for name, ratio in found.items():
@@ -45,16 +45,6 @@ def main() -> None:
     if options.keep:
         kept[kind] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "ratios": {k: round(v, 4) for k, v in found.items()}}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> str:
-    """Its kind."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def training() -> dict[str, float]:

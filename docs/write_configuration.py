@@ -41,6 +41,10 @@ def text() -> str:
         parts += [_row(key) for key in keys]
         parts.append("")
     parts.append("## What `preset` stands for\n")
+    parts.append(
+        "An empty cell of a strategy: none (`train.mu` 0, `codec.residual-decay` 1), averaging, and `codec.target` "
+        "`weights`, or `delta` once a codec is set by hand. `codec.error-feedback` is on where differences are coded.\n"
+    )
     for key, table in (
         ("strategy", presets.STRATEGIES),
         ("model.preset", presets.MODELS),

@@ -46,7 +46,10 @@ class Data:
     image_size: int = key(PRESET, "height and width in pixels; images are resized and centre-cropped to it", low=4)
     channels: int = key(PRESET, "1 (grey) or 3 (RGB)", low=1, high=3)
     image_column: str = key(PRESET, "column that holds the images")
-    label_column: str = key(PRESET, "column that holds the classes; only partitions need it")
+    label_column: str = key(
+        PRESET,
+        "column that holds the classes, whose names and counts the server is told: for partitions, models with classes, coverage",
+    )
     classes: str = key(
         PRESET,
         "names of all classes of the federation, separated by commas, for model.class-conditional (preset: known data "
@@ -126,8 +129,8 @@ class Diffusion:
 class Train:
     """What a node does in a round."""
 
-    local_epochs: int = key(0, "passes over a node's images per round; 0: use local-steps", low=0)
-    local_steps: int = key(100, "optimizer steps per round; 0: use local-epochs", low=0)
+    local_epochs: int = key(0, "passes over a node's images per round, with local-steps = 0", low=0)
+    local_steps: int = key(100, "optimizer steps per round, with local-epochs = 0", low=0)
     batch_size: int = key(32, "images per step", low=1)
     micro_batch: int = key(
         0,
@@ -219,7 +222,7 @@ class Server:
     aggregation: str = key(
         "mean",
         "how updates become one: `mean`, weighted by images; coordinate by coordinate, each node alike, `trimmed-mean` "
-        "or `median`, which a few broken or hostile nodes cannot move far",
+        "or `median`, which a few broken or hostile nodes cannot move far (not with `topk` and `budget`)",
         choices=("mean", "trimmed-mean", "median"),
     )
     trim_share: float = key(
@@ -279,7 +282,7 @@ class Sample:
     count: int = key(64, "images in a grid", low=1, high=4096)
     scheduler: str = key(
         "unipc",
-        "how samples are drawn: UniPC and DPM-Solver++ need few steps, DDIM more; DDPM is the original, of 1,000",
+        "how samples are drawn: UniPC and DPM-Solver++ need few steps, DDIM more; DDPM is the original, with sample.steps = 1000",
         choices=(*SCHEDULERS,),
     )
     steps: int = key(25, "steps of the scheduler", low=1)
