@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from feddm_flwr.whole_file import forgotten, whole_folder
+from feddm_flwr.whole_file import forget_unfinished, forgotten, whole_folder
 
 log = logging.getLogger("feddm")
 
@@ -42,6 +42,7 @@ def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) 
         _forget_old(folder.parent)
         with FileLock(f"{folder}.lock"):  # ends with the process, however that ends
             if not (folder / _FACTS).is_file():
+                forget_unfinished(folder.parent, name=folder.name)
                 with whole_folder(folder) as filled:
                     filled.mkdir()
                     fill(filled)

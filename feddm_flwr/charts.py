@@ -22,7 +22,7 @@ def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
     loss = {
         "training": [(r["round"], r["train_loss"]) for r in rows],
         # A round evaluates the weights it starts from: those of the round before.
-        "held-out": _points(rows, "eval_loss", -1),
+        "held-out": points(rows, "eval_loss", -1),
     }
     # The untrained model's loss would flatten everything after it.
     loss["held-out"] = [p for p in loss["held-out"] if p[0] > 0] or loss["held-out"]
@@ -32,24 +32,25 @@ def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
     }
     charts = [("Loss by round", lines(loss)), ("Megabytes by round", lines(traffic, zero=True))]
     for key, title in (("fid", "FID by round"), ("kid", "KID by round"), ("psnr", "PSNR in dB by round")):
-        if points := _points(rows, key, -1 if key == "psnr" else 0):
-            charts.append((title, lines({title.split()[0]: points})))
+        if found := points(rows, key, -1 if key == "psnr" else 0):
+            charts.append((title, lines({title.split()[0]: found})))
     if levels := [r for r in rows if r.get("eval_levels")]:
         ends = {f"round {r['round'] - 1}": r["eval_levels"] for r in (levels[-1], levels[0])}
         tenths = {name: [(10.0 * (i + 1), v) for i, v in enumerate(of)] for name, of in ends.items()}
         charts.append(("Held-out loss by noise level", lines(tenths, across="noise level, % of the time steps")))
     gauges = {
-        "drift of the nodes": _points(rows, "drift"),
-        "contraction": _points(rows, "contraction"),
+        "drift of the nodes": points(rows, "drift"),
+        "contraction": points(rows, "contraction"),
     }
     if any(gauges.values()):
         charts.append(("Gauges", lines({name: p for name, p in gauges.items() if p})))
-    if points := _points(rows, "lipschitz"):
-        charts.append(("Steepness of the denoiser", lines({"Lipschitz constant, at least": points})))
+    if found := points(rows, "lipschitz"):
+        charts.append(("Steepness of the denoiser", lines({"Lipschitz constant, at least": found})))
     return charts
 
 
-def _points(rows: list[Row], key: str, later: int = 0) -> list[tuple[float, float]]:
+def points(rows: list[Row], key: str, later: int = 0) -> list[tuple[float, float]]:
+    """A figure by round, as many rounds `later`, where there is one."""
     return [(r["round"] + later, r[key]) for r in rows if r.get(key) is not None]
 
 
@@ -60,20 +61,21 @@ def lines(series: Mapping[str, Points], *, zero: bool = False, across: str = "ro
 
 def dots(series: Mapping[str, Points], across: str) -> Markup:
     """A dot for each point, by `across` on a logarithmic axis."""
-    logs = {name: [(math.log10(x), y) for x, y in points] for name, points in series.items()}
+    logs = {name: [(math.log10(x), y) for x, y in of] for name, of in series.items()}
     return _chart(logs, zero=False, across=across, joined=False)
 
 
 def _chart(series: Mapping[str, Points], *, zero: bool, across: str, joined: bool) -> Markup:
-    points = [p for line in series.values() for p in line]
-    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y0, y1 = 0.0 if zero else min(y for _, y in points), max(y for _, y in points)
+    every = [p for line in series.values() for p in line]
+    x0, x1 = min(x for x, _ in every), max(x for x, _ in every)
+    y0, y1 = 0.0 if zero else min(y for _, y in every), max(y for _, y in every)
     if x1 == x0:
         x1 = x0 + 1
     if not joined:
         x0, x1 = x0 - 0.05 * (x1 - x0), x1 + 0.05 * (x1 - x0)
     pad = (y1 - y0) * 0.08 or abs(y1) * 0.1 or 1
     y0, y1 = (0.0 if zero else y0 - pad), y1 + pad
+    digits = max(3, math.ceil(math.log10(max(abs(y0), abs(y1)) / (y1 - y0))) + 2)  # that tell the ticks apart
 
     def at(x: float, y: float) -> tuple[float, float]:
         px = _LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
@@ -84,7 +86,7 @@ def _chart(series: Mapping[str, Points], *, zero: bool, across: str, joined: boo
         y = y0 + (y1 - y0) * i / 4
         (ax, ay), (bx, _) = at(x0, y), at(x1, y)
         parts.append(f'<line class="axis" x1="{ax:.1f}" y1="{ay:.1f}" x2="{bx:.1f}" y2="{ay:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{ay + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{ay + 4:.1f}" text-anchor="end">{y:.{digits}g}</text>')
     for x in sorted({round(x0 + (x1 - x0) * i / 4, 0 if joined else 2) for i in range(5)}):
         label = f"{x:g}" if joined else f"{10**x:.3g}"
         parts.append(

@@ -185,8 +185,13 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
     """
     run, asked = folder / cell.name, folder / f"{cell.name}.json"
     wanted = json.dumps({"nodes": cell.nodes, "keys": flatten(parse(cell.keys))}, sort_keys=True)
-    if run.is_dir() and asked.exists() and asked.read_text(encoding="utf-8") != wanted:
-        raise ConfigError(f"{run}: was run with other keys; choose another --output, or remove it and {asked.name}")
+    if run.is_dir() and asked.exists() and (before := asked.read_text(encoding="utf-8")) != wanted:
+        now, was = (flat(json.loads(text)) for text in (wanted, before))
+        names = sorted(key for key in {*now, *was} if now.get(key) != was.get(key))
+        changed = "".join(f"\n  {k.removeprefix('keys.')} = {now.get(k)!r}, was {was.get(k)!r}" for k in names)
+        raise ConfigError(
+            f"{run}: was run with other keys; choose another --output, or remove it and {asked.name}{changed}"
+        )
     asked.write_text(wanted, encoding="utf-8")
     if status_of(run) == "completed":
         return 0

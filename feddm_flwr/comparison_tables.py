@@ -11,15 +11,13 @@ from typing import Any
 
 Results = Sequence[dict[str, Any]]
 
-_CENTRALIZED = "centralized"
-
 
 def markdown(results: Results) -> str:
     """A table for each condition."""
     parts = []
     for condition in dict.fromkeys(r["condition"] for r in results):
         own = [r for r in results if r["condition"] == condition]
-        all_images = [r for r in own if r["run"] == _CENTRALIZED and r["fid"] is not None]
+        all_images = [r for r in own if _centralized(r) and r["fid"] is not None]
         base = [r["fid"] for r in all_images]
         lines = [f"**{condition}**\n"] if condition else []
         lines.append("| run | FID | least | over centralized | KID | coverage | held-out loss | up | down | seeds |")
@@ -27,10 +25,11 @@ def markdown(results: Results) -> str:
         for run in dict.fromkeys(r["run"] for r in own):
             same = [r for r in own if r["run"] == run]
             fids = [r["fid"] for r in same if r["fid"] is not None]
-            alike = all(r.get("real") == all_images[0].get("real") for r in same) if base else False
-            over = f"{mean(fids) / mean(base):.3f}" if fids and alike else "–"  # FID against other images is another
+            alike = len({_setting(r) for r in (*same, *all_images)}) == 1
+            over = f"{mean(fids) / mean(base):.3f}" if fids and base and alike else "–"
+            name = run.replace("|", "\\|")
             lines.append(
-                f"| {run} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {over} "
+                f"| {name} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {over} "
                 f"| {_spread([r['kid'] for r in same if r['kid'] is not None])} "
                 f"| {_spread([r['coverage'] for r in same if r['coverage'] is not None])} "
                 f"| {_spread([r['eval_loss'] for r in same if r['eval_loss'] is not None])} "
@@ -42,8 +41,8 @@ def markdown(results: Results) -> str:
         f"FID, KID and coverage: {_either(samples)} samples of the averaged weights against all images of the nodes, "
         f"features of {_either(features)}. "
         + ("FID of fewer than 10,000 samples depends on their number. " if min(samples, default=0) < 10_000 else "")
-        + "Mean ± standard deviation over the seeds. Up and down: megabytes of the whole run, all nodes, and how many "
-        "times less than float32."
+        + "Held-out loss: of the raw weights that the last round began with. Mean ± standard deviation over the seeds. "
+        "Up and down: megabytes of the whole run, all nodes, and how many times less than float32."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -83,11 +82,11 @@ def plots(results: Results, folder: Path) -> list[Path]:
 
     def by_bytes(axes: Any) -> None:
         for ax, condition in zip(axes, conditions, strict=True):
-            for r in (r for r in judged if r["condition"] == condition and r["run"] != _CENTRALIZED):
+            for r in (r for r in judged if r["condition"] == condition and not _centralized(r)):
                 ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
-            base = [r["fid"] for r in judged if r["condition"] == condition and r["run"] == _CENTRALIZED]
+            base = [r["fid"] for r in judged if r["condition"] == condition and _centralized(r)]
             if base:
-                ax.axhline(mean(base), color="grey", linestyle="--", label=_CENTRALIZED)
+                ax.axhline(mean(base), color="grey", linestyle="--", label="centralized")
             ax.set(xscale="log", xlabel="megabytes, both ways, all nodes", title=condition)
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter("{x:g}")
@@ -118,6 +117,16 @@ def plots(results: Results, folder: Path) -> list[Path]:
     return written
 
 
+def _centralized(result: dict[str, Any]) -> bool:
+    """Whether one node has all images."""
+    return bool(result["nodes"] == 1)
+
+
+def _setting(result: dict[str, Any]) -> str:
+    """What FIDs must have in common to be divided: the real images, samples and features."""
+    return repr([result.get(key) for key in ("real", "samples", "features")])
+
+
 def _spread(values: Sequence[float], places: int = 4) -> str:
     if not values:
         return "–"
@@ -126,7 +135,7 @@ def _spread(values: Sequence[float], places: int = 4) -> str:
 
 
 def _fewer(same: Results, way: str) -> str:
-    if same[0]["run"] == _CENTRALIZED:
+    if _centralized(same[0]):
         return "–"
     sent = mean(r[f"bytes_{way}"] for r in same)
     ratio = mean(r[f"bytes_{way}_fp32"] for r in same) / sent

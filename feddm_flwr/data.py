@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from feddm_flwr.array_cache import array, cached, facts, new_array, write_facts
 from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
 from feddm_flwr.images import Decoded, Images
 from feddm_flwr.partition import partition_rows
-from feddm_flwr.sources import Source, open_source, stamp_of
+from feddm_flwr.sources import Source, open_own, open_source, stamp_of
 
 Labels = NDArray[np.int64]  # (N,)
 
@@ -64,8 +65,14 @@ def _load_node(
     """`stamp` tells the files' states apart."""
     d, name = config.data, data_path or config.data.name
     origin = f"data-path = {data_path!r}" if data_path else f"data.name = {name!r}"
+
+    def open_here(scratch: Path) -> Source:
+        if data_path:
+            return open_own(config, data_path, origin, stamp=stamp, scratch=scratch)
+        return open_source(config, name, origin, stamp=stamp)
+
     # What a hub has under a name may change: the library knows.
-    version = stamp or open_source(config, name, origin, own=bool(data_path), stamp=stamp).version
+    version = stamp or open_here(root).version
     key = {
         "format": _FORMAT,
         "data": asdict(replace(d, classes="", eval_fraction=0)),
@@ -75,7 +82,7 @@ def _load_node(
     }
 
     def fill(folder: Path) -> None:
-        source = open_source(config, name, origin, own=bool(data_path), stamp=stamp)
+        source = open_here(scratch := folder / "scratch")
         if source.streamed:
             source = _kept(config, source, name, root)
         rows = (
@@ -90,6 +97,7 @@ def _load_node(
         own = [classes[rows[i]] for i in decoded.kept] if classes else []
         count = len(decoded.kept)
         write_facts(folder, {"classes": own, "count": count, "asked": len(rows), "sizes": decoded.extent()})
+        shutil.rmtree(scratch, ignore_errors=True)
 
     try:
         folder = cached(root, key, fill)

@@ -95,7 +95,7 @@ class Display:
     def summary(self, overrides: Mapping[str, object], *, local: bool) -> None:
         """Where everything lies."""
         folder = Path(str(overrides.get("out-dir", "runs"))) / str(overrides["run-name"])
-        grids = sorted(folder.glob("samples/round-????.png")) if local else []
+        grids = sorted(folder.glob("samples/round-*[0-9].png"), key=lambda p: int(p.stem[6:])) if local else []
         self.print("")
         places = {"model": folder / "model", "grid": grids[-1] if grids else folder / "samples"}
         for what, path in {**places, "report": folder / "report.html"}.items():

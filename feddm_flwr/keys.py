@@ -48,7 +48,8 @@ class Data:
     image_column: str = key(PRESET, "column that holds the images")
     label_column: str = key(
         PRESET,
-        "column that holds the classes, whose names and counts the server is told: for partitions, models with classes, coverage",
+        "column that holds the classes, whose names and counts the server is told: for partitions, models with "
+        "classes, coverage",
     )
     classes: str = key(
         PRESET,
@@ -282,7 +283,8 @@ class Sample:
     count: int = key(64, "images in a grid", low=1, high=4096)
     scheduler: str = key(
         "unipc",
-        "how samples are drawn: UniPC and DPM-Solver++ need few steps, DDIM more; DDPM is the original, with sample.steps = 1000",
+        "how samples are drawn: UniPC and DPM-Solver++ need few steps, DDIM more; DDPM is the original, with "
+        "sample.steps = 1000",
         choices=(*SCHEDULERS,),
     )
     steps: int = key(25, "steps of the scheduler", low=1)

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from flwr.app import Array, Error, Message, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_object_body
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
@@ -41,18 +42,21 @@ _REASONS = {
 
 
 class _Array(Array):
-    """Flower's, of chunks that count once each: a list that names one chunk a million times would fill the memory."""
+    """Flower's, of chunks that count once each: a list that names one chunk a million times, or arrays of arrays, would
+    fill the memory."""
 
     @classmethod
     def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
         """As Flower's, for an array that its chunks make up.
 
         Raises:
-            ValueError: it names a chunk more than once.
+            ValueError: it names a chunk more than once, or something that is no chunk.
         """
         listed = json.loads(get_object_body(object_content, Array))["arraychunk_ids"]
         if len(listed) > len(children or {}):
             raise ValueError(f"an array of {len(listed)} chunks, {len(children or {})} of which were sent")
+        if not all(type(child) is ArrayChunk for child in (children or {}).values()):
+            raise ValueError("an array of other things than chunks")
         return Array.inflate(object_content, children)
 
 

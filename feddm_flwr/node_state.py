@@ -44,7 +44,8 @@ class NodeState:
         self._run, self._owner = root / run, f"{run}/{node}"
         self.path = self._run / node
         if not self.path.is_dir():
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._run.mkdir(mode=0o700, parents=True, exist_ok=True)  # a model tells of the images
+            self.path.mkdir(exist_ok=True)
             forget_old(root, run)
         for folder in (self._run, self.path):
             forget_unfinished(folder, _UNFINISHED_AFTER)

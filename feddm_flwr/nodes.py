@@ -43,6 +43,21 @@ class Node:
     sizes: str = ""  # the smallest and the largest, before they were resized
 
 
+@dataclass
+class _Claim:
+    """A node says that it has the name of one that is connected: one that was restarted, whose old id Flower lists for
+    a minute, or a second one."""
+
+    node: Node
+    holder: int  # the other's id
+    question: str  # to the other, "" once it is answered
+    since: float
+
+    def is_young(self) -> bool:
+        """Whether a round waits for the answer."""
+        return time.monotonic() - self.since < _ANSWER
+
+
 class Roster:
     """The nodes by name, and which of Flower's ids each has at present."""
 
@@ -54,8 +69,8 @@ class Roster:
         self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
-        # By the id of one that has the name of another: what it said, the question to the other, and since when.
-        self._claims: dict[int, tuple[Node, str, float]] = {}
+        self._claims: dict[int, _Claim] = {}  # by the id of one that has the name of another
+        self._was: dict[int, str] = {}  # names of those that are asked again what they have
         self._replies: Replies | None = None
         self._expected: set[str] = set()  # those that took part before the run was resumed
         self._said = 0  # nodes introduced in the log since the last round
@@ -79,7 +94,8 @@ class Roster:
             self._introduce(grid, ids, first=first)
             online = {self._ids[i]: i for i in ids if i in self._ids}
             absent = sorted(self._expected - {*online}) if first else []
-            settled = not self._claims and (not first or (ids == before and not self._queries and not absent))
+            claimed = any(claim.is_young() for claim in self._claims.values())
+            settled = not claimed and (not first or (ids == before and not self._queries and not absent))
             late = time.monotonic() > deadline
             if first and (settled or late) and self._problems and not self._expected:
                 raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
@@ -110,6 +126,7 @@ class Roster:
     def introduce_again(self, name: str) -> None:
         """Ask a node anew what it has, before its next round: it is not what it said."""
         log.warning("node %s has other images than it said", name)
+        self._was |= {i: name for i, known in self._ids.items() if known == name}
         self._ids = {i: known for i, known in self._ids.items() if known != name}
 
     def asked(self, online: int) -> int:
@@ -136,7 +153,7 @@ class Roster:
         self._queries = {message: i for message, i in self._queries.items() if i in ids}
         self._claims = {i: claim for i, claim in self._claims.items() if i in ids}
         self._replies = self._replies or Replies(grid)
-        self._replies.forget_all_but({*self._queries, *(question for _, question, _ in self._claims.values())})
+        self._replies.forget_all_but({*self._queries, *(claim.question for claim in self._claims.values())})
         # One that went away may come back, with what was wrong put right.
         self._left_out = {i: why for i, why in self._left_out.items() if i in ids}
         self._tries = Counter({i: tries for i, tries in self._tries.items() if i in ids})
@@ -161,6 +178,8 @@ class Roster:
             assert isinstance(reply, RecordDict)
             self.processes[i] = process_of(reply)
             namesakes = [other for other in ids if self._ids.get(other) == node.name]
+            if (was := self._was.get(i, node.name)) != node.name:
+                problem = f"this node was {was} before"
             if first and namesakes and not problem:
                 problem = "two nodes have this name; give each its own node-name, or wait until a restarted one is gone"
             if problem:
@@ -170,13 +189,13 @@ class Roster:
                 self._leave_out(i, f"{node.name}: {problem}", quiet=first and not self._expected)
                 self._expected.discard(node.name)
                 continue
-            if namesakes:  # a node that was restarted, whose old id Flower lists for a minute; or a second one
+            if namesakes:
                 question = ask(grid, namesakes[0], self.config.round_timeout)
-                self._claims[i] = node, question, time.monotonic()
+                self._claims[i] = _Claim(node, namesakes[0], question, time.monotonic())
                 continue
             self._admit(i, node)
             introduced.append(node)
-        introduced += self._judge_claims()
+        introduced += self._judge_claims(ids)
         for node in sorted(introduced, key=lambda n: n.name):
             self._said += 1
             if self._said > _SAID:
@@ -189,23 +208,24 @@ class Roster:
                 *(node.name, node.images, sizes, node.held_out, skipped, classes),
             )
 
-    def _judge_claims(self) -> list[Node]:
-        """Let those in whose name nobody answers to any more."""
+    def _judge_claims(self, ids: list[int]) -> list[Node]:
+        """Let those in whose name nobody has any more. One that is silent may be at work: it keeps its name."""
         assert self._replies
         admitted = []
-        for i, (node, question, since) in list(self._claims.items()):
-            answer = self._replies.pull(question) if question else None
-            if question and answer is None and time.monotonic() - since < _ANSWER:
-                continue
-            del self._claims[i]
+        for i, claim in list(self._claims.items()):
+            answer = self._replies.pull(claim.question) if claim.question else None
+            claim.question = claim.question if answer is None else ""
+            name = claim.node.name
             if isinstance(answer, RecordDict):
-                self._leave_out(i, f"{node.name}: another node of this name is at work; give each its own node-name")
-                continue
-            for other in [other for other, name in self._ids.items() if name == node.name]:
-                self._leave_out(other, f"{node.name}: came back under another id")
-                del self._ids[other]
-            self._admit(i, node)
-            admitted.append(node)
+                del self._claims[i]
+                self._leave_out(i, f"{name}: another node of this name is at work; give each its own node-name")
+            elif claim.holder not in ids or (isinstance(answer, Failure) and answer.reason == "node-offline"):
+                del self._claims[i]
+                for other in [other for other, known in self._ids.items() if known == name]:
+                    self._leave_out(other, f"{name}: came back under another id")
+                    del self._ids[other]
+                self._admit(i, claim.node)
+                admitted.append(claim.node)
         return admitted
 
     def _admit(self, node_id: int, node: Node) -> None:
@@ -223,7 +243,9 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
     """What a node said of itself, and what it found wrong ("" if nothing)."""
     try:
         said = reply.config_records["report"]
-        name, problem, images, held_out = said["name"], said["problem"], said["images"], said["held-out"]
+        name, images, held_out = said["name"], said["images"], said["held-out"]
+        lines = [clean(line, 500) for line in str(said["problem"])[:10_000].splitlines()]
+        problem = "\n".join(filter(None, lines))
         skipped = said.get("skipped", 0)
         counts = json.loads(str(said["class-counts"])[: 100 * _MAX_CLASSES])
         if not (isinstance(images, int) and isinstance(held_out, int) and isinstance(counts, dict)):
@@ -238,10 +260,9 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
             raise ValueError("class counts")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         return Failure("malformed", clean(repr(error)))
-    lines = [clean(line, 500) for line in str(problem)[:10_000].splitlines()]
     sizes = clean(str(said.get("sizes", "")), 50)
     node = Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}, skipped, sizes)
-    return node, "\n".join(lines)
+    return node, problem
 
 
 def _list(names: set[str], shown: int = 3) -> str:

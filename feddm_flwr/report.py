@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,35 +16,39 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from feddm_flwr import charts
+from feddm_flwr.config import local_path
 from feddm_flwr.report_page import COMPARISON, PAGE
 from feddm_flwr.tracking import Row, flat, read_metrics, read_status, total_bytes
+from feddm_flwr.whole_file import whole_file
+
+_OF_THE_FOLDER = ("run-name", "out-dir")  # keys that say where a run lies, not what it is
 
 
 def write(run: Path) -> Path:
     """Write the self-contained `report.html` of a run; it can be rewritten at any time."""
     rows = read_metrics(run)
     status = {"status": "running", "reason": ""} | read_status(run)
-    config = _config(run)
+    config, final = _config(run), _read_json(run / "final.json", {})
     html = _render(
         PAGE,
         name=run.name,
         status=status,
         config=config,
         rows=rows,
-        tiles=_tiles(rows, config),
+        tiles=_tiles(rows, config, final),
         charts=charts.of_run(rows),
         judged=_judged(run, rows),
-        final=_read_json(run / "final.json", {}),
+        final=final,
         faults=_faults(rows, status),
         grids=(grids := _grids(run)),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(_read_json(run / "nodes.json", []), rows),
         command=f"feddm run --num-supernodes {len(_read_json(run / 'nodes.json', [])) or 4} "
-        + " ".join(f"-c '{key}={_toml(config[key])}'" for key in sorted(config) if key not in ("run-name", "out-dir")),
+        + " ".join(
+            f"-c {shlex.quote(f'{key}={_toml(config[key])}')}" for key in sorted(config) if key not in _OF_THE_FOLDER
+        ),
     )
-    path = run / "report.html"
-    path.write_text(html, encoding="utf-8")
-    return path
+    return _written(run / "report.html", html)
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
@@ -57,23 +62,36 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         raise ValueError(f"two runs have the same name: {', '.join(names)}")
     rows = {run.name: read_metrics(run) for run in runs}
     configs = {run.name: _config(run) for run in runs}
-    differing = [k for k in configs[names[0]] if len({str(c.get(k)) for c in configs.values()}) > 1 and k != "strategy"]
+    keys = [k for k in configs[names[0]] if k not in ("strategy", *_OF_THE_FOLDER)]
+    differing = [k for k in keys if len({str(c.get(k)) for c in configs.values()}) > 1]
     figures = {name: _figures(own) for name, own in rows.items()}
     heads = list(dict.fromkeys(h for f in figures.values() for h in f))
     judged = {run.name: _judged(run, rows[run.name]) for run in runs}
-    notes = sorted({f"features: {j['features']}; {configs[n]['eval.samples']} samples" for n, j in judged.items() if j})
+    settings: dict[str, list[str]] = {}
+    for name, found in judged.items():
+        if found:
+            text = f"features: {found['features']}; {configs[name]['eval.samples']} samples; {found['images']:,} images"
+            settings.setdefault(text, []).append(name)
+    notes = [f"{text} ({', '.join(of)})" if len(settings) > 1 else text for text, of in settings.items()]
+    if len(settings) > 1:
+        notes.append("FID and KID of different settings cannot be compared.")
     shown = [
         {
             "name": run.name,
             "config": configs[run.name],
-            "differs": ", ".join(f"{k}={configs[run.name].get(k)}" for k in differing[:6]) or "the same configuration",
+            "differs": ", ".join(f"{k}={configs[run.name].get(k)}" for k in differing) or "the same configuration",
             "cells": [figures[run.name].get(head, "–") for head in heads],
             "grid": next(reversed(_grids(run)), None),
         }
         for run in runs
     ]
     html = _render(COMPARISON, name="Comparison of runs", runs=shown, heads=heads, notes=notes, charts=_compared(rows))
-    path.write_text(html, encoding="utf-8")
+    return _written(path, html)
+
+
+def _written(path: Path, html: str) -> Path:
+    with whole_file(path) as file:
+        file.write(html.encode())
     return path
 
 
@@ -94,15 +112,18 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
     """Curves of several runs in one chart each."""
     found = []
     for key, title in (("train_loss", "Training loss"), ("eval_loss", "Held-out loss"), ("fid", "FID"), ("kid", "KID")):
-        series = {name: [(r["round"], r[key]) for r in own if r.get(key) is not None] for name, own in rows.items()}
+        # As in a run's own report: a round evaluates the weights that it starts from.
+        later = -1 if key == "eval_loss" else 0
+        series = {name: charts.points(own, key, later) for name, own in rows.items()}
+        series = {name: [p for p in points if p[0] > 0] or points for name, points in series.items()}
         if series := {name: points for name, points in series.items() if points}:
             found.append((f"{title} by round", charts.lines(series)))
     key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
     ends = {}
     for name, own in rows.items():
-        if values := [r[key] for r in own if r.get(key) is not None]:
-            total = total_bytes(own)
-            ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, values[-1])]
+        if points := charts.points(own, key):
+            total = total_bytes([r for r in own if r["round"] <= points[-1][0]])
+            ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, points[-1][1])]
     if len(ends) > 1:
         found.append(
             (f"{'FID' if key == 'fid' else 'Held-out loss'} by bytes", charts.dots(ends, "megabytes both ways"))
@@ -160,14 +181,19 @@ def model_card(config: Mapping[str, object], rounds: int, nodes: int) -> str:
         "server.ema-decay",
         "seed",
     )
-    table = "\n".join(f"| `{key}` | `{config[key]}` |" for key in keys)
+    shown = dict(config)
+    if path := local_path(str(config["data.name"])):  # where it lies is nobody else's business
+        shown["data.name"] = path.name
+    table = "\n".join(f"| `{key}` | `{shown[key]}` |" for key in keys)
     what, code = _use(config)
+    diffusion = config["stage"] == "diffusion"
+    title = "A diffusion model" if diffusion else "An autoencoder"
+    tag = "pipeline_tag: unconditional-image-generation\n" if diffusion else ""
     return f"""---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [diffusers, federated-learning, feddm]
+{tag}tags: [diffusers, federated-learning, feddm]
 ---
-# A diffusion model trained by {nodes} nodes that kept their images
+# {title} trained by {nodes} nodes that kept their images
 
 {what} for {size}x{size} images, trained with FedDM (Vora et al., arXiv 2407.14730; settings ours)
 over {rounds} rounds. The weights are the exponential moving average of the global model.
@@ -228,6 +254,10 @@ def _traffic(total: Mapping[str, int]) -> list[tuple[str, int, str]]:
         if way == "down" and total.get("bytes_full"):
             note += f"; {megabytes(total['bytes_full'])} of it whole models for nodes without them"
         result.append((who, sent, note))
+    if other := total.get("bytes_other"):
+        result.append(
+            ("sent beside the training", other, "models it builds upon, feature network and sums, evaluation")
+        )
     return result
 
 
@@ -236,13 +266,15 @@ def _times(more: int, less: int) -> str:
     return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
 
 
-def _tiles(rows: list[Row], config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(value, label, note) of the figures at the head."""
     if not rows:
         return []
     last = rows[-1]
     evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
-    failed = sum(row["clients_failed"] for row in rows)
+    failed = sum(sum(row["failures"].values()) for row in rows)
+    total = total_bytes(rows)
+    total["bytes_other"] = total.get("bytes_other", 0) + final.get("bytes_other", 0)
     return [
         (
             f"{last['round']} / {config['num-server-rounds']}",
@@ -263,7 +295,7 @@ def _tiles(rows: list[Row], config: Mapping[str, Any]) -> list[tuple[str, str, s
             )
             for r in [r for r in rows if r.get("fid") is not None][-1:]
         ),
-        *((megabytes(sent), who, note) for who, sent, note in _traffic(total_bytes(rows))),
+        *((megabytes(sent), who, note) for who, sent, note in _traffic(total)),
         (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
     ]
 
@@ -274,8 +306,11 @@ def _grids(run: Path) -> list[dict[str, object]]:
     def uri(path: Path) -> str:
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
 
-    averaged = sorted(p for p in (run / "samples").glob("round-*.png") if not p.stem.endswith("-raw"))
-    return [{"round": int(p.stem[6:]), "ema": uri(p), "raw": uri(p.with_name(f"{p.stem}-raw.png"))} for p in averaged]
+    averaged = {int(p.stem[6:]): p for p in (run / "samples").glob("round-*.png") if p.stem[6:].isdigit()}
+    return [
+        {"round": number, "ema": uri(p), "raw": uri(p.with_name(f"{p.stem}-raw.png"))}
+        for number, p in sorted(averaged.items())
+    ]
 
 
 def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:

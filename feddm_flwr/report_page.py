@@ -17,7 +17,7 @@ body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 syste
 main { max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2rem 0 .75rem; }
 p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
-.badge { color: #fff; border-radius: 1rem; padding: .1rem .7rem; font-size: .85rem; background: var(--soft); }
+.badge { color: #fff; border-radius: 1rem; padding: .1rem .7rem; font-size: .85rem; background: #667085; }
 .badge.completed { background: #15803d; } .badge.failed { background: #b91c1c; }
 .reason { border-left: 4px solid var(--bad); padding: .5rem .9rem; background: var(--card); white-space: pre-wrap; }
 .reason.completed { border-color: var(--soft); }
@@ -28,7 +28,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; display: block; } .axis { stroke: var(--line); }
 .tick { fill: var(--soft); font-size: 16px; } .legend { font-size: .85rem; margin: .3rem 0 0; }
-.legend span { margin-right: .8rem; white-space: nowrap; } .line { fill: none; stroke-width: 2; }
+.legend { overflow-wrap: anywhere; } .legend .label { margin-right: .8rem; } .line { fill: none; stroke-width: 2; }
 .line.s0 { stroke: var(--s0); } .dot.s0 { fill: var(--s0); } .label.s0 { color: var(--s0); }
 .line.s1 { stroke: var(--s1); } .dot.s1 { fill: var(--s1); } .label.s1 { color: var(--s1); }
 .line.s2 { stroke: var(--s2); } .dot.s2 { fill: var(--s2); } .label.s2 { color: var(--s2); }
@@ -120,7 +120,7 @@ PAGE = (
 <div class="card scroll"><table><tr>{% for head in ["round", "training loss", "held-out loss at start", "replies", "failed", "bytes up", "bytes down", "lost by coding", "seconds"] %}<th class="n">{{ head }}</th>{% endfor %}</tr>
 {% for row in rows %}
 <tr><td class="n">{{ row.round }}</td><td class="n">{{ "%.4f"|format(row.train_loss) }}</td><td class="n">{{ "%.4f"|format(row.eval_loss) if row.eval_loss is not none else "–" }}</td>
-<td class="n">{{ row.clients_ok }}</td><td class="n">{{ row.clients_failed }}{% for reason, n in row.failures.items() %} {{ reason }}{% endfor %}</td>
+<td class="n">{{ row.clients_ok }}</td><td class="n">{{ row.clients_failed }}{% for reason, n in row.failures.items() %} {{ n }} {{ reason }}{% endfor %}</td>
 <td class="n">{{ "{:,}".format(row.bytes_up) }}</td><td class="n">{{ "{:,}".format(row.bytes_down) }}</td><td class="n">{{ "%.1f %%"|format(100 * row.coding_error) if row.coding_error is number else "–" }}</td><td class="n">{{ "%.1f"|format(row.seconds) }}</td></tr>
 {% endfor %}
 </table></div>

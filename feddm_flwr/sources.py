@@ -80,22 +80,35 @@ def stamp_of(name: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def open_source(config: RunConfig, name: str, origin: str, *, own: bool = False, stamp: str) -> Source:
-    """A data set by name or path, nothing decoded yet. A node's `own` must be here: no name is looked
-    up elsewhere, and no file's name goes into a message.
+def open_source(config: RunConfig, name: str, origin: str, *, stamp: str) -> Source:
+    """A data set by name or path, nothing decoded yet.
 
     Raises:
         ConfigError: it cannot be had, or is not what the configuration says.
     """
     try:
-        return _open(config, name, origin, own, stamp)
+        return _open(config, name, origin, None, stamp)
     except OSError as error:
-        raise ConfigError(f"{origin}: cannot be read ({error.strerror if own else error})") from error
+        raise ConfigError(f"{origin}: cannot be read ({error})") from error
 
 
-def _open(config: RunConfig, name: str, origin: str, own: bool, stamp: str) -> Source:
+def open_own(config: RunConfig, path: str, origin: str, *, stamp: str, scratch: Path) -> Source:
+    """A node's own images, which must be here: no name is looked up elsewhere, and no file's name goes into a message.
+    Copies of them that the reading takes are made in `scratch`.
+
+    Raises:
+        ConfigError: as `open_source`.
+    """
+    try:
+        return _open(config, path, origin, scratch, stamp)
+    except OSError as error:
+        raise ConfigError(f"{origin}: cannot be read ({error.strerror})") from error
+
+
+def _open(config: RunConfig, name: str, origin: str, scratch: Path | None, stamp: str) -> Source:
     import datasets
 
+    own = scratch is not None
     if name == "digits" and not own:
         return _digits(config, origin)
     path = Path(name).expanduser()
@@ -116,7 +129,7 @@ def _open(config: RunConfig, name: str, origin: str, own: bool, stamp: str) -> S
             found = (name, {"split": config.data.split})
         if config.data.streaming:
             return _stream(config, origin, stamp, *found)
-        return _table(config, origin, stamp, datasets.load_dataset(found[0], **found[1]))
+        return _table(config, origin, stamp, datasets.load_dataset(found[0], cache_dir=scratch, **found[1]))
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for many causes

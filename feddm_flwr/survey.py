@@ -55,7 +55,7 @@ def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
     lines.append(f"sheet    {output}: {len(order)} as the model sees them{', by class' if classes else ''}")
     if nodes:
         shares = partitions(config, nodes)
-        lines += [f"node-{i:<4}{sum(share.values())} images: {_counts(share)}" for i, share in enumerate(shares)]
+        lines += [f"node-{i:<4} {sum(share.values())} images: {_counts(share)}" for i, share in enumerate(shares)]
         if left := len(images) + len(found.broken) - sum(sum(share.values()) for share in shares):
             lines.append(f"  {left} images of classes that no node has are left out")
         lines.append(f"plot     {_plot(shares, config.data.partition, output)}")
@@ -91,7 +91,7 @@ def _plot(shares: Sequence[Mapping[str, int]], partition: str, sheet: Path) -> P
 
     path = sheet.with_name(f"{sheet.stem}-nodes.png")
     classes = sorted({name for share in shares for name in share})
-    figure = Figure(figsize=(max(5.0, 0.5 * len(shares) + 3), 4), layout="constrained")
+    figure = Figure(figsize=(min(max(5.0, 0.5 * len(shares) + 3), 40), 4), layout="constrained")
     axes = figure.subplots()
     bottom = np.zeros(len(shares))
     for i, name in enumerate(classes):

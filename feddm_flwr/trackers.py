@@ -6,11 +6,14 @@ A service that cannot be reached costs its own figures, never the run.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from feddm_flwr.schema import ConfigError
 
@@ -34,24 +37,29 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run's folder."""
+    """Event files in the run's folder, written here and now: tensorboardX's SummaryWriter has a thread, which one error
+    of the disk ends, and a queue, which then holds up the run for ever."""
 
     def __init__(self, folder: Path, after: int | None) -> None:
         """Events of rounds later than `after`, which are made again, are forgotten."""
-        self._board = SummaryWriter(str(folder), purge_step=after and after + 1)
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        if after:
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=after + 1, wall_time=time.time(), session_log=start))
 
     def log(self, figures: Mapping[str, float], number: int) -> None:
         """Write and flush."""
         for key, value in figures.items():
-            self._board.add_scalar(key, value, number)
-        self._board.flush()
+            self._events.write_event(Event(step=number, wall_time=time.time(), summary=scalar(key, value)))
+        self._events.flush()
 
     def image(self, path: Path, number: int) -> None:
         """Left in its file: events with images are large."""
 
     def finish(self, *, completed: bool) -> None:
         """Close the file."""
-        self._board.close()
+        self._events.close()
 
 
 class WeightsAndBiases:
@@ -94,13 +102,16 @@ class MLflow:
             self._client.update_run(self._id, "RUNNING")
             return
         self._id = self._client.create_run(experiment, run_name=run.name, tags={"feddm": identity}).info.run_id
-        for key, value in config.items():
-            self._client.log_param(self._id, key, value)
+        from mlflow.entities import Param
+
+        self._client.log_batch(self._id, params=[Param(key, str(value)) for key, value in config.items()])
 
     def log(self, figures: Mapping[str, float], number: int) -> None:
-        """One metric each."""
-        for key, value in figures.items():
-            self._client.log_metric(self._id, key, value, step=number)
+        """In one request."""
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        self._client.log_batch(self._id, [Metric(key, value, now, number) for key, value in figures.items()])
 
     def image(self, path: Path, number: int) -> None:
         """As an artifact."""
@@ -127,7 +138,8 @@ class Unfailing:
         self._try(self._tracker.image, path, number)
 
     def finish(self, *, completed: bool) -> None:
-        """As the tracker."""
+        """As the tracker, which is tried once more."""
+        self._failed = 0
         self._try(self._tracker.finish, completed=completed)
 
     def _try(self, method: Any, *arguments: Any, **named: Any) -> None:
@@ -149,7 +161,7 @@ def make(kind: str, run: Path, identity: str, config: Mapping[str, object], afte
     Raises:
         ConfigError: the tracker's package is not installed, or it takes no runs.
     """
-    trackers: list[Tracker] = [TensorBoard(run / "tensorboard", after)]
+    trackers: list[Tracker] = [Unfailing("tensorboard", TensorBoard(run / "tensorboard", after))]
     if kind != "none":
         try:
             services: dict[str, type[WeightsAndBiases | MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}

@@ -177,15 +177,21 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The lines of a run's `metrics.jsonl`, none where there is no such file yet; of one that a killed run
-    was writing, those before."""
+    """The lines of a run's `metrics.jsonl`, none where there is no such file yet, without one that a killed run
+    was writing.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
     file = path / "metrics.jsonl"
     rows: list[Row] = []
-    for line in file.read_bytes().splitlines() if file.exists() else []:
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            break
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                raise ValueError(f"{file}, line {number}, is damaged: {error}; mend or remove it") from error
     return rows
 
 

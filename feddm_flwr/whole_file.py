@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to make and fill, which takes the place of an earlier one of that name when the block ends
     without an error."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as temporary:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{_UNFINISHED}{path.name}-") as temporary:
         filled = Path(temporary) / path.name
         yield filled
         for folder, _, files in os.walk(filled):
@@ -51,11 +52,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
-def forget_unfinished(folder: Path, age: float = 0.0) -> None:
-    """Remove the files that a process which was killed began to write there, if they are `age` seconds old."""
-    for path in folder.glob(f"{_UNFINISHED}*"):
+def forget_unfinished(folder: Path, age: float = 0.0, name: str = "") -> None:
+    """Remove what a process which was killed began to write there, if it is `age` seconds old; or only the unfinished
+    folder of that name."""
+    for path in folder.glob(f"{_UNFINISHED}{name}*"):
         with suppress(OSError):  # another process was faster
-            if path.is_file() and time.time() - path.stat().st_mtime >= age:
+            if time.time() - path.stat().st_mtime < age:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
 

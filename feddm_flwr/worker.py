@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from feddm_flwr.config import parse
+from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.node_config import node_data, node_name, node_state_root, wants_worker
 
 log = logging.getLogger("feddm")
@@ -52,16 +52,17 @@ Result = tuple[dict[str, Any], bytes]  # what the server is told, and the frame
 
 
 class JobFailedError(RuntimeError):
-    """The job raised an error in the worker, which logged it; the message is the error's."""
+    """The job raised an error, which is in the node's own log; the message is what the server may know of it."""
 
 
 def do(job: Job) -> Result:
     """Do a job, in the node's worker where there is one to be had, else here.
 
     Raises:
-        JobFailedError: the worker could not; in this process, whatever the job raised.
+        JobFailedError: it failed. In a simulation, whose log is the user's own, whatever the job raised.
     """
-    if owner := _super_node() if wants_worker(job.node_config) else None:
+    owner = _super_node()
+    if owner and wants_worker(job.node_config):
         try:
             with _connected(owner) as connection:
                 _send(connection, {**asdict(job), "frames": [*job.frames]}, [*job.frames.values()])
@@ -71,7 +72,21 @@ def do(job: Job) -> Result:
                 return answer["report"], connection.recv_bytes()
         except (OSError, EOFError, ValueError) as error:
             log.warning("no worker did the job (%s: %s); it is done without", type(error).__name__, error)
-    return _do_here(job)
+    try:
+        return _do_here(job)
+    except Exception as error:
+        if not owner:
+            raise
+        log.exception("the job failed")
+        raise JobFailedError(told(error)) from None
+
+
+def told(error: Exception) -> str:
+    """What the server is told of an error on a real node: nothing that may name a file."""
+    kind, text = type(error).__name__, error.strerror if isinstance(error, OSError) else str(error)
+    if isinstance(error, ConfigError) or (text and os.sep not in text):  # a ConfigError's text is meant for the server
+        return f"{kind}: {text}"
+    return f"{kind}; the node's own log says more"
 
 
 def _do_here(job: Job) -> Result:
@@ -226,7 +241,7 @@ def serve(address: str, owner: str) -> None:
                     _send(connection, {"report": report}, [frame])
                 except Exception as error:
                     log.exception("the job failed")
-                    _send(connection, {"error": f"{type(error).__name__}: {error}"}, [])
+                    _send(connection, {"error": told(error)}, [])
                     life.end()  # what it leaves on a GPU may spoil every later job
             life.working, life.since = False, time.monotonic()
 

@@ -81,15 +81,20 @@ def test_all_images_are_trained_on_for_as_long_as_the_nodes_together(tmp_path: P
         comparison.cells(str(tmp_path / "x.toml"), {"train.local-steps": 0, "train.local-epochs": 1}, None, None)
 
 
-def test_fids_against_other_images_are_not_divided() -> None:
-    row = {"condition": "", "nodes": 4, "kid": None, "coverage": None, "eval_loss": None, "samples": 9, "features": "x"}
+def test_fids_of_other_images_or_samples_are_not_divided() -> None:
+    row = {"condition": "", "kid": None, "coverage": None, "eval_loss": None, "features": "x"}
     sent = {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
     rows = [
-        {**row, **sent, "run": run, "fid": fid, "real": real}
-        for run, fid, real in (("centralized", 2.0, [9, 3]), ("all", 4.0, [9, 3]), ("fewer", 6.0, [8, 3]))
+        {**row, **sent, "run": run, "nodes": nodes, "fid": fid, "real": real, "samples": samples}
+        for run, nodes, fid, real, samples in (
+            ("pooled", 1, 2.0, [9, 3], 9),
+            ("centralized", 4, 4.0, [9, 3], 9),
+            ("fewer", 4, 6.0, [8, 3], 9),
+            ("more", 4, 6.0, [9, 3], 99),
+        )
     ]
     lines = comparison_tables.markdown(rows).splitlines()
-    assert [line.split("|")[4].strip() for line in lines[2:5]] == ["1.000", "2.000", "–"]
+    assert [line.split("|")[4].strip() for line in lines[2:6]] == ["1.000", "2.000", "–", "–"]
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
@@ -145,7 +150,12 @@ def test_a_wrong_file_is_named(text: str, said: str, tmp_path: Path, capsys: pyt
 
 def test_means_are_over_seeds() -> None:
     one: dict[str, Any] = {"condition": "iid", "run": "vanilla", "kid": 0.01, "coverage": 0.9, "eval_loss": 0.1}
-    one |= {"samples": 2000, "features": "x", **{f"bytes_{w}{f}": 10**6 for w in ("up", "down") for f in ("", "_fp32")}}
+    one |= {
+        "nodes": 4,
+        "samples": 2000,
+        "features": "x",
+        **{f"bytes_{w}{f}": 10**6 for w in ("up", "down") for f in ("", "_fp32")},
+    }
     text = comparison_tables.markdown([one | {"fid": 2.0, "seed": 0}, one | {"fid": 4.0, "seed": 1}])
     assert "| vanilla | 3 ± 1.414 | 2 | – | 0.01 ± 0 | 0.9 ± 0 |" in text
     assert "| 1 MB (1x) | 1 MB (1x) | 2 |" in text

@@ -380,6 +380,28 @@ def test_a_stream_gives_every_node_the_images_that_a_table_does(tmp_path: Path) 
     assert len(load(parse(unlabelled), (0, 3), None).train) == 9
 
 
+def test_a_nodes_own_parquet_is_copied_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    write_parquet(tmp_path / "some.parquet", 30, broken=-1)
+    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
+    assert len(load(own, None, str(tmp_path / "some.parquet")).train) == 27
+    assert not (tmp_path / "hub").exists()
+    assert not [*state_root(None).rglob("*.arrow")]
+
+
+def test_what_a_killed_process_had_decoded_is_removed(folder: Path) -> None:
+    config = parse({"data.name": str(folder), "data.image-size": 8, "data.channels": 3})
+    cache = state_root(None) / "cache"
+    load(config, (0, 2), None)
+    (entry,) = (path for path in cache.iterdir() if path.is_dir())
+    left = cache / f".writing-{entry.name}-x"
+    entry.rename(left)
+    data._load_node.cache_clear()
+    load(config, (0, 2), None)
+    assert entry.exists()
+    assert not left.exists()
+
+
 def test_a_survey_shows_what_there_is_and_guesses_what_is_missing(folder: Path, tmp_path: Path) -> None:
     (folder / "dog" / "broken.png").write_bytes(b"no image")
     sheet = tmp_path / "out" / "sheet.png"

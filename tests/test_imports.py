@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "charts": {"tracking"},
     "comparison": {"config", "tracking"},
     "comparison_tables": set(),
-    "report": {"charts", "report_page", "tracking"},
+    "report": {"charts", "config", "report_page", "tracking", "whole_file"},
     "packing": {"wire"},
     "grid_codec": {"packing"},
     "sparse_codec": {"grid_codec", "packing", "wire"},

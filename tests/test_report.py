@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from local_grid import config, run_server
+from tensorboardX.proto.event_pb2 import Event
 
 from feddm_flwr import cli, trackers
 from feddm_flwr.config import ConfigError
@@ -126,6 +127,47 @@ def test_a_tracker_that_fails_costs_nothing(tmp_path: Path, caplog: pytest.LogCa
             tracker.log({}, number)
     assert caplog.text.count("tracker = 'wandb': ConnectionError: away; the run goes on") == 3
     assert "it is left alone from here on" in caplog.text
+
+
+def events(folder: Path) -> list[Event]:
+    """What TensorBoard reads of a folder; a record is its length, a checksum, itself, another."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + size]))
+            content = content[16 + size :]
+    return found
+
+
+def test_tensorboard_has_every_figure_and_a_full_disk_does_not_hang_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (board,) = trackers.make("none", tmp_path, "x", {}, 3)
+    board.log({"loss": 0.5, "fid": 40.0}, 4)
+    written = events(tmp_path / "tensorboard")
+    assert [e.step for e in written if e.HasField("session_log")] == [4]  # later ones of before are forgotten
+    assert [(e.step, v.tag, v.simple_value) for e in written for v in e.summary.value] == [
+        *((4, "loss", 0.5), (4, "fid", 40.0))
+    ]
+
+    def full(self: object, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+    for number in (5, 6):
+        board.log({f"figure-{i}": 1.0 for i in range(40)}, number)
+    assert caplog.text.count("tracker = 'tensorboard': OSError: [Errno 28] No space left on device") == 2
+
+
+def test_a_line_that_a_killed_run_was_writing_is_passed_over_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"round": 1}\n{"round": 2}\n{"rou')
+    assert [row["round"] for row in read_metrics(tmp_path)] == [1, 2]
+    file.write_text('{"round": 1}\n{"ro\n{"round": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is damaged: .*; mend or remove it"):
+        read_metrics(tmp_path)
 
 
 def test_a_tracker_that_takes_no_runs_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

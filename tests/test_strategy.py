@@ -285,6 +285,9 @@ def test_a_large_federation_does_not_fill_the_log(caplog: pytest.LogCaptureFixtu
         {"images": 2**62},
         {"images": 1.5},
         {"held-out": -1},
+        {"problem": "\n", "images": 0},
+        {"problem": " ", "images": 2**62},
+        {"problem": "\x07", "held-out": -1},
         {"class-counts": "[" * 100_000},
         {"class-counts": "[]"},
         {"class-counts": '{"a": "x"}'},
@@ -330,6 +333,31 @@ def test_a_restarted_node_keeps_its_name_while_its_old_id_is_still_listed() -> N
     assert (done.clients_ok, done.clients_failed) == (4, 0)
     del handlers[1000]
     assert next(rounds).clients_ok == 4
+
+
+def test_a_name_is_not_taken_from_a_node_that_is_silent_but_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feddm_flwr.nodes._ANSWER", 0.5)
+    c = config(num_server_rounds=3)
+    handlers = nodes(c)
+    real = handlers[1000]
+    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    next(rounds)
+    handlers[1000] = lambda m: None if m.metadata.message_type == "query" else real(m)  # it is busy
+    handlers[5] = node(c, 1, **{"node-name": "node-0"})
+    for done in rounds:
+        assert (done.clients_ok, done.clients_failed) == (4, 0)
+    assert done.weights.tobytes() == run(c)[-1].weights.tobytes()
+
+
+def test_a_node_that_is_asked_again_keeps_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    roster, handlers = Roster(C), nodes(C)
+    online = roster.wait(LocalGrid(handlers), first=True)
+    roster.introduce_again("node-0")
+    handlers[online["node-0"]] = node(C, 0, **{"node-name": "north"})
+    assert {*roster.wait(LocalGrid(handlers), first=False)} <= {"node-1", "node-2", "node-3"}
+    while not roster._left_out:
+        roster.wait(LocalGrid(handlers), first=False)
+    assert "left out: north: this node was node-0 before" in caplog.messages
 
 
 def test_a_second_node_of_a_name_does_not_oust_the_one_that_works(caplog: pytest.LogCaptureFixture) -> None:
@@ -413,13 +441,16 @@ def test_a_run_that_is_resumed_does_not_wait_for_a_node_that_finds_something_wro
     assert "left out: node-3: data-path = '/data': no such folder" in caplog.messages
 
 
-def test_an_array_that_names_a_chunk_more_than_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_that_would_grow_as_it_is_unpacked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4)
     inflate = inflatable_class_registry["Array"].inflate  # as Flower calls it
     honest, bomb = (Array("uint8", (8,), "feddm.frame", data) for data in (b"abcdefgh", b"abcdabcd"))
     assert inflate(honest.deflate(), honest.children).data == b"abcdefgh"  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="an array of 2 chunks, 1 of which were sent"):
         inflate(bomb.deflate(), bomb.children)
+    whole = Array("uint8", (4,), "feddm.frame", b"abcd")
+    with pytest.raises(ValueError, match="an array of other things than chunks"):
+        inflate(whole.deflate(), {"an array's": whole})
 
 
 def test_a_share_of_the_nodes_trains_and_a_repeated_round_draws_others() -> None:

@@ -35,7 +35,7 @@ def compose_command(service: str, values: Mapping[str, object], paths: Mapping[s
     described = yaml.safe_load((ROOT / "docker" / f"{service}.compose.yaml").read_text())["services"][service]
     line = []
     for part in described["command"]:
-        text = re.sub(r"\$\{(\w+)[^}]*\}", lambda found: str(values[found[1]]), part)
+        text = re.sub(r"\$\{(\w+)[^}]*\}", lambda found: str(values.get(found[1], "")), part)
         for path, here in paths.items():
             text = text.replace(path, str(here))
         line.append(text)
@@ -140,11 +140,11 @@ class Federation:
         paths = {
             "/run/secrets/ca.crt": ca or self.keys / "ca.crt",
             "/run/secrets/node.key": self.keys / "nodes" / (key or site),
-            '"/data"': f'"{self.folder / site / "images"}" {own}',
+            '"/data"': f'"{self.folder / site / "images"}"',
             "/var/lib/feddm/state": self.folder / f"{site}-state",
             "9094": free_port(),
         }
-        values = {"SUPERLINK": f"127.0.0.1:{port or self.port}", "NODE_NAME": site}
+        values = {"SUPERLINK": f"127.0.0.1:{port or self.port}", "NODE_NAME": site, "NODE_CONFIG": own}
         line = ["flower-supernode", *compose_command("supernode", values, paths)]
         home = str(self.folder / f"{site}-home")
         self.spawn(site, "bash", "-c", 'while :; do "$@"; sleep 3; done', "bash", *line, FLWR_HOME=home)
