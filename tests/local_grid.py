@@ -32,7 +32,6 @@ TINY: dict[str, Any] = {
     "train.threads": 1,
     "round-timeout": 60.0,
     "max-round-retries": 0,
-    "eval.images": 8,
 }
 
 
