@@ -37,6 +37,7 @@ from feddm_flwr.tracking import nest, status_of
 #: Exit code of a run that was stopped by Ctrl-C, SIGTERM or a closed terminal.
 STOPPED = 130
 _START_TIMEOUT = 60.0
+_SENT = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")  # what Flower sends of an app
 _DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # one is there where a GPU is
 
 
@@ -280,12 +281,19 @@ def _completed(overrides: Mapping[str, object]) -> bool:
 
 
 def _staged(app: Path, folder: Path) -> Path:
-    """A copy of what nodes get of the app. Flower looks at every file of the folder that it is given, and those of
+    """A copy of what Flower may send of the app. It looks at every file of the folder that it is given, and those of
     a virtual environment there cost it 8 s."""
-    staged = folder / app.name
-    shutil.copytree(app / "feddm_flwr", staged / "feddm_flwr", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(app / "pyproject.toml", staged)
-    return staged
+
+    def left_out(place: str, names: list[str]) -> list[str]:
+        return [name for name in names if not _may_be_sent(Path(place, name))]
+
+    return Path(shutil.copytree(app, folder / app.name, ignore=left_out))
+
+
+def _may_be_sent(path: Path) -> bool:
+    if path.is_dir():
+        return not (path.name.startswith(".") or path.is_symlink() or (path / "pyvenv.cfg").exists())
+    return path.is_file() and (path.suffix in _SENT or path.name in ("LICENSE", ".gitignore"))
 
 
 def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
