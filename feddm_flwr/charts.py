@@ -21,11 +21,8 @@ def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
         return []
     loss = {
         "training": [(r["round"], r["train_loss"]) for r in rows],
-        # A round evaluates the weights it starts from: those of the round before.
-        "held-out": points(rows, "eval_loss", -1),
+        "held-out": held_out(rows),
     }
-    # The untrained model's loss would flatten everything after it.
-    loss["held-out"] = [p for p in loss["held-out"] if p[0] > 0] or loss["held-out"]
     traffic = {
         "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
         "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
@@ -52,6 +49,13 @@ def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
 def points(rows: list[Row], key: str, later: int = 0) -> list[tuple[float, float]]:
     """A figure by round, as many rounds `later`, where there is one."""
     return [(r["round"] + later, r[key]) for r in rows if r.get(key) is not None]
+
+
+def held_out(rows: list[Row]) -> list[tuple[float, float]]:
+    """The held-out loss by the round whose weights it is of: a round evaluates those it starts from. The untrained
+    model's would flatten everything after it."""
+    found = points(rows, "eval_loss", -1)
+    return [p for p in found if p[0] > 0] or found
 
 
 def lines(series: Mapping[str, Points], *, zero: bool = False, across: str = "round") -> Markup:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from feddm_flwr.config import RunConfig
+from feddm_flwr.tracking import grid_files
 
 
 class Display:
@@ -92,12 +92,11 @@ class Display:
     def _traffic(self) -> str:
         return f"up {self._up / 1e6:.1f} MB  down {self._down / 1e6:.1f} MB"
 
-    def summary(self, overrides: Mapping[str, object], *, local: bool) -> None:
-        """Where everything lies."""
-        folder = Path(str(overrides.get("out-dir", "runs"))) / str(overrides["run-name"])
-        grids = sorted(folder.glob("samples/round-*[0-9].png"), key=lambda p: int(p.stem[6:])) if local else []
+    def summary(self, folder: Path, *, local: bool) -> None:
+        """Where everything of the run in that folder lies."""
+        drawn = [*grid_files(folder).values()] if local else []
         self.print("")
-        places = {"model": folder / "model", "grid": grids[-1] if grids else folder / "samples"}
+        places = {"model": folder / "model", "grid": drawn[-1] if drawn else folder / "samples"}
         for what, path in {**places, "report": folder / "report.html"}.items():
             if not local or (path.exists() and path != folder / "samples"):
                 self.print(f"  {what:7s} {path}")

@@ -217,6 +217,7 @@ def follow(
 ) -> int:
     """Submit the run, show its progress, and return 0 only if it completed."""
     run_id, tail, completed = "", deque[str](maxlen=200), False
+    run = Path(str(overrides.get("out-dir", "runs")), str(overrides.get("run-name", "")))
     with tempfile.TemporaryDirectory(prefix="feddm-") as folder, Display(config) as display:
         # As a file: Flower's `-c` has no quoting, and loses keys when it is given twice.
         file = Path(folder) / "run.toml"
@@ -242,7 +243,7 @@ def follow(
                     display.print(line.rstrip())
                 display.take(line)
                 # The app's last line: what Flower and Ray put in order after it takes seconds, and is thrown away here.
-                if federation.local and re.match("feddm: (model|report)=", line) and _completed(overrides):
+                if federation.local and re.match("feddm: (model|report)=", line) and status_of(run) == "completed":
                     completed = True
                     break
             else:
@@ -263,7 +264,7 @@ def follow(
         return 1
     status, details = ("finished:completed", "") if completed else _status(run_id, federation)
     if status == "finished:completed":
-        display.summary(overrides, local=federation.local)
+        display.summary(run, local=federation.local)
         return 0
     if status.startswith("finished"):
         if not verbose and not details:
@@ -273,11 +274,6 @@ def follow(
         where = " ".join([run_id, *federation.arguments[:1]])
         print(f"feddm: the log broke off ({status}); if the run goes on: flwr log {where}", file=sys.stderr)
     return 1
-
-
-def _completed(overrides: Mapping[str, object]) -> bool:
-    """Whether the run's folder says so."""
-    return status_of(Path(str(overrides["out-dir"]), str(overrides["run-name"]))) == "completed"
 
 
 def _staged(app: Path, folder: Path) -> Path:

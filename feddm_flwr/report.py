@@ -18,7 +18,7 @@ from markupsafe import Markup
 from feddm_flwr import charts
 from feddm_flwr.config import local_path
 from feddm_flwr.report_page import COMPARISON, PAGE
-from feddm_flwr.tracking import Row, flat, read_metrics, read_status, total_bytes
+from feddm_flwr.tracking import Row, flat, grid_files, read_metrics, read_status, total_bytes
 from feddm_flwr.whole_file import whole_file
 
 _OF_THE_FOLDER = ("run-name", "out-dir")  # keys that say where a run lies, not what it is
@@ -112,11 +112,8 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
     """Curves of several runs in one chart each."""
     found = []
     for key, title in (("train_loss", "Training loss"), ("eval_loss", "Held-out loss"), ("fid", "FID"), ("kid", "KID")):
-        # As in a run's own report: a round evaluates the weights that it starts from.
-        later = -1 if key == "eval_loss" else 0
-        series = {name: charts.points(own, key, later) for name, own in rows.items()}
-        series = {name: [p for p in points if p[0] > 0] or points for name, points in series.items()}
-        if series := {name: points for name, points in series.items() if points}:
+        every = {n: charts.held_out(own) if key == "eval_loss" else charts.points(own, key) for n, own in rows.items()}
+        if series := {name: points for name, points in every.items() if points}:
             found.append((f"{title} by round", charts.lines(series)))
     key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
     ends = {}
@@ -306,10 +303,9 @@ def _grids(run: Path) -> list[dict[str, object]]:
     def uri(path: Path) -> str:
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
 
-    averaged = {int(p.stem[6:]): p for p in (run / "samples").glob("round-*.png") if p.stem[6:].isdigit()}
     return [
         {"round": number, "ema": uri(p), "raw": uri(p.with_name(f"{p.stem}-raw.png"))}
-        for number, p in sorted(averaged.items())
+        for number, p in grid_files(run).items()
     ]
 
 

@@ -176,6 +176,12 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+def grid_files(path: Path) -> dict[int, Path]:
+    """A run's grids of averaged weights, by round, in order."""
+    found = (path / "samples").glob("round-*.png")
+    return dict(sorted((int(p.stem[6:]), p) for p in found if p.stem[6:].isdigit()))
+
+
 def read_metrics(path: Path) -> list[Row]:
     """The lines of a run's `metrics.jsonl`, none where there is no such file yet, without one that a killed run
     was writing.

@@ -115,7 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("parts", "probes", "robust", "tally"),
     },
-    "display": {"config"},
+    "display": {"config", "tracking"},
     "options": {"config"},
     "launch": {"config", "display", "tracking"},
 }

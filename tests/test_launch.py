@@ -21,16 +21,18 @@ def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatc
     flwr = tmp_path / "flwr"
     flwr.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ $1 = run ] || exit 0\n'
-        f"echo Successfully started run 7\ntouch {tmp_path}/started\nexec sleep 60\n"
+        "echo Successfully started run 7\nexec sleep 60\n"
     )
     flwr.chmod(0o755)
 
     def closed(self: Display, text: str) -> None:
         raise OSError(5, "Input/output error")
 
+    followed = threading.Event()
+    monkeypatch.setattr(Display, "take", lambda self, line: followed.set())
+
     def hang_up() -> None:
-        while not (tmp_path / "started").exists():
-            pass
+        followed.wait()
         monkeypatch.setattr(Display, "print", closed)
         signal.raise_signal(signal.SIGINT)
 
