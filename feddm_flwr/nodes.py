@@ -90,8 +90,9 @@ class Roster:
         before: list[int] = []
         said = ""
         while True:
-            ids = sorted(grid.get_node_ids())
-            self._introduce(grid, ids, first=first)
+            registered = {node.node_id: node.name for node in grid.get_nodes()}
+            ids = sorted(registered)
+            self._introduce(grid, registered, first=first)
             online = {self._ids[i]: i for i in ids if i in self._ids}
             absent = sorted(self._expected - {*online}) if first else []
             claimed = any(claim.is_young() for claim in self._claims.values())
@@ -148,8 +149,10 @@ class Roster:
             f"wait-timeout = {self.config.wait_timeout:g} s)" + "".join(f"; left out: {r}" for r in reasons)
         )
 
-    def _introduce(self, grid: Grid, ids: list[int], *, first: bool) -> None:
-        """Ask whoever is new, and take in the answers that are there."""
+    def _introduce(self, grid: Grid, registered: dict[int, str], *, first: bool) -> None:
+        """Ask whoever is new, and take in the answers that are there. `registered`: the connected ids, and the names
+        that their keys were registered under, "" for none."""
+        ids = sorted(registered)
         self._queries = {message: i for message, i in self._queries.items() if i in ids}
         self._claims = {i: claim for i, claim in self._claims.items() if i in ids}
         self._replies = self._replies or Replies(grid)
@@ -180,6 +183,11 @@ class Roster:
             namesakes = [other for other in ids if self._ids.get(other) == node.name]
             if (was := self._was.get(i, node.name)) != node.name:
                 problem = f"this node was {was} before"
+            if (bound := registered[i]) != node.name and (bound or node.name in registered.values()):
+                problem = (
+                    f"the node is registered as {clean(bound)!r}" if bound else "another node is registered as this"
+                )
+                problem += "; node-name must be the name that its key was registered under"
             if first and namesakes and not problem:
                 problem = "two nodes have this name; give each its own node-name, or wait until a restarted one is gone"
             if problem:
@@ -192,6 +200,7 @@ class Roster:
             if namesakes:
                 question = ask(grid, namesakes[0], self.config.round_timeout)
                 self._claims[i] = _Claim(node, namesakes[0], question, time.monotonic())
+                log.info("another node says that it is %s: it waits until that one is gone", node.name)
                 continue
             self._admit(i, node)
             introduced.append(node)

@@ -40,7 +40,7 @@ def write(run: Path) -> Path:
         judged=_judged(run, rows),
         final=final,
         faults=_faults(rows, status),
-        grids=(grids := _grids(run)),
+        grids=(grids := [_grid(*grid) for grid in grid_files(run).items()]),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(_read_json(run / "nodes.json", []), rows),
         command=f"feddm run --num-supernodes {len(_read_json(run / 'nodes.json', [])) or 4} "
@@ -81,7 +81,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
             "config": configs[run.name],
             "differs": ", ".join(f"{k}={configs[run.name].get(k)}" for k in differing) or "the same configuration",
             "cells": [figures[run.name].get(head, "–") for head in heads],
-            "grid": next(reversed(_grids(run)), None),
+            "grid": next((_grid(*last) for last in reversed(grid_files(run).items())), None),
         }
         for run in runs
     ]
@@ -297,16 +297,13 @@ def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any])
     ]
 
 
-def _grids(run: Path) -> list[dict[str, object]]:
-    """The grids in order of round, as data URIs: the averaged weights', and the raw weights' of the last round."""
+def _grid(number: int, path: Path) -> dict[str, object]:
+    """A round's grids as data URIs: the averaged weights', and the raw weights' where they were drawn."""
 
     def uri(path: Path) -> str:
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
 
-    return [
-        {"round": number, "ema": uri(p), "raw": uri(p.with_name(f"{p.stem}-raw.png"))}
-        for number, p in grid_files(run).items()
-    ]
+    return {"round": number, "ema": uri(path), "raw": uri(path.with_name(f"{path.stem}-raw.png"))}
 
 
 def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:

@@ -140,10 +140,22 @@ def write_status(path: Path, status: str, reason: str = "", resumed_after: list[
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """What `write_status` wrote of a run; empty where nothing was."""
+    """What `write_status` wrote of a run; empty where nothing was. One that says it is running, and that no process
+    has open, was killed: it is "stopped"."""
     file = path / "status.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if found.get("status") == "running" and not _in_use(path):
+        found |= {"status": "stopped", "reason": "the process was killed; feddm run --resume goes on with it"}
     return found
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a process writes to the run's folder, so far as can be told."""
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            return False
+    except (Timeout, OSError):  # or a folder that cannot be written
+        return True
 
 
 def status_of(path: Path) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from pool_grid import InProcessGrid
 
 from feddm_flwr import architecture, model, server_app
@@ -45,12 +46,16 @@ class LocalGrid(InProcessGrid):
     def __init__(self, handlers: dict[int, Handler], *, backwards: bool = False) -> None:
         super().__init__()
         self.handlers, self.backwards = handlers, backwards
+        self.registered: dict[int, str] = {}
         self.messages: dict[str, Message] = {}
         self.replies: dict[str, Message | None] = {}
         self.one_at_a_time = threading.Lock()
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.handlers)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=i, name=self.registered.get(i)) for i in self.handlers]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:

@@ -81,12 +81,13 @@ def test_a_class_is_sampled_when_asked_for_and_others_are_refused(
 
 
 def test_an_autoencoder_is_trained_and_a_latent_model_on_it(tmp_path: Path) -> None:
-    rounds = trained(tmp_path / "first", stage="autoencoder", data__image_size=16)
+    exact = {"data__image_size": 16, "train__precision": "fp32"}
+    rounds = trained(tmp_path / "first", stage="autoencoder", **exact)
     assert rounds[-1].eval_loss < rounds[0].eval_loss
     autoencoder = AutoencoderKL.from_pretrained(tmp_path / "first" / "model").eval()
     power = []
     for i in range(4):  # the nodes' own, on the weights that are shipped
-        held_out = load_node(config(data__image_size=16), (i, 4), None, state_root(None)).held_out[:256]
+        held_out = load_node(config(**exact), (i, 4), None, state_root(None)).held_out[:256]
         with torch.no_grad():
             latents = autoencoder.encode(torch.from_numpy(held_out).float() / 127.5 - 1).latent_dist.mean
         power.append(float(latents.square().mean()))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 from local_grid import config, run_server
 from tensorboardX.proto.event_pb2 import Event
 
-from feddm_flwr import cli, trackers
+from feddm_flwr import cli, report, trackers
 from feddm_flwr.config import ConfigError
-from feddm_flwr.tracking import read_metrics
+from feddm_flwr.tracking import read_metrics, status_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -168,6 +169,23 @@ def test_a_line_that_a_killed_run_was_writing_is_passed_over_and_a_damaged_one_i
     file.write_text('{"round": 1}\n{"ro\n{"round": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is damaged: .*; mend or remove it"):
         read_metrics(tmp_path)
+
+
+def test_a_run_that_was_killed_is_not_shown_as_running(tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    code = f"""
+import os, pathlib
+from feddm_flwr import report, tracking
+from feddm_flwr.config import flatten, parse
+run = tracking.RunDirectory(pathlib.Path({str(run)!r}))
+run.begin(flatten(parse({{}})), None)
+print(tracking.status_of(run.path), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "running\n", done.stderr
+    assert status_of(run) == "stopped"
+    assert "feddm run --resume goes on with it" in report.write(run).read_text()
 
 
 def test_a_tracker_that_takes_no_runs_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,38 @@ def test_two_nodes_of_one_name_are_refused() -> None:
         run(C, {i: node(C, i, **{"node-name": "site"}) for i in range(3)})
 
 
+@pytest.mark.parametrize(
+    ("registered", "problem"),
+    [
+        ({1000: "node-0", 999: "node-2"}, "node-1: the node is registered as 'node-2'; node-name must be"),
+        ({1000: "node-1"}, r"node-\d: .*registered as"),
+        ({1000: "St. Mary's\n"}, 'node-0: the node is registered as "St. Mary\'s"; node-name must be'),
+    ],
+)
+def test_a_node_has_the_name_that_its_key_was_registered_under(registered: dict[int, str], problem: str) -> None:
+    grid = LocalGrid(nodes(C))
+    grid.registered = registered
+    with pytest.raises(ConfigError, match=problem):
+        Roster(C).wait(grid, first=True)
+    grid = LocalGrid(nodes(C))
+    grid.registered = {1000 - i: f"node-{i}" for i in range(3)}  # the last has none
+    assert len(Roster(C).wait(grid, first=True)) == 4
+
+
+def test_nobody_takes_a_registered_name(caplog: pytest.LogCaptureFixture) -> None:
+    grid = LocalGrid(nodes(C, 4))
+    grid.registered = {1000 - i: f"node-{i}" for i in range(4)}
+    roster = Roster(C)
+    roster.wait(grid, first=True)
+    del grid.handlers[1000]
+    grid.handlers[7] = node(C, 0)  # says that it is node-0, which is away
+    grid.registered[7] = "seven"
+    assert sorted(roster.wait(grid, first=False)) == ["node-1", "node-2", "node-3"]
+    for _ in range(10):
+        roster.wait(grid, first=False)
+    assert "left out: node-0: the node is registered as 'seven'" in caplog.text
+
+
 def test_a_large_federation_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="feddm")
     Roster(C).wait(LocalGrid(nodes(C, 60)), first=True)

@@ -156,4 +156,9 @@ def test_strangers_are_refused(federation: Federation, tmp_path: Path) -> None:
     federation.start_node("stranger", key="north", ca=tmp_path / "keys" / "ca.crt")
     wait(lambda: re.search(r"(?i)certificate.verify.failed", federation.log("stranger")), "a refusal", 60)
     federation.kill("stranger")
+    federation.kill("south")
+    federation.start_node("stranger", key="south")
+    code, said = federation.run(run_name="impostor", **JOB)
+    assert code == 1
+    assert "stranger: the node is registered as 'south'; node-name must be" in said
     assert (federation.keys / "ca.key").stat().st_mode & 0o777 == 0o600
