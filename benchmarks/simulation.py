@@ -28,7 +28,7 @@ import psutil
 from codec import one_core
 
 BIN = Path(sys.executable).parent
-OVERHEAD = {"model.preset": "small", "train.batch-size": 32, "sample.every": 0, "sample.count": 1, "sample.steps": 1}
+OVERHEAD = {"train.batch-size": 32, "sample.every": 0, "sample.count": 1, "sample.steps": 1}
 SCALE = {
     "model.preset": "tiny",
     "data.eval-fraction": 0.0,
@@ -62,20 +62,20 @@ def rounds(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def overhead(nodes: int, steps: int) -> dict[str, Any]:
+def overhead(nodes: int, steps: int, preset: str) -> dict[str, Any]:
     """On one core."""
     one_core()
-    keys = {**OVERHEAD, "train.local-steps": steps, "num-server-rounds": 2, "run-name": "x"}
-    before, ended = plain(steps), list[float]()
+    keys = {**OVERHEAD, "model.preset": preset, "train.local-steps": steps, "num-server-rounds": 2, "run-name": "x"}
+    before, ended = plain(steps, preset), list[float]()
     with tempfile.TemporaryDirectory() as folder:
         for text, _ in run(Path(folder), nodes, keys):
             if re.match(r"round \d+/", text):
                 ended.append(time.monotonic())  # with the server's step and the round's figures and grids
         first = rounds(Path(folder), "x")[0]["seconds"]
-    after = plain(steps)
+    after = plain(steps, preset)
     step = statistics.mean([before, after])
     second = ended[1] - ended[0]
-    found = {"nodes": nodes, "steps": steps, "round_seconds": second, "first_round_seconds": first}
+    found = {"nodes": nodes, "steps": steps, "preset": preset, "round_seconds": second, "first_round_seconds": first}
     found |= {"plain_step_seconds": [before, after], "overhead": second / (nodes * steps * step) - 1}
     print(
         f"{nodes} nodes of {steps} steps: {second:.1f} s a round (the first {first:.1f} s), plain training "
@@ -85,15 +85,16 @@ def overhead(nodes: int, steps: int) -> dict[str, Any]:
     return found
 
 
-def plain(steps: int) -> float:
+def plain(steps: int, preset: str) -> float:
     """Seconds of a step of the loop alone, in a process of its own."""
+    keys = {**OVERHEAD, "model.preset": preset, "train.local-steps": steps, "train.threads": 1}
     code = f"""
 import json, sys, time
 from pathlib import Path
 import tempfile
 from feddm_flwr import architecture, data, objectives, training
 from feddm_flwr.config import parse
-config = parse({{**json.loads({json.dumps(json.dumps(OVERHEAD))}), "train.local-steps": {steps}, "train.threads": 1}})
+config = parse(json.loads({json.dumps(json.dumps(keys))}))
 device = training.prepare_process(config)
 with tempfile.TemporaryDirectory() as folder:
     own = data.load_node(config, (0, 1), None, Path(folder))
@@ -152,11 +153,12 @@ def main() -> None:
     parser.add_argument("what", choices=("overhead", "scale"))
     parser.add_argument("--nodes", type=int, help="default 10, or 1000")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--preset", default="tiny", help="model.preset of `overhead`: the smaller, the more it weighs")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
     if options.what == "overhead":
-        found = overhead(options.nodes or 10, options.steps)
+        found = overhead(options.nodes or 10, options.steps, options.preset)
     else:
         found = scale(options.nodes or 1000, options.rounds)
     if options.out:
