@@ -6,7 +6,7 @@ Simulated nodes (Flower's, two processes) answer at once with a random update of
 parameters: 8-bit for FedDM, which also keeps an average of the weights and writes a checkpoint every round,
 float32 for FedAvg. Each case is a process of its own; the memory is the peak of the one with the ServerApp, in all
 and without what it shares with Ray's processes (its object store, mapped into each of them). The pause is from the
-last reply of a round to the first message of the next one.
+last reply of a round to the first message of the next one. Medians of the rounds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from threading import Thread
 from typing import Any
 
+import machine
 import numpy as np
 import psutil
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -129,10 +131,11 @@ def fedavg(size: int, rounds: int, seconds: list[float], pauses: list[float]) ->
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        start = time.monotonic()
+        ended = [time.monotonic()]
         strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=len(list(grid.get_node_ids())))
-        strategy.start(grid, ArrayRecord([update(size, -1 % 2**32)]), num_rounds=rounds)
-        seconds.extend([(time.monotonic() - start) / rounds] * rounds)
+        weights = ArrayRecord([update(size, -1 % 2**32)])
+        strategy.start(grid, weights, num_rounds=rounds, evaluate_fn=lambda *_: ended.append(time.monotonic()))
+        seconds.extend(after - before for before, after in pairwise(ended[1:]))  # it is called before round 1 as well
 
     return server, client
 
@@ -157,9 +160,9 @@ def case(kind: str, nodes: int, size: int, rounds: int) -> None:
     run_simulation(server, client, nodes, backend_config=backend)
     assert len(seconds) == rounds, "the run failed"
     memory = {"peak_gb": round(peaks["all"] / 1e9, 3), "own_gb": round(peaks["own"] / 1e9, 3)}
-    row = {"server": kind, "nodes": nodes, **memory, "seconds": round(min(seconds), 1)}
+    row = {"server": kind, "nodes": nodes, **memory, "seconds": round(median(seconds), 1)}
     if pauses:
-        row["pause"] = round(min(pauses), 2)
+        row["pause"] = round(median(pauses), 2)
     print(json.dumps(row), flush=True)
     os._exit(0)  # Ray's processes end with this one
 
@@ -188,7 +191,7 @@ def main() -> None:
         print(f"{rows[-1]['own_gb']:6.2f} GB its own,", end=" ")
         print(f"{rows[-1]['seconds']:6.1f} s a round, pause {rows[-1].get('pause', '–')} s", flush=True)
     if options.out:
-        result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{os.cpu_count()} CPU cores", "values": size}
+        result = {**machine.facts(), "values": size}
         options.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 

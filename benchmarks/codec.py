@@ -14,10 +14,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import machine
 import psutil
 import torch
 
@@ -81,8 +81,7 @@ def main() -> None:
             flush=True,
         )
     if options.out:
-        device = torch.cuda.get_device_name() if options.device != "cpu" else "one CPU core"
-        result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device, "values": size, "rows": rows}
+        result = {**machine.facts(1), "values": size, "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -19,10 +19,10 @@ import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import torch
 
@@ -226,7 +226,7 @@ def main() -> None:
     images, _, _ = load_all(parse({**job, "data.name": options.test, "data.partition": "iid"}))
     images = images[:2048]
     results = json.loads(options.out.read_text()) if options.out.exists() else {"job": JOB, "runs": []}
-    results |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{options.processes} CPU cores"}
+    results |= machine.facts(options.processes)
     done = {(r["setting"], r["seed"]) for r in results["runs"]}
     chosen = {n: k for n, k in settings(options.setting).items() if not options.only or n in options.only.split(";")}
     with pool(options.processes) as processes:

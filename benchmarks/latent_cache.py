@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 
@@ -66,8 +65,7 @@ def main() -> None:
     ratio = round(median["encoded anew"] / median["kept"], 2)
     print(f"{options.preset}, {options.batch} images: {median} s a step: {ratio}x")
     if options.out:
-        device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device_name, "preset": options.preset}
+        result = {**machine.facts(), "preset": options.preset}
         options.out.write_text(json.dumps({**result, "seconds": median, "ratio": ratio}, indent=1) + "\n")
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from datetime import UTC, datetime
 from pathlib import Path
+
+
+def facts(cores: int | None = None) -> dict[str, str]:
+    """The date, and the machine: its GPU or processor, and its cores or those that were used."""
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{kind()}, cores: {cores or os.cpu_count()}"}
 
 
 def kind() -> str:

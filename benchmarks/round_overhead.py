@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
+
+import machine
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "deployment"))
@@ -107,7 +107,7 @@ def main() -> None:
     for name, seconds in rows.items():
         print(f"{name:22s} {statistics.median(seconds[1:]):5.1f} s a round, the first {seconds[0]:5.1f} s")
     if options.out:
-        result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{os.cpu_count()} CPU cores", "seconds": rows}
+        result = {**machine.facts(), "seconds": rows}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

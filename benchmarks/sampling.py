@@ -15,10 +15,10 @@ import json
 import os
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 from feddm_flwr import cli, data, evaluation, features, finished, pipelines, scores
@@ -74,8 +74,7 @@ def main() -> None:
             flush=True,
         )
     if options.out:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-        facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device, "samples": options.samples}
+        facts = {**machine.facts(), "samples": options.samples}
         facts |= {
             "spacing": process["timestep_spacing"],
             "run": options.run.name,

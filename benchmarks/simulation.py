@@ -20,10 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import machine
 import psutil
 from codec import one_core
 
@@ -162,7 +162,7 @@ def main() -> None:
     else:
         found = scale(options.nodes or 1000, options.rounds)
     if options.out:
-        facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{os.cpu_count()} CPU cores", **found}
+        facts = {**machine.facts(), **found}
         options.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import machine
@@ -66,8 +65,7 @@ def main() -> None:
     for name, of in medians.items():
         print("median", name, of)
     if options.out:
-        facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": f"{machine.kind()}, {os.cpu_count()} cores"}
-        text = json.dumps({**facts, "seconds": runs, "medians": medians}, indent=1)
+        text = json.dumps({**machine.facts(), "seconds": runs, "medians": medians}, indent=1)
         options.out.write_text(text + "\n", encoding="utf-8")
 
 

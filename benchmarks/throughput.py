@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -51,9 +50,8 @@ def main() -> None:
             f"{found['GFLOP per image']:.3g} GFLOP per image, {found['precision']}",
             flush=True,
         )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     if options.out:
-        text = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "device": device, "batch": options.batch, "presets": results}
+        text = {**machine.facts(), "batch": options.batch, "presets": results}
         options.out.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
 
