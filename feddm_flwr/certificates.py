@@ -156,7 +156,7 @@ def _secret(
     path: Path, key: Key, form: serialization.PrivateFormat = serialization.PrivateFormat.TraditionalOpenSSL
 ) -> Path:
     """Write a private key that only its owner can read."""
-    with whole_file(path) as file:  # made with mode 0600
+    with whole_file(path, secret=True) as file:
         file.write(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
     return path
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from feddm_flwr.config import ConfigError, RunConfig, local_path, parse
+from feddm_flwr.config import ConfigError, RunConfig, expanded, local_path, parse
 from feddm_flwr.options import parser
 
 
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        return 130
     return code
 
 
@@ -56,20 +58,25 @@ def _run(options: argparse.Namespace) -> int:
     overrides = _overrides(options.run_config)
     if options.resume:
         overrides = _resumed(options) | overrides
+    config, local = parse(overrides), launch.is_local(options.superlink)
+    for name in ("num_supernodes", "client_cpus", "client_gpus"):
+        if not local and (value := getattr(options, name)) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} = {value}: is for a simulation; a SuperLink has its nodes")
     options.num_supernodes = options.num_supernodes or 4
-    config = parse(overrides)
     options.client_cpus = options.client_cpus or config.train.threads or 1
-    local = launch.is_local(options.superlink)
     place = (launch.Simulation if local else launch.Remote)(options, launch.environment(telemetry=options.telemetry))
     overrides["run-name"] = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.out_dir).expanduser().resolve() / overrides["run-name"]
+    folder = expanded(config.out_dir).resolve() / overrides["run-name"]
     if local:
         overrides["out-dir"] = str(folder.parent)
         _check_simulation(config, options.num_supernodes, folder)
+        if not config.resume and (path := local_path(config.data.name)):  # it is resumed from anywhere
+            overrides["data.name"] = str(path.resolve())
     launch.end_by_signal()
     with place as federation:
         code = launch.follow(app, federation, overrides, config, verbose=options.verbose)
-    if code == launch.STOPPED and local and folder.is_dir():
+    # A run that was over, and one that another process has open, stay what they are.
+    if code == launch.STOPPED and local and tracking.status_of(folder) in ("stopped", "failed"):
         tracking.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
     if code and (folder / "checkpoints").is_dir():
@@ -107,9 +114,21 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         raise ConfigError(f"run-name = {config.run_name!r}: {folder} exists; choose another name")
     if config.resume and not folder.exists():
         raise ConfigError(f"run-name = {config.run_name!r} with resume = true: there is no {folder}")
-    for key, value in (("min-nodes", config.min_nodes), ("min-replies", config.min_replies)):
-        if value > nodes:
-            raise ConfigError(f"{key} = {value} is not allowed: must be at most --num-supernodes = {nodes}")
+    if config.min_nodes > nodes:
+        raise ConfigError(f"min-nodes = {config.min_nodes} is not allowed: must be at most --num-supernodes = {nodes}")
+    if config.min_replies > (asked := max(1, round(config.fraction_train * nodes))):
+        raise ConfigError(
+            f"min-replies = {config.min_replies} is not allowed: must be at most {asked}, the nodes of a round "
+            f"(fraction-train = {config.fraction_train} of --num-supernodes = {nodes})"
+        )
+    known = folder / "nodes.json"
+    before = len(json.loads(known.read_text(encoding="utf-8"))) if config.resume and known.is_file() else nodes
+    if before != nodes:
+        raise ConfigError(
+            f"--num-supernodes = {nodes}: the run to resume has {before}; its images would be shared out anew"
+        )
+    if (path := local_path(config.data.name)) and not path.exists():
+        raise ConfigError(f"data.name = {config.data.name!r}: no such file or folder")
     for key, name in (
         ("model.autoencoder", config.model.autoencoder),
         ("model.init-from", config.model.init_from),
@@ -178,6 +197,8 @@ def _sample(options: argparse.Namespace) -> int:
     output, as_folder = Path(options.output), options.output.endswith(("/", os.sep)) or Path(options.output).is_dir()
     if as_folder:
         _check_folder(output, f"--output = {options.output!r}")
+        if any(output.glob("*.png")):
+            raise ConfigError(f"--output = {options.output!r}: has images already; choose another folder")
     else:
         _check_output(output, ".png", ".npz", "/")
     import numpy as np
@@ -199,14 +220,15 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    run = options.model / "config.toml"
+    places = (options.model, options.model.parent)  # a run's folder, or its model/ or best/
+    run = next((file for place in places if (file := place / "config.toml").is_file()), None)
     if options.samples < 10:
         raise ConfigError(f"--samples = {options.samples}: must be at least 10, fewer cannot be compared")
     if options.features_from and options.features != "dinov2":
         raise ConfigError(f"--features-from = {options.features_from!r}: is for --features dinov2 only")
     if options.output:
         _check_output(options.output, ".json")
-    config = parse(_overrides([*([str(run)] if run.is_file() else []), *options.run_config]))
+    config = parse(_overrides([*([str(run)] if run else []), *options.run_config]))
     from feddm_flwr import finished, scores
 
     result = finished.evaluate(
@@ -288,8 +310,12 @@ def _report(options: argparse.Namespace) -> int:
         if not (run / "config.toml").is_file():
             raise ConfigError(f"RUN = {str(run)!r}: not a run's folder (no config.toml)")
     runs = [run.resolve() for run in options.run]
+    if len(runs) == 1 and options.output:
+        raise ConfigError(f"--output = {str(options.output)!r}: is for several runs; one has its report in its folder")
+    page = options.output or Path("comparison.html")
+    _check_output(page, ".html")
     try:
-        print(report.write(runs[0]) if len(runs) == 1 else report.write_comparison(runs, options.output))
+        print(report.write(runs[0]) if len(runs) == 1 else report.write_comparison(runs, page))
     except ValueError as error:
         raise ConfigError(f"RUN: {error}") from error
     return 0

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -27,8 +28,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from feddm_flwr.config import ConfigError, flatten, parse
-from feddm_flwr.tracking import flat, read_metrics, status_of, total_bytes
+from feddm_flwr.tracking import flat, nest, read_metrics, status_of, total_bytes
+from feddm_flwr.whole_file import whole_file
 
 Keys = dict[str, Any]
 
@@ -130,11 +134,17 @@ def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | 
         raise ConfigError(
             f"{name}: common must be a table, runs and conditions tables of tables, with one run at least"
         )
+    for what, table in (("condition", tables[2]), ("run", tables[1])):
+        for own_name, own in table.items():
+            if twice := sorted({*flat(own)} & {*common}):
+                raise ConfigError(
+                    f"{twice[0]} = {common[twice[0]]!r}: the {what} {own_name!r} of {name} sets it; leave it out"
+                )
     found: list[Cell] = []
     for seed in numbers:
         for condition, under in (tables[2] or {"": {}}).items():
             for run, own in tables[1].items():
-                keys = {**_JUDGED, **flat(tables[0]), **flat(under), **flat(own), **common, "seed": seed}
+                keys = {**_JUDGED, **flat(tables[0]), **common, **flat(under), **flat(own)}
                 alone = keys.get("centralized")
                 cell = _cell(condition, run, seed, count, keys)
                 same = (c.name for c in found if alone and (c.nodes, c.keys) == (cell.nodes, cell.keys))
@@ -155,8 +165,11 @@ def _file(name: str) -> dict[str, Any]:
 
 
 def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
-    if own := {"run-name", "out-dir", "resume"} & {*keys}:
-        raise ConfigError(f"run {run!r}: {sorted(own)[0]} is not allowed: the comparison decides it")
+    if own := {"run-name", "out-dir", "resume", "seed"} & {*keys}:
+        raise ConfigError(
+            f"run {run!r}: {sorted(own)[0]} is not allowed: the comparison decides it (--seeds, --output)"
+        )
+    keys["seed"] = seed
     centralized = keys.pop("centralized", False)
     if not isinstance(centralized, bool):
         raise ConfigError(f"run {run!r}: centralized = {centralized!r} is not allowed: must be true or false")
@@ -170,29 +183,30 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
         keys |= {"train.local-steps": asked * config.train.local_steps, "train.max-seconds": 0.0}
         keys["round-timeout"] = asked * config.round_timeout
         nodes = 1
+    cell = Cell(condition, run, seed, nodes, keys)
     try:
-        parse(keys)
+        parse({**keys, "run-name": cell.name})
     except ConfigError as error:
         raise ConfigError("\n".join(f"run {run!r}: {line}" for line in str(error).splitlines())) from error
-    return Cell(condition, run, seed, nodes, keys)
+    return cell
 
 
 def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
     """Do a run in `folder`, or go on with it, unless it is done; `feddm` is the command line. Its exit code.
 
     Raises:
-        ConfigError: the folder has a run of that name with other keys.
+        ConfigError: the folder has a run of that name with other keys, or with unknown ones.
     """
     run, asked = folder / cell.name, folder / f"{cell.name}.json"
-    wanted = json.dumps({"nodes": cell.nodes, "keys": flatten(parse(cell.keys))}, sort_keys=True)
-    if run.is_dir() and asked.exists() and (before := asked.read_text(encoding="utf-8")) != wanted:
-        now, was = (flat(json.loads(text)) for text in (wanted, before))
-        names = sorted(key for key in {*now, *was} if now.get(key) != was.get(key))
-        changed = "".join(f"\n  {k.removeprefix('keys.')} = {now.get(k)!r}, was {was.get(k)!r}" for k in names)
-        raise ConfigError(
-            f"{run}: was run with other keys; choose another --output, or remove it and {asked.name}{changed}"
-        )
-    asked.write_text(wanted, encoding="utf-8")
+    wanted = {"nodes": cell.nodes, "keys": flatten(parse(cell.keys))}
+    if run.is_dir():
+        now, was = flat(wanted), _asked(run, asked)
+        if names := sorted(key for key in {*now, *was} if now.get(key) != was.get(key)):
+            changed = "".join(f"\n  {k.removeprefix('keys.')} = {now.get(k)!r}, was {was.get(k)!r}" for k in names)
+            raise ConfigError(f"{run}: was run with other keys; choose another --output, or remove it{changed}")
+    else:
+        with whole_file(asked) as file:
+            file.write(json.dumps(wanted, sort_keys=True).encode())
     if status_of(run) == "completed":
         return 0
     if run.is_dir() and not any(run.glob("checkpoints/round-*")):  # it ended before there was anything to go on with
@@ -202,9 +216,22 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
     else:
         threads = {"train.threads": os.cpu_count() or 1} if cell.nodes == 1 else {}  # nobody else needs the cores
         keys = {**threads, **cell.keys, "run-name": cell.name, "out-dir": str(folder)}
-        said = [part for key, value in keys.items() for part in ("-c", f"{key}={json.dumps(value)}")]
-        code = feddm(["run", "local", "--num-supernodes", str(cell.nodes), *said])
+        with tempfile.TemporaryDirectory(prefix="feddm-") as place:
+            file = Path(place, "run.toml")
+            file.write_text(tomli_w.dumps(nest(keys)), encoding="utf-8")
+            code = feddm(["run", "local", "--num-supernodes", str(cell.nodes), "-c", str(file)])
     return code or (0 if status_of(run) == "completed" else 1)
+
+
+def _asked(run: Path, file: Path) -> Keys:
+    """What a run was started with, by its file."""
+    try:
+        return flat(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{run}: {file.name}, the keys that it was run with, is missing or damaged; choose another --output, or "
+            "remove the run"
+        ) from error
 
 
 def result(cell: Cell, folder: Path) -> dict[str, Any]:

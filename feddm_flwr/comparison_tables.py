@@ -18,7 +18,7 @@ def markdown(results: Results) -> str:
     for condition in dict.fromkeys(r["condition"] for r in results):
         own = [r for r in results if r["condition"] == condition]
         all_images = [r for r in own if _centralized(r) and r["fid"] is not None]
-        base = [r["fid"] for r in all_images]
+        base = _base(all_images)
         lines = [f"**{condition}**\n"] if condition else []
         lines.append("| run | FID | least | over centralized | KID | coverage | held-out loss | up | down | seeds |")
         lines.append("|---|---|---|---|---|---|---|---|---|---|")
@@ -84,8 +84,7 @@ def plots(results: Results, folder: Path) -> list[Path]:
         for ax, condition in zip(axes, conditions, strict=True):
             for r in (r for r in judged if r["condition"] == condition and not _centralized(r)):
                 ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
-            base = [r["fid"] for r in judged if r["condition"] == condition and _centralized(r)]
-            if base:
+            if base := _base([r for r in judged if r["condition"] == condition and _centralized(r)]):
                 ax.axhline(mean(base), color="grey", linestyle="--", label="centralized")
             ax.set(xscale="log", xlabel="megabytes, both ways, all nodes", title=condition)
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -115,6 +114,11 @@ def plots(results: Results, folder: Path) -> list[Path]:
         if len(conditions) > 1:
             draw("fid-by-condition", 1, by_condition)
     return written
+
+
+def _base(centralized: Results) -> list[float]:
+    """The FIDs that the others' are divided by: those of the one run on all images, by seed."""
+    return [r["fid"] for r in centralized] if len({r["run"] for r in centralized}) == 1 else []
 
 
 def _centralized(result: dict[str, Any]) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "RunConfig",
     "defaults",
     "derive_seed",
+    "expanded",
     "flatten",
     "local_path",
     "local_steps",
@@ -115,8 +116,20 @@ def local_steps(config: RunConfig, images: int) -> int:
 
 def local_path(name: str) -> Path | None:
     """The path that a name means; None where it is an id on a hub."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path if path.exists() or path.is_absolute() or name.startswith((".", "~")) else None
+
+
+def expanded(name: str) -> Path:
+    """A path with the home folder in place of `~`.
+
+    Raises:
+        ConfigError: there is no such home folder.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r}: {name.partition('/')[0]!r} is nobody's home folder here") from error
 
 
 def derive_seed(*parts: object) -> int:

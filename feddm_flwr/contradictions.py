@@ -5,9 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from feddm_flwr.keys import RunConfig
+from feddm_flwr.keys import KEYS, RunConfig
 
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
+#: Keys that act with some values of another only; elsewhere they must be what they are by default.
+_PARTITIONS = {
+    "alpha": "dirichlet",
+    "classes-per-node": "pathological",
+    "shards-per-node": "shard",
+    "natural-column": "natural",
+}
 
 
 def contradictions(c: RunConfig) -> Iterator[str]:
@@ -18,7 +25,7 @@ def contradictions(c: RunConfig) -> Iterator[str]:
             "exactly one of them must be above 0"
         )
     if not re.fullmatch(_RUN_NAME, c.run_name):
-        yield f"run-name = {c.run_name!r} is not allowed: must be letters, digits, '_', '-' or '.', not first"
+        yield f"run-name = {c.run_name!r} is not allowed: must be at most 128 letters, digits, _, - or ., not first"
     if c.strategy == "feddm-prox" and c.train.mu == 0:
         yield "train.mu = 0.0 with strategy = 'feddm-prox': must be above 0, or use feddm-vanilla"
     if c.strategy != "feddm-prox" and c.train.mu > 0:
@@ -59,12 +66,32 @@ def contradictions(c: RunConfig) -> Iterator[str]:
             f"server.aggregation = {c.server.aggregation!r} with codec.uplink = {c.codec.uplink!r}: must be mean; "
             "most values of such an update are 0, and so would be the median"
         )
+    yield from _without_effect(c)
     yield from _about_models(c)
     if c.sample.steps > c.diffusion.timesteps:
         yield (
             f"sample.steps = {c.sample.steps} is not allowed: "
             f"must be at most diffusion.timesteps = {c.diffusion.timesteps}"
         )
+
+
+def _without_effect(c: RunConfig) -> Iterator[str]:
+    """Keys that a user set for nothing: what was meant is another run."""
+    for name, partition in _PARTITIONS.items():
+        value = getattr(c.data, name.replace("-", "_"))
+        if c.data.partition != partition and value != KEYS[f"data.{name}"].default:
+            yield f"data.{name} = {value!r} with data.partition = {c.data.partition!r}: acts with {partition!r} only"
+    if c.server.momentum and c.server.optimizer == "averaging":
+        yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
+    if c.server.aggregation != "trimmed-mean" and c.server.trim_share != KEYS["server.trim-share"].default:
+        yield (
+            f"server.trim-share = {c.server.trim_share} with server.aggregation = {c.server.aggregation!r}: acts with "
+            "'trimmed-mean' only"
+        )
+    for name, codec in (("topk-share", "topk"), ("topk-bits", "topk"), ("budget-ratio", "budget")):
+        value = getattr(c.codec, name.replace("-", "_"))
+        if codec not in (c.codec.uplink, c.codec.downlink) and value != KEYS[f"codec.{name}"].default:
+            yield f"codec.{name} = {value} without the codec {codec!r} in either direction: acts with it only"
 
 
 def _about_models(c: RunConfig) -> Iterator[str]:

@@ -25,7 +25,7 @@ class How:
 
     scheduler: str
     steps: int
-    guidance: float
+    guidance: float | None  # of classes; None: 2 where the model knows some
     seed: int
 
 
@@ -57,6 +57,9 @@ def draw(
     limit = pipeline.scheduler.config.num_train_timesteps
     if how.steps > limit:
         raise ConfigError(f"--steps = {how.steps}: must be at most {limit}, the model's noise levels")
+    names = pipelines.class_names(pipeline)
+    if not names and how.guidance not in (None, 1.0):
+        raise ConfigError(f"--guidance = {how.guidance:g}: the model knows no classes")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     return evaluation.sample(
         pipeline.unet,
@@ -64,8 +67,8 @@ def draw(
         count,
         how.steps,
         how.seed,
-        labels=_labels(of_class, count, pipelines.class_names(pipeline), like),
-        guidance=how.guidance,
+        labels=_labels(of_class, count, names, like),
+        guidance=2.0 if how.guidance is None else how.guidance,
         autoencoder=pipelines.autoencoder(pipeline),
         scheduler=how.scheduler,
     )
@@ -87,7 +90,7 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
     if fake.shape[1:] != real.shape[1:]:
         raise ConfigError(
             f"data.name = {config.data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
-            "(channels, height, width): set data.image-size and data.channels"
+            "(channels, height, width): name the images with data.name, or set data.image-size and data.channels"
         )
     return {
         **scores.compare(

@@ -67,7 +67,7 @@ def is_local(superlink: str | None) -> bool:
     name = superlink or connections.get("default", "local")
     if name == "local" and name not in connections:
         return True
-    if name not in connections:
+    if not isinstance(connections.get(name), dict):
         known = ", ".join(k for k in connections if k != "default") or "none"
         raise ConfigError(f"SUPERLINK = {name!r}: no such connection in {file}; it has {known}")
     return str(connections[name].get("address", ":local:")).startswith(":local")
@@ -174,7 +174,7 @@ class Simulation:
             except OSError:
                 time.sleep(0.1)
         tail = (self._home / "superlink.log").read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"the simulation's SuperLink did not start:\n{tail}")
+        raise ChildProcessError(f"the simulation's SuperLink did not start:\n{tail}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

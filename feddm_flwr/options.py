@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", parents=[drawn], help="draw images from a trained model")
     sample.add_argument("-n", "--count", type=_positive, default=64, metavar="N", help="images (default 64)")
     sample.add_argument("--class", dest="of_class", metavar="CLASS", help="name or number (default: all, in turns)")
-    sample.add_argument("--guidance", type=_guidance, default=2.0, metavar="W", help="of a class; 1: none (default 2)")
+    sample.add_argument("--guidance", type=_guidance, metavar="W", help="of a class; 1: none (default 2)")
     sample.add_argument(
         "-o",
         "--output",
@@ -122,9 +122,7 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write a run's report.html again, or a page that compares several runs")
     report.add_argument("run", type=Path, nargs="+", help="a run's folder")
-    report.add_argument(
-        "-o", "--output", type=Path, default=Path("comparison.html"), help="the page of several runs (comparison.html)"
-    )
+    report.add_argument("-o", "--output", type=Path, help="the page of several runs (x.html; default comparison.html)")
 
     compare = commands.add_parser(
         "compare", parents=[keys], help="several strategies, codecs, partitions and seeds side by side"

@@ -15,11 +15,12 @@ _FREE = {
 }  # fmt: skip
 
 
-def check_same_run(config: RunConfig, before: Mapping[str, object]) -> None:
-    """Compare a configuration with the flat one of a checkpoint.
+def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -> None:
+    """Compare a configuration with the flat one of a checkpoint, of which so many rounds are `done`.
 
     Raises:
-        ConfigError: one line for each key that is not the same and decides what the weights become.
+        ConfigError: one line for each key that is not the same and decides what the weights become, or fewer rounds
+            are asked for.
     """
     now = flatten(config)
     free = _FREE | ({"num-server-rounds"} if config.train.lr_schedule == "constant" else set())
@@ -28,5 +29,7 @@ def check_same_run(config: RunConfig, before: Mapping[str, object]) -> None:
         for name in sorted({*now, *before} - free)
         if now.get(name) != before.get(name)
     ]
+    if config.num_server_rounds < done:
+        problems.append(f"num-server-rounds = {config.num_server_rounds}: must be at least {done}, which are done")
     if problems:
         raise ConfigError("\n".join(problems))

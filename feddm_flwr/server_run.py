@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from feddm_flwr import architecture, assets, checkpoint, costs, evaluation, model, pipelines, report
 from feddm_flwr.collection import simulated
-from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.config import RunConfig, expanded, flatten, parse
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import Values
 from feddm_flwr.judge import Judge, final
@@ -38,11 +38,11 @@ def main(grid: Grid, context: Context) -> None:
     _log_to_stdout()
     config = parse(context.run_config)
     name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunDirectory(Path(config.out_dir).expanduser().resolve() / name, resume=config.resume)
+    run = RunDirectory(expanded(config.out_dir).resolve() / name, resume=config.resume)
     kept = replace(config, run_name="", resume=False)  # as another run would be started with it
     found = checkpoint.newest(run.checkpoints) if config.resume else None
     if found:
-        check_same_run(config, found.facts["config"])
+        check_same_run(config, found.facts["config"], found.round)
         log.info("resumed after round %d", found.round)
     run.begin(flatten(kept), found.round if found else None, config.tracker)
     with _accounted(run), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from feddm_flwr.config import ConfigError, RunConfig, local_path
+from feddm_flwr.config import ConfigError, RunConfig, expanded, local_path
 from feddm_flwr.images import ENDINGS, Decoded, Images, decode, fit
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def stamp_of(name: str) -> str:
     """What changes when a file does that is there by this name, or below it; "" where there is none."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.exists():
         return ""
     digest = hashlib.sha256()
@@ -111,7 +111,7 @@ def _open(config: RunConfig, name: str, origin: str, scratch: Path | None, stamp
     own = scratch is not None
     if name == "digits" and not own:
         return _digits(config, origin)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir() and not sorted(path.glob("*.parquet")):
         below = _split({p.name: [p] for p in sorted(path.glob("[!.]*")) if p.is_dir()}, config.data.split, origin)
         return _folder(config, below[0] if below else path, origin, own, stamp)

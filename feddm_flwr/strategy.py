@@ -29,7 +29,7 @@ from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_upd
 from feddm_flwr.broadcast import Broadcast
 from feddm_flwr.checkpoint import Checkpoint
 from feddm_flwr.collection import Traffic, collect
-from feddm_flwr.config import RunConfig, derive_seed, local_steps
+from feddm_flwr.config import RunConfig, derive_seed, expanded, local_steps
 from feddm_flwr.exchange import FrameError, Values, channel
 from feddm_flwr.messages import Failure, clean
 from feddm_flwr.nodes import Node, Roster, RunFailedError
@@ -201,7 +201,7 @@ class FedDM:
                 start += len(chunk)
 
         trim = 0.5 if s.aggregation == "median" else s.trim_share
-        return RobustMean(size, trim, updates, Path(self.config.out_dir).expanduser())
+        return RobustMean(size, trim, updates, expanded(self.config.out_dir))
 
     def _base(self, part: str, received: Values) -> Values | None:
         """What is subtracted from what nodes send to have their update."""

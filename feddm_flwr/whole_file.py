@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,22 +17,24 @@ _FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which is put in place under its name when the block ends without an error.
+def whole_file(path: Path, *, secret: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to, which is put in place under its name when the block ends without an error. A `secret` one
+    only its owner can read; others whoever the umask lets.
 
     Raises:
         OSError: the disk is full, say; an earlier file of that name is untouched then.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
+    unfinished = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
+    handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        unfinished.replace(path)
         _sync(path.parent)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ import pytest
 from PIL import Image
 
 from feddm_flwr import cli, launch
+from feddm_flwr.config import ConfigError, flatten, parse
+from feddm_flwr.nodes import Node
 from feddm_flwr.options import parser
+from feddm_flwr.tracking import RunDirectory, status_of, write_status
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -234,6 +238,15 @@ def test_a_second_run_of_a_process_can_be_stopped_as_the_first() -> None:
         (["sample", "x", "--guidance", "nan"], "--guidance: invalid number that is not negative value: 'nan'"),
         (["sample", "x", "-o", "/dev/null/x.png"], "--output = '/dev/null/x.png': nothing can be written there"),
         (["report", "nothing"], "RUN = 'nothing': not a run's folder"),
+        (
+            ["run", "-c", 'data.name="./no" data.image-size=8 data.channels=1'],
+            "data.name = './no': no such file or folder",
+        ),
+        (
+            ["run", "-c", "fraction-train=0.5 min-replies=4"],
+            "min-replies = 4 is not allowed: must be at most 2, the nodes of a round (fraction-train = 0.5",
+        ),
+        (["run", "-c", 'out-dir="~nobody-at-all/x"'], "'~nobody-at-all/x': '~nobody-at-all' is nobody's home folder"),
     ],
 )
 def test_wrong_input_is_refused_at_once(
@@ -252,6 +265,42 @@ def test_wrong_input_is_refused_at_once(
     assert code == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flower_default_is_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    (tmp_path / "config.toml").write_text('[superlink]\ndefault = "site"\n[superlink.site]\naddress = "127.0.0.1:1"\n')
+    assert not launch.is_local(None)
+    with pytest.raises(ConfigError, match="SUPERLINK = 'default': no such connection"):
+        launch.is_local("default")
+    assert cli.main(["run", "--num-supernodes", "3"]) == 2
+
+
+def test_what_was_over_stays_so_when_its_resumption_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.begin(flatten(parse({})), None)
+    run.log_nodes([asdict(Node(f"node-{i}", 9, 1, {})) for i in range(4)])
+    monkeypatch.setattr(launch.Simulation, "_wait", lambda self, port: signal.raise_signal(signal.SIGINT))
+    for before in ("running", "completed", "failed"):
+        if before != "running":  # then another process, this one, has it open
+            run.finish(before)
+        assert cli.main(["run", "--resume", str(run.path)]) == 130
+        assert status_of(run.path) == before
+    monkeypatch.setattr(launch.Simulation, "_wait", lambda self, port: None)
+    monkeypatch.setattr(launch, "follow", lambda *_, **__: launch.STOPPED)
+    run.finish("completed")
+    assert cli.main(["run", "--resume", str(run.path)]) == 130
+    assert status_of(run.path) == "completed"
+    write_status(run.path, "running")  # and nobody has it open: it was killed
+    assert cli.main(["run", "--resume", str(run.path)]) == 130
+    assert json.loads((run.path / "status.json").read_text())["status"] == "stopped"
+    capsys.readouterr()
+    assert cli.main(["run", "--resume", str(run.path), "--num-supernodes", "8"]) == 2
+    assert "--num-supernodes = 8: the run to resume has 4; its images would be shared" in capsys.readouterr().err
+    assert cli.main(["report", str(run.path), "-o", "x.html"]) == 2
+    assert "--output = 'x.html': is for several runs" in capsys.readouterr().err
 
 
 def test_a_run_never_writes_over_another(vanilla: Path, folder: Path) -> None:

@@ -243,13 +243,15 @@ def test_a_node_whose_reply_was_dropped_still_has_what_the_last_durable_checkpoi
 
 def test_a_configuration_that_contradicts_the_checkpoint_is_refused_with_the_difference() -> None:
     before = flatten(config())
-    check_same_run(config(run_name="x", resume=True, round_timeout=5.0, sample__every=0, keep_checkpoints=9), before)
+    check_same_run(config(run_name="x", resume=True, round_timeout=5.0, sample__every=0, keep_checkpoints=9), before, 1)
     with pytest.raises(ConfigError) as caught:
-        check_same_run(config(seed=1, train__local_steps=9, num_server_rounds=7), before)
+        check_same_run(config(seed=1, train__local_steps=9, num_server_rounds=7), before, 1)
     assert str(caught.value).splitlines() == [
         "num-server-rounds = 7: was 2 in the run to resume, and must stay so",
         "seed = 1: was 0 in the run to resume, and must stay so",
         "train.local-steps = 9: was 3 in the run to resume, and must stay so",
     ]
     steady = {"train__lr_schedule": "constant"}
-    check_same_run(config(num_server_rounds=7, **steady), flatten(config(**steady)))
+    check_same_run(config(num_server_rounds=7, **steady), flatten(config(**steady)), 2)
+    with pytest.raises(ConfigError, match="num-server-rounds = 3: must be at least 5, which are done"):
+        check_same_run(config(num_server_rounds=3, **steady), flatten(config(**steady)), 5)

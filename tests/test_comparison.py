@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ def test_fids_of_other_images_or_samples_are_not_divided() -> None:
     assert [line.split("|")[4].strip() for line in lines[2:6]] == ["1.000", "2.000", "–", "–"]
 
 
+def test_fids_are_divided_by_one_centralized_run() -> None:
+    row = {"condition": "", "kid": None, "coverage": None, "eval_loss": None, "features": "x", "samples": 9, "real": []}
+    sent = {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
+    runs = (("one", 1, 1.0), ("two", 1, 9.0), ("vanilla", 4, 5.0))
+    rows = [{**row, **sent, "run": run, "nodes": nodes, "fid": fid} for run, nodes, fid in runs]
+    assert [line.split("|")[4].strip() for line in comparison_tables.markdown(rows).splitlines()[2:5]] == ["–"] * 3
+
+
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(FILE)
     cell = comparison.cells(str(tmp_path / "x.toml"), QUICK, None, None)[0]
@@ -135,6 +144,12 @@ def test_presets_are_valid_and_say_so_where_a_file_is_not(name: str) -> None:
         ("[runs.x", "cannot be read"),
         ("[runs.x]\ncentralized = 'no'", "run 'x': centralized = 'no' is not allowed: must be true or false"),
         ("[runs.x]\nresume = true", "run 'x': resume is not allowed: the comparison decides it"),
+        ("common = { seed = 5 }\n[runs.x]", "run 'x': seed is not allowed: the comparison decides it (--seeds"),
+        (
+            "[runs.x]\n[conditions.'.1']",
+            "run 'x': run-name = '.1-x-seed-0' is not allowed: must be at most 128 letters",
+        ),
+        ("[runs.x]\n[conditions.even]\ndata.alpha = 100.0", "run 'x': data.alpha = 100.0 with data.partition = 'iid'"),
         ("num-supernodes = 0\n[runs.x]", "num-supernodes = 0 is not allowed: must be an integer at least 1"),
         (
             "[runs.'a b']\n[runs.'a-b']\nstrategy = 'feddm-lean'",
@@ -146,6 +161,30 @@ def test_a_wrong_file_is_named(text: str, said: str, tmp_path: Path, capsys: pyt
     (tmp_path / "x.toml").write_text(text)
     assert cli.main(["compare", str(tmp_path / "x.toml"), "-o", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "keys", "said"),
+    [
+        ("non-iid", {"data.alpha": 0.1}, "data.alpha = 0.1: the condition 'dirichlet 0.3' of non-iid sets it"),
+        ("codecs", {"strategy": "feddm-quant"}, "strategy = 'feddm-quant': the run 'quant' of codecs sets it"),
+        ("paper", {"seed": 7}, "run 'centralized': seed is not allowed: the comparison decides it"),
+    ],
+)
+def test_what_tells_the_runs_apart_cannot_be_overridden(preset: str, keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        comparison.cells(preset, keys, None, None)
+
+
+@pytest.mark.parametrize("kept", [None, "", '{"nodes": 4'])
+def test_a_run_of_unknown_keys_is_nobodys_result(kept: str | None, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(FILE)
+    cell = comparison.cells(str(tmp_path / "x.toml"), QUICK, None, None)[0]
+    (tmp_path / cell.name).mkdir()
+    if kept is not None:
+        (tmp_path / f"{cell.name}.json").write_text(kept)
+    with pytest.raises(ConfigError, match=rf"{cell.name}.json, the keys that it was run with, is missing or damaged"):
+        comparison.do(cell, tmp_path, lambda arguments: 0)
 
 
 def test_means_are_over_seeds() -> None:

@@ -137,7 +137,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"strategy": "feddm-prox", "train__mu": 0.0}, "must be above 0, or use feddm-vanilla"),
         ({"codec__uplink": "int8"}, "codec.uplink = 'int8'"),
         ({"strategy": "feddm-quant", "codec__uplink": "none", "codec__downlink": "none"}, "use feddm-vanilla"),
-        ({"run_name": "../x"}, "run-name = '../x' is not allowed: must be letters"),
+        ({"run_name": "../x"}, "run-name = '../x' is not allowed: must be at most 128 letters"),
         ({"data__image_size": 9}, "data.image-size = 9 is not divisible by 2"),
         ({"data__image_size": 28, "model__block_channels": "32,32,32,32"}, "not divisible by 8"),
         ({"model__block_channels": "32,30"}, "each must be a multiple of model.norm-groups = 8"),

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "contradictions": {"keys"},
     "config": {"contradictions", "keys", "presets", "schema"},
     "charts": {"tracking"},
-    "comparison": {"config", "tracking"},
+    "comparison": {"config", "tracking", "whole_file"},
     "comparison_tables": set(),
     "report": {"charts", "config", "report_page", "tracking", "whole_file"},
     "packing": {"wire"},
