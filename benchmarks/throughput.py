@@ -69,6 +69,7 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
             "train.precision": options.precision,
             "train.threads": options.threads,
             "diffusion.prediction": "epsilon",
+            "diffusion.schedule": "linear",
         }
     )
     device = training.prepare_process(config)

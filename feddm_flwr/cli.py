@@ -129,6 +129,8 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         )
     if (path := local_path(config.data.name)) and not path.exists():
         raise ConfigError(f"data.name = {config.data.name!r}: no such file or folder")
+    if path and folder.is_relative_to(path.resolve()):
+        raise ConfigError(f"out-dir = {config.out_dir!r}: lies in data.name = {config.data.name!r}; grids are images")
     for key, name in (
         ("model.autoencoder", config.model.autoencoder),
         ("model.init-from", config.model.init_from),

@@ -217,9 +217,9 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
         threads = {"train.threads": os.cpu_count() or 1} if cell.nodes == 1 else {}  # nobody else needs the cores
         keys = {**threads, **cell.keys, "run-name": cell.name, "out-dir": str(folder)}
         with tempfile.TemporaryDirectory(prefix="feddm-") as place:
-            file = Path(place, "run.toml")
-            file.write_text(tomli_w.dumps(nest(keys)), encoding="utf-8")
-            code = feddm(["run", "local", "--num-supernodes", str(cell.nodes), "-c", str(file)])
+            chosen = Path(place, "run.toml")
+            chosen.write_text(tomli_w.dumps(nest(keys)), encoding="utf-8")
+            code = feddm(["run", "local", "--num-supernodes", str(cell.nodes), "-c", str(chosen)])
     return code or (0 if status_of(run) == "completed" else 1)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from feddm_flwr.contradictions import contradictions
-from feddm_flwr.keys import CODECS, KEYS, NODE_NAME, NOISE_LEVELS, SCHEDULERS, Codec, RunConfig
+from feddm_flwr.keys import CODECS, KEYS, NODE_NAME, NOISE_LEVELS, SCHEDULERS, Codec, RunConfig, class_name
 from feddm_flwr.presets import ARCHITECTURE, decided
 from feddm_flwr.schema import PRESET, ConfigError, Scalar, sections
 
@@ -27,6 +27,7 @@ __all__ = [
     "Codec",
     "ConfigError",
     "RunConfig",
+    "class_name",
     "defaults",
     "derive_seed",
     "expanded",

@@ -53,6 +53,11 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield f"codec.uplink = 'none', codec.downlink = 'none' with strategy = {c.strategy!r}: use feddm-vanilla"
     if not c.data.name.strip():
         yield "data.name = '' is not allowed: must be digits, an id of a hub, a folder, or parquet files"
+    if (c.diffusion.prediction, c.diffusion.schedule) == ("epsilon", "cosine") and not c.model.init_from:
+        yield (
+            "diffusion.prediction = 'epsilon' with diffusion.schedule = 'cosine': its noisiest level magnifies errors "
+            "of the network a thousandfold; use v, or the linear schedule"
+        )
     if c.model.resnet_resampling and not any(c.model.attention):
         yield "model.resnet-resampling = true with no attention in model.attention: acts on levels with attention only"
     if c.data.channels == 2:

@@ -33,6 +33,7 @@ log = logging.getLogger("feddm")
 
 #: What of a folder counts as an image.
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation
 _AT_A_TIME = 256  # images in memory at a time
 _SAY_EVERY = 10.0  # seconds
 
@@ -46,10 +47,13 @@ def fit(data: Data, image: Image.Image) -> Images:
     size = data.image_size
     if image.mode == "F":
         raise ValueError("floating-point pixels are not supported: their range is unknown")
+    white = 65535 if image.format == "PPM" else data.white  # which says what is white, and Pillow stretches it to that
+    black_is_high = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # some X-rays; Pillow heeds it for 8 bits only
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow also calls 32
-        scaled = np.asarray(image).astype(np.float64) * (255 / data.white)
-        image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+        scaled = np.asarray(image).astype(np.float64) * (255 / white)
+        scaled = scaled.round().clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(255 - scaled if black_is_high else scaled)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
 
 from feddm_flwr.presets import MODELS, STRATEGIES
@@ -56,7 +57,11 @@ class Data:
         "names of all classes of the federation, separated by commas, for model.class-conditional (preset: known data "
         "sets' own)",
     )
-    white: int = key(65535, "value that is white in grey images of more than 8 bits: 4095 for 12-bit X-rays", low=256)
+    white: int = key(
+        65535,
+        "value that is white in grey images of more than 8 bits: 4095 for 12-bit X-rays; PGM says its own",
+        low=256,
+    )
     flip: bool = key(PRESET, "mirror training images left to right at random")
     eval_fraction: float = key(0.1, "share of its images that a node holds out for `eval_loss`", low=0, below=1)
     max_broken: float = key(0.01, "share of a node's images that are skipped where they cannot be read", low=0, below=1)
@@ -64,7 +69,12 @@ class Data:
     @property
     def class_names(self) -> tuple[str, ...]:
         """`classes` one by one; the place of a class is its label."""
-        return tuple(name.strip() for name in self.classes.split(",") if name.strip())
+        return tuple(class_name(name) for name in self.classes.split(",") if name.strip())
+
+
+def class_name(text: str) -> str:
+    """A class as it is compared: a Mac writes an umlaut of a folder's name as two characters."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,14 @@ class Denoising:
     @torch.no_grad()
     def fixed_losses(self, network: nn.Module, limit: int, name: str) -> Tensor:
         """The squared errors of the first `limit` examples, (B,), with noise and timesteps that are the same in every
-        round: the timesteps are spread evenly over 0..T-1, in order, and weigh alike."""
+        round: the timesteps are the middles of equal parts of 0..T, in order, so that few stand for all."""
         size = min(limit, len(self))
         network.eval()
         random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "held-out loss"))
         index = torch.arange(size, device=self._device)
         x0 = self._examples.fixed(index)
         noise = torch.randn(x0.shape, generator=random).to(self._device)
-        spread = np.linspace(0, self._config.diffusion.timesteps - 1, size).round().astype(np.int64)
+        spread = ((np.arange(size) + 0.5) * (self._config.diffusion.timesteps / size)).astype(np.int64)
         drawn = (x0, torch.from_numpy(spread).to(self._device), noise, self._labels[index])
         pieces = zip(
             *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from feddm_flwr.config import ConfigError, RunConfig, expanded, local_path
+from feddm_flwr.config import ConfigError, RunConfig, class_name, expanded, local_path
 from feddm_flwr.images import ENDINGS, Decoded, Images, decode, fit
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("feddm")
 
+_PARQUET = "[!.]*.parquet"
 _SPLITS = {"train", "test", "validation", "val"}
+_OF_THE_DISK = {"lost+found", "System Volume Information"}
 _UNLABELLED = "unlabelled"  # the class of a row that has none
 _DIGITS_TEST_SHARE = 5  # one digit in five is kept apart from training, as split "test"
 
@@ -47,30 +49,58 @@ class Source:
             return []
         names: list[str] = getattr(self.table.features[column], "names", [])
         values = self.table[column][:]
-        return [_UNLABELLED if v is None or (names and v < 0) else names[v] if names else str(v) for v in values]
+        named = [_UNLABELLED if v is None or (names and v < 0) else names[v] if names else str(v) for v in values]
+        return [*map(class_name, named)]
 
 
 def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
     """The folders below a path with their files, in order of name. Links are followed; what is hidden is left out, such
-    as a wastebasket or thumbnails: an image and its copy must not be held out and trained on."""
+    as a wastebasket or thumbnails: an image and its copy must not be held out and trained on.
+
+    Raises:
+        OSError: a folder cannot be read; its images would be missing without a word.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     seen = set()
-    for folder, folders, files in os.walk(path, followlinks=True):
+    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
         if (here := os.path.realpath(folder)) in seen:  # a link back
             folders.clear()
             continue
         seen.add(here)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "$")) and name not in _OF_THE_DISK)
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 
-def stamp_of(name: str) -> str:
-    """What changes when a file does that is there by this name, or below it; "" where there is none."""
+def _pictures(path: Path) -> Iterator[Path]:
+    """The image files below a path."""
+    for folder, names in _walk(path):
+        yield from (Path(folder, name) for name in names if Path(name).suffix.lower() in ENDINGS)
+
+
+def stamp_of(name: str, origin: str) -> str:
+    """What changes when an image or a parquet file does that has this name, or is below it; "" where there is none.
+
+    Raises:
+        ConfigError: a folder cannot be read; `origin` says whose it is.
+    """
+    try:
+        return _stamp(name)
+    except OSError as error:
+        raise ConfigError(f"{origin}: cannot be read ({error.strerror}), or a folder below it") from error
+
+
+def _stamp(name: str) -> str:
     path = expanded(name)
     if not path.exists():
         return ""
     digest = hashlib.sha256()
     for folder, files in _walk(path) if path.is_dir() else [(str(path.parent), [path.name])]:
         for file in files:
+            if Path(file).suffix.lower() not in (*ENDINGS, ".parquet"):  # what else lies there may change at any time
+                continue
             try:
                 found = Path(folder, file).stat()
             except OSError:  # a link to nothing
@@ -112,14 +142,15 @@ def _open(config: RunConfig, name: str, origin: str, scratch: Path | None, stamp
     if name == "digits" and not own:
         return _digits(config, origin)
     path = expanded(name)
-    if path.is_dir() and not sorted(path.glob("*.parquet")):
-        below = _split({p.name: [p] for p in sorted(path.glob("[!.]*")) if p.is_dir()}, config.data.split, origin)
+    if path.is_dir() and not sorted(path.glob(_PARQUET)):
+        folders = [p for p in sorted(path.glob("[!.]*")) if p.is_dir() and any(True for _ in _pictures(p))]
+        below = _split({p.name: [p] for p in folders}, config.data.split, origin)
         return _folder(config, below[0] if below else path, origin, own, stamp)
     if not path.exists() and (own or local_path(name) or path.suffix == ".parquet"):
         raise ConfigError(f"{origin}: no such file or folder")
     try:
         if path.exists():
-            files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+            files = sorted(path.glob(_PARQUET)) if path.is_dir() else [path]
             by_split: dict[str, list[Path]] = {}
             for file in files:  # a hub's are called train-00000-of-00002.parquet
                 by_split.setdefault(file.stem.partition("-")[0], []).append(file)
@@ -145,6 +176,12 @@ def _open(config: RunConfig, name: str, origin: str, scratch: Path | None, stamp
 
 def _split(found: dict[str, list[Path]], split: str, origin: str) -> list[Path]:
     """What belongs to a split, where everything that was `found` is of one; nothing where there are none."""
+    if len({*found} & _SPLITS) > 1 and not {*found} <= _SPLITS:
+        there = ", ".join(sorted({*found} & _SPLITS))
+        raise ConfigError(
+            f"{origin}: has {there} beside others, so that images to test with would be trained on: leave only splits "
+            "there, or name the folder that is meant"
+        )
     if found and {*found} <= _SPLITS and split in found:
         return found[split]
     if split != "train" or (found and {*found} <= _SPLITS):
@@ -237,17 +274,36 @@ def _folder(config: RunConfig, path: Path, origin: str, own: bool, stamp: str) -
     """Images below a folder; the class is the name of the first subfolder, where there is one."""
     from datasets import Dataset
 
-    found = (Path(folder, name) for folder, names in _walk(path) for name in names)
-    files = sorted(p for p in found if p.suffix.lower() in ENDINGS and p.is_file())
+    files = sorted(_once(p for p in _pictures(path) if p.is_file()))
     if not files:
         raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(ENDINGS)}")
     parts = [p.relative_to(path).parts for p in files]
-    columns: dict[str, list[str]] = {"file": [str(Path(*part)) for part in parts]}
+    columns: dict[str, list[str]] = {"file": [_text(str(Path(*part))) for part in parts]}
     if all(len(part) > 1 for part in parts):
-        columns[config.data.label_column] = [part[0] for part in parts]
+        columns[config.data.label_column] = [_text(part[0]) for part in parts]
 
     def fill(rows: Sequence[int], out: Images) -> Decoded:
         names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
         return decode(config.data, (files[i] for i in rows), names, origin, out)
 
     return Source(origin, Dataset.from_dict(columns), fill, stamp, names=tuple(columns["file"]))
+
+
+def _once(files: Iterable[Path]) -> Iterator[Path]:
+    """Without links to files that are there as well."""
+    links, seen = list[Path](), set[str]()
+    for file in files:
+        if file.is_symlink():
+            links.append(file)
+        else:
+            seen.add(os.path.realpath(file))
+            yield file
+    for file in links:
+        if (target := os.path.realpath(file)) not in seen:
+            seen.add(target)
+            yield file
+
+
+def _text(name: str) -> str:
+    """A file's name as text, though it be of another encoding than the system's."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

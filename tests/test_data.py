@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -367,8 +370,7 @@ def test_a_stream_gives_every_node_the_images_that_a_table_does(tmp_path: Path) 
     file = tmp_path / "some.parquet"
     write_parquet(file, 30, broken=7)
     keys = {"data.name": str(file), "data.image-size": 8, "data.channels": 1, "data.max-broken": 0.1}
-    for partition in ("iid", "pathological"):
-        shared = {**keys, "data.partition": partition, "data.classes-per-node": 1}
+    for shared in (keys, {**keys, "data.partition": "pathological", "data.classes-per-node": 1}):
         for i in range(3):
             table, stream = (
                 load(parse({**shared, "data.streaming": streaming}), (i, 3), None) for streaming in (False, True)
@@ -431,9 +433,9 @@ def test_linked_classes_are_read_and_what_is_hidden_is_not(tmp_path: Path) -> No
     (elsewhere / "back").symlink_to(site)
     config = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
     assert load(config, None, str(site)).class_counts == {"cats": 1, "dogs": 2}
-    before = sources.stamp_of(str(site))
+    before = sources.stamp_of(str(site), "")
     pictures(elsewhere, ["d.png"])
-    assert sources.stamp_of(str(site)) != before
+    assert sources.stamp_of(str(site), "") != before
 
 
 def test_what_is_held_out_stays_so_when_images_come_and_go(tmp_path: Path) -> None:
@@ -468,3 +470,88 @@ def test_no_name_of_a_nodes_file_is_in_an_error(tmp_path: Path, monkeypatch: pyt
         load(config, None, str(tmp_path / "folder"))
     assert "jane" not in str(parquet.value)
     assert "john" not in str(folder.value)
+
+
+def test_pixels_of_many_bits_mean_what_their_format_says(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.fromarray(ramp).save(tmp_path / "b.tif")
+    black_is_low = bytes([6, 1, 3, 0, 1, 0, 0, 0, 1, 0])  # PhotometricInterpretation = 1
+    written = (tmp_path / "b.tif").read_bytes()
+    assert written.count(black_is_low) == 1
+    (tmp_path / "c.tif").write_bytes(written.replace(black_is_low, black_is_low[:8] + b"\0\0"))
+    own = parse({"data.name": "own", "data.image-size": 16, "data.channels": 1, "data.white": 40_000})
+    fitted = [images.fit(replace(own.data, white=65535), Image.open(tmp_path / name)) for name in ("b.tif", "c.tif")]
+    assert (fitted[0] == 255 - fitted[1]).all()
+    twelve = (ramp // 16).astype(">u2").tobytes()
+    (tmp_path / "d.pgm").write_bytes(b"P5\n16 16\n4095\n" + twelve)
+    for white in (4095, 65535):
+        pgm = images.fit(replace(own.data, white=white), Image.open(tmp_path / "d.pgm"))
+        assert np.abs(pgm.astype(int) - fitted[0]).max() <= 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path, ["benign/a.png", "benign/b.png", "malignant/c.png", "lost+found/d.png"])
+    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
+    assert load(own, None, str(tmp_path)).class_counts == {"benign": 2, "malignant": 1}
+    scandir = os.scandir
+
+    def locked(path: Any) -> Any:
+        if str(path).endswith("malignant"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\), or a folder below it") as error:
+        load(own, None, str(tmp_path))
+    assert "malignant" not in str(error.value)
+
+
+def test_a_state_folder_among_the_images_changes_nothing(tmp_path: Path) -> None:
+    pictures(tmp_path, [f"{i}.png" for i in range(4)])
+    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
+    first = load_node(own, None, str(tmp_path), tmp_path / "state")
+    (tmp_path / "notes.csv").write_text("more every day")
+    assert load_node(own, None, str(tmp_path), tmp_path / "state") is first
+
+
+def test_splits_beside_other_folders_of_images_are_not_taken_for_classes(tmp_path: Path) -> None:
+    pictures(tmp_path, ["train/a.png", "train/b.png", "test/c.png", "__MACOSX/._a.png"])
+    (tmp_path / "._x.parquet").write_bytes(b"a Mac's")
+    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
+    data = load(own, None, str(tmp_path))
+    assert len(data.train) + len(data.held_out) == 2
+    pictures(tmp_path, ["more/d.png"])
+    with pytest.raises(ConfigError, match="has test, train beside others, so that images to test with would be"):
+        load(own, None, str(tmp_path))
+
+
+def test_a_link_to_an_image_is_not_another_image(tmp_path: Path) -> None:
+    pictures(tmp_path, [f"all/{i}.png" for i in range(20)])
+    (tmp_path / "picked").mkdir()
+    for i in range(10):
+        (tmp_path / "picked" / f"{i}.png").symlink_to(tmp_path / "all" / f"{i}.png")
+    data = load(parse({"data.name": "own", "data.image-size": 8, "data.channels": 1}), None, str(tmp_path))
+    assert len({*both(data)}) == len(both(data)) == 20
+
+
+def test_names_of_other_encodings_and_of_macs_are_read(tmp_path: Path) -> None:
+    pictures(tmp_path, [unicodedata.normalize("NFD", "Ärzte") + "/a.png", "dogs/b.png"])
+    (tmp_path / "dogs/b.png").rename(os.fsdecode(os.fsencode(tmp_path / "dogs") + b"/M\xfcller.png"))
+    keys = {"data.name": "own", "data.image-size": 8, "data.channels": 1, "model.class-conditional": True}
+    data = load(parse({**keys, "data.classes": "Ärzte,dogs"}), None, str(tmp_path))
+    assert data.class_counts == {"dogs": 1, unicodedata.normalize("NFC", "Ärzte"): 1}
+
+
+def test_what_goes_wrong_while_a_stream_is_read_is_not_blamed_on_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "some.parquet", 30, broken=-1)
+
+    def broken_off(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(sources, "decode", broken_off)
+    keys = {"data.name": str(tmp_path / "some.parquet"), "data.image-size": 8, "data.channels": 1}
+    with pytest.raises(ConfigError, match=r"some.parquet': cannot be read \(TimeoutError\)"):
+        load(parse({**keys, "data.streaming": True}), (0, 3), None)

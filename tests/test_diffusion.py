@@ -10,7 +10,7 @@ from feddm_flwr import diffusion, evaluation, pipelines
 from feddm_flwr.config import parse
 
 
-def scheduler(schedule: str, timesteps: int = 1000, prediction: str = "epsilon") -> DDPMScheduler:
+def scheduler(schedule: str, timesteps: int = 1000, prediction: str = "v") -> DDPMScheduler:
     return pipelines.noise_scheduler(
         parse({"diffusion.schedule": schedule, "diffusion.timesteps": timesteps, "diffusion.prediction": prediction})
     )

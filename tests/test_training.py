@@ -93,6 +93,7 @@ def test_dropout_is_seeded_and_leaves_the_global_generator_alone() -> None:
 def test_every_objective_trains(prediction: str, precision: str) -> None:
     c = config(
         diffusion__prediction=prediction,
+        diffusion__schedule="linear",
         train__precision=precision,
         data__flip=True,
         **{"diffusion__min-snr-gamma": 5.0},
@@ -100,6 +101,23 @@ def test_every_objective_trains(prediction: str, precision: str) -> None:
     vector, result = trained(c)
     assert np.isfinite(vector).all()
     assert result.steps == 12
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 35])
+def test_a_held_out_loss_is_of_all_noise_levels_however_few_images_there_are(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c, seen = config(), []
+
+    def losses(self: Denoising, network: object, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        seen.extend(drawn[1].tolist())
+        return torch.zeros(len(drawn[1]))
+
+    monkeypatch.setattr(Denoising, "_squared_errors", losses)
+    objective(c, node_of_four(c).held_out).fixed_losses(architecture.build(c, {}), count, "node")
+    assert len(seen) == count
+    assert np.mean(seen) == pytest.approx(499.5, abs=1)
+    assert np.diff([0, *seen, 999]).max() <= math.ceil(1000 / count)
 
 
 def test_epochs_are_passes_over_the_images() -> None:
