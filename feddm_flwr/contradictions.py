@@ -93,10 +93,6 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
             f"server.trim-share = {c.server.trim_share} with server.aggregation = {c.server.aggregation!r}: acts with "
             "'trimmed-mean' only"
         )
-    for name, codec in (("topk-share", "topk"), ("topk-bits", "topk"), ("budget-ratio", "budget")):
-        value = getattr(c.codec, name.replace("-", "_"))
-        if codec not in (c.codec.uplink, c.codec.downlink) and value != KEYS[f"codec.{name}"].default:
-            yield f"codec.{name} = {value} without the codec {codec!r} in either direction: acts with it only"
 
 
 def _about_models(c: RunConfig) -> Iterator[str]:

@@ -155,7 +155,6 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"data__shards_per_node": 3, "data__partition": "dirichlet"}, "acts with 'shard' only"),
         ({"server__momentum": 0.9}, "server.momentum = 0.9 with server.optimizer = 'averaging': must be 0"),
         ({"server__trim_share": 0.1}, "with server.aggregation = 'mean': acts with 'trimmed-mean' only"),
-        ({"strategy": "feddm-lean", "codec__budget_ratio": 99}, "codec.budget-ratio = 99 without the codec 'budget'"),
         ({"diffusion__prediction": "epsilon"}, "with diffusion.schedule = 'cosine': its noisiest level magnifies"),
         ({"data__channels": 2}, "must be 1 (grey) or 3 (RGB)"),
         ({"data__name": "/some/folder"}, "data.image-size must be set for data.name = '/some/folder'"),
