@@ -197,6 +197,7 @@ class Simulation:
         for process in family:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(family, timeout=5)  # what they hold, such as a run's folder, is free then
         self._log.close()
         shutil.rmtree(self._home, ignore_errors=True)
         for name, handler in before.items():
