@@ -58,7 +58,7 @@ def compare(
     if len(real) >= 2 * len(fake):
         chosen, rest = np.split(random.permutation(len(real)), [len(fake)])
         figures["fid_floor"] = frechet(real[rest], real[chosen])
-    size = min(_KID_SIZE, len(real) // 2, len(fake) // 2)  # subsets of everything would have no spread
+    size = min(_KID_SIZE, len(real), len(fake))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save", UserWarning)
         torch.manual_seed(seed)
