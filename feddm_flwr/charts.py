@@ -27,10 +27,10 @@ def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
         "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
         "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
     }
-    # An autoencoder's training loss is of other terms than the error of its reconstructions.
-    apart = any("psnr" in r for r in rows)
-    charts = [(f"{name.capitalize()} loss by round", lines({name: of})) for name, of in loss.items() if apart and of]
-    charts = charts or [("Loss by round", lines(loss))]
+    if any("psnr" in r for r in rows):  # an autoencoder's training loss is of other terms than its held-out one
+        charts = [(f"{name.capitalize()} loss by round", lines({name: of})) for name, of in loss.items() if of]
+    else:
+        charts = [("Loss by round", lines(loss))]
     charts.append(("Megabytes by round", lines(traffic, zero=True)))
     for key, title in (("fid", "FID by round"), ("kid", "KID by round"), ("psnr", "PSNR in dB by round")):
         if found := points(rows, key, -1 if key == "psnr" else 0):

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from feddm_flwr.config import ConfigError, RunConfig, expanded, local_path, parse
+from feddm_flwr.config import ConfigError, RunConfig, expanded, local_path, nodes_asked, parse
 from feddm_flwr.options import parser
 
 
@@ -116,7 +116,7 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         raise ConfigError(f"run-name = {config.run_name!r} with resume = true: there is no {folder}")
     if config.min_nodes > nodes:
         raise ConfigError(f"min-nodes = {config.min_nodes} is not allowed: must be at most --num-supernodes = {nodes}")
-    if config.min_replies > (asked := max(1, round(config.fraction_train * nodes))):
+    if config.min_replies > (asked := nodes_asked(config, nodes)):
         raise ConfigError(
             f"min-replies = {config.min_replies} is not allowed: must be at most {asked}, the nodes of a round "
             f"(fraction-train = {config.fraction_train} of --num-supernodes = {nodes})"
@@ -127,17 +127,17 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         raise ConfigError(
             f"--num-supernodes = {nodes}: the run to resume has {before}; its images would be shared out anew"
         )
-    if (path := local_path(config.data.name)) and not path.exists():
-        raise ConfigError(f"data.name = {config.data.name!r}: no such file or folder")
-    if path and folder.is_relative_to(path.resolve()):
-        raise ConfigError(f"out-dir = {config.out_dir!r}: lies in data.name = {config.data.name!r}; grids are images")
-    for key, name in (
-        ("model.autoencoder", config.model.autoencoder),
-        ("model.init-from", config.model.init_from),
-        ("autoencoder.perceptual", config.autoencoder.perceptual),
-    ):
-        if not config.resume and (path := local_path(name)) and not path.exists():  # a run keeps what it has read
+    models = {
+        "model.autoencoder": config.model.autoencoder,
+        "model.init-from": config.model.init_from,
+        "autoencoder.perceptual": config.autoencoder.perceptual,
+    }
+    # Of these a run that is resumed keeps what it has read.
+    for key, name in {"data.name": config.data.name, **({} if config.resume else models)}.items():
+        if (path := local_path(name)) and not path.exists():
             raise ConfigError(f"{key} = {name!r}: no such file or folder")
+    if (path := local_path(config.data.name)) and folder.is_relative_to(path.resolve()):
+        raise ConfigError(f"out-dir = {config.out_dir!r}: lies in data.name = {config.data.name!r}; grids are images")
     if (tracker := config.tracker) != "none" and not find_spec(tracker):
         raise ConfigError(f"tracker = {tracker!r}: {tracker} is not installed: pip install 'feddm-flwr[{tracker}]'")
     _check_folder(folder.parent, f"out-dir = {config.out_dir!r}")
@@ -312,12 +312,13 @@ def _report(options: argparse.Namespace) -> int:
         if not (run / "config.toml").is_file():
             raise ConfigError(f"RUN = {str(run)!r}: not a run's folder (no config.toml)")
     runs = [run.resolve() for run in options.run]
-    if len(runs) == 1 and options.output:
+    page, several = options.output or Path("comparison.html"), len(runs) > 1
+    if options.output and not several:
         raise ConfigError(f"--output = {str(options.output)!r}: is for several runs; one has its report in its folder")
-    page = options.output or Path("comparison.html")
-    _check_output(page, ".html")
+    if several:
+        _check_output(page, ".html")
     try:
-        print(report.write(runs[0]) if len(runs) == 1 else report.write_comparison(runs, page))
+        print(report.write_comparison(runs, page) if several else report.write(runs[0]))
     except ValueError as error:
         raise ConfigError(f"RUN: {error}") from error
     return 0

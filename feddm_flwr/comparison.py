@@ -30,7 +30,7 @@ from typing import Any
 
 import tomli_w
 
-from feddm_flwr.config import ConfigError, flatten, parse
+from feddm_flwr.config import PARTITION_OF, ConfigError, flatten, nodes_asked, parse
 from feddm_flwr.tracking import flat, nest, read_metrics, status_of, total_bytes
 from feddm_flwr.whole_file import whole_file
 
@@ -51,7 +51,6 @@ _PARTITIONS: dict[str, Keys] = {
     "dirichlet 0.3": {"data.partition": "dirichlet", "data.alpha": 0.3},
     "pathological 2": {"data.partition": "pathological", "data.classes-per-node": 2},
 }
-_PARTITION = ("data.alpha", "data.classes-per-node", "data.shards-per-node", "data.natural-column")
 #: Comparisons that are known by name; the paper's, with settings of ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -177,8 +176,8 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
         config = parse(keys)
         if config.train.local_epochs:
             raise ConfigError(f"run {run!r}: centralized = true needs train.local-steps, not train.local-epochs")
-        asked = max(1, round(config.fraction_train * nodes))
-        keys = {key: value for key, value in keys.items() if key not in _PARTITION}
+        asked = nodes_asked(config, nodes)
+        keys = {key: value for key, value in keys.items() if key not in PARTITION_OF}
         keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
         keys |= {"train.local-steps": asked * config.train.local_steps, "train.max-seconds": 0.0}
         keys["round-timeout"] = asked * config.round_timeout

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from feddm_flwr.contradictions import contradictions
-from feddm_flwr.keys import CODECS, KEYS, NODE_NAME, NOISE_LEVELS, SCHEDULERS, Codec, RunConfig, class_name
+from feddm_flwr.keys import (
+    CODECS,
+    KEYS,
+    NODE_NAME,
+    NOISE_LEVELS,
+    PARTITION_OF,
+    SCHEDULERS,
+    Codec,
+    RunConfig,
+    class_name,
+)
 from feddm_flwr.presets import ARCHITECTURE, decided
 from feddm_flwr.schema import PRESET, ConfigError, Scalar, sections
 
@@ -23,6 +33,7 @@ __all__ = [
     "KEYS",
     "NODE_NAME",
     "NOISE_LEVELS",
+    "PARTITION_OF",
     "SCHEDULERS",
     "Codec",
     "ConfigError",
@@ -34,6 +45,7 @@ __all__ = [
     "flatten",
     "local_path",
     "local_steps",
+    "nodes_asked",
     "parse",
 ]
 
@@ -113,6 +125,11 @@ def flatten(config: RunConfig) -> dict[str, Scalar]:
 def local_steps(config: RunConfig, images: int) -> int:
     """How many optimizer steps a node with that many training images takes in a round."""
     return config.train.local_steps or config.train.local_epochs * -(-images // config.train.batch_size)
+
+
+def nodes_asked(config: RunConfig, online: int) -> int:
+    """How many of the online nodes train in a round."""
+    return max(1, round(config.fraction_train * online))
 
 
 def local_path(name: str) -> Path | None:

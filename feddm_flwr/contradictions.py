@@ -5,16 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from feddm_flwr.keys import KEYS, RunConfig
+from feddm_flwr.keys import KEYS, PARTITION_OF, RunConfig
 
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
-#: Keys that act with some values of another only; elsewhere they must be what they are by default.
-_PARTITIONS = {
-    "alpha": "dirichlet",
-    "classes-per-node": "pathological",
-    "shards-per-node": "shard",
-    "natural-column": "natural",
-}
 
 
 def contradictions(c: RunConfig) -> Iterator[str]:
@@ -82,10 +75,10 @@ def contradictions(c: RunConfig) -> Iterator[str]:
 
 def _without_effect(c: RunConfig) -> Iterator[str]:
     """Keys that a user set for nothing: what was meant is another run."""
-    for name, partition in _PARTITIONS.items():
-        value = getattr(c.data, name.replace("-", "_"))
-        if c.data.partition != partition and value != KEYS[f"data.{name}"].default:
-            yield f"data.{name} = {value!r} with data.partition = {c.data.partition!r}: acts with {partition!r} only"
+    for name, partition in PARTITION_OF.items():
+        value = getattr(c.data, name.removeprefix("data.").replace("-", "_"))
+        if c.data.partition != partition and value != KEYS[name].default:
+            yield f"{name} = {value!r} with data.partition = {c.data.partition!r}: acts with {partition!r} only"
     if c.server.momentum and c.server.optimizer == "averaging":
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
     if c.server.aggregation != "trimmed-mean" and c.server.trim_share != KEYS["server.trim-share"].default:

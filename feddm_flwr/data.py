@@ -17,7 +17,7 @@ from feddm_flwr.array_cache import array, cached, facts, new_array, write_facts
 from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
 from feddm_flwr.images import Decoded, Images
 from feddm_flwr.partition import partition_rows
-from feddm_flwr.sources import Source, open_own, open_source, stamp_of
+from feddm_flwr.sources import Source, open_named, open_own, open_source, stamp_of
 
 Labels = NDArray[np.int64]  # (N,)
 
@@ -56,16 +56,15 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
     origin = f"data-path = {data_path!r}" if data_path else f"data.name = {config.data.name!r}"
     data = config.data if not data_path else replace(config.data, name="own")
     essence = replace(parse({}), data=data, seed=config.seed)
-    return _load_node(essence, partition, data_path, stamp_of(data_path or config.data.name, origin), root)
+    return _load_node(essence, partition, data_path, origin, stamp_of(data_path or config.data.name, origin), root)
 
 
 @lru_cache(maxsize=1024)
 def _load_node(
-    config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, stamp: str, root: Path
+    config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, origin: str, stamp: str, root: Path
 ) -> NodeData:
     """`stamp` tells the files' states apart."""
     d, name = config.data, data_path or config.data.name
-    origin = f"data-path = {data_path!r}" if data_path else f"data.name = {name!r}"
 
     def open_here(scratch: Path) -> Source:
         if data_path:
@@ -93,7 +92,7 @@ def _load_node(
         names = source.names or range(len(source.table))
         rows = sorted(rows, key=lambda row: derive_seed(config.seed, "held out", partition, names[row]))
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
-        decoded = _decoded(source, rows, images)
+        decoded = source.decode(rows, images)
         classes = _classes(source, d.label_column)
         own = [classes[rows[i]] for i in decoded.kept] if classes else []
         count = len(decoded.kept)
@@ -149,10 +148,9 @@ def load_all(config: RunConfig) -> tuple[Images, list[str], Decoded]:
     Raises:
         ConfigError: as `load_node`.
     """
-    name, d = config.data.name, config.data
-    source = open_source(config, name, (origin := f"data.name = {name!r}"), stamp=stamp_of(name, origin))
+    source, d = open_named(config), config.data
     images = np.empty((len(source.table), d.channels, d.image_size, d.image_size), np.uint8)
-    decoded = _decoded(source, range(len(images)), images)
+    decoded = source.decode(range(len(images)), images)
     classes = source.classes(config.data.label_column)
     return images[: len(decoded.kept)], [classes[i] for i in decoded.kept] if classes else [], decoded
 
@@ -163,18 +161,9 @@ def partitions(config: RunConfig, count: int) -> list[dict[str, int]]:
     Raises:
         ConfigError: as `load_node`.
     """
-    name = config.data.name
-    source = open_source(config, name, (origin := f"data.name = {name!r}"), stamp=stamp_of(name, origin))
+    source = open_named(config)
     classes = source.classes(config.data.label_column) or [""] * len(source.table)
     return [dict(Counter(classes[row] for row in partition_rows(config, source, i, count))) for i in range(count)]
-
-
-def _decoded(source: Source, rows: Sequence[int], out: Images) -> Decoded:
-    """As `Source.decode`: what goes wrong there is not what goes wrong where it is written."""
-    try:
-        return source.decode(rows, out)
-    except OSError as error:
-        raise ConfigError(f"{source.origin}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
 @lru_cache(maxsize=1)
@@ -190,7 +179,7 @@ def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
     chosen = (name, d.split, d.image_column, d.white, d.max_broken)
 
     def fill(folder: Path) -> None:
-        decoded = _decoded(source, range(shape[0]), new_array(folder, "images", shape, np.uint8))
+        decoded = source.decode(range(shape[0]), new_array(folder, "images", shape, np.uint8))
         sizes = [[*size, n] for size, n in decoded.sizes.items()]
         write_facts(folder, {"kept": decoded.kept, "sizes": sizes, "modes": decoded.modes})
 
@@ -206,4 +195,4 @@ def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
             out[to] = images[place[rows[i]]]
         return decoded
 
-    return replace(source, decode=copy)
+    return replace(source, fill=copy)

@@ -15,6 +15,13 @@ from feddm_flwr.schema import PRESET, KeySpec, key, sections
 NODE_NAME = r"(?!\.)[\w.-]{1,64}"
 NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc", "ddpm")
+#: Keys that act with one `data.partition` only.
+PARTITION_OF = {
+    "data.alpha": "dirichlet",
+    "data.classes-per-node": "pathological",
+    "data.shards-per-node": "shard",
+    "data.natural-column": "natural",
+}
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig
+from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig, nodes_asked
 from feddm_flwr.messages import Failure, Replies, clean, push
 from feddm_flwr.probes import ask, process_of
 
@@ -130,14 +130,10 @@ class Roster:
         self._was |= {i: name for i, known in self._ids.items() if known == name}
         self._ids = {i: known for i, known in self._ids.items() if known != name}
 
-    def asked(self, online: int) -> int:
-        """How many of the online nodes train in a round."""
-        return max(1, round(self.config.fraction_train * online))
-
     def _needed(self) -> int:
         """The least number of online nodes for a round."""
         needed = self.config.min_nodes
-        while self.asked(needed) < self.config.min_replies:
+        while nodes_asked(self.config, needed) < self.config.min_replies:
             needed += 1
         return needed
 

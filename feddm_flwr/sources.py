@@ -38,10 +38,21 @@ class Source:
 
     origin: str
     table: Dataset
-    decode: Callable[[Sequence[int], Images], Decoded]
+    fill: Callable[[Sequence[int], Images], Decoded]
     version: str  # of what it is decoded from
     streamed: bool = False
     names: Sequence[str] = ()  # of the rows, where they have some that stay when others come and go
+
+    def decode(self, rows: Sequence[int], out: Images) -> Decoded:
+        """Fill the beginning of an array with rows.
+
+        Raises:
+            ConfigError: they cannot be read, which is not to be taken for an error of where they are written.
+        """
+        try:
+            return self.fill(rows, out)
+        except OSError as error:
+            raise ConfigError(f"{self.origin}: cannot be read ({error.strerror or type(error).__name__})") from error
 
     def classes(self, column: str) -> list[str]:
         """The class of every row, or nothing where there is no such column."""
@@ -120,6 +131,17 @@ def open_source(config: RunConfig, name: str, origin: str, *, stamp: str) -> Sou
         return _open(config, name, origin, None, stamp)
     except OSError as error:
         raise ConfigError(f"{origin}: cannot be read ({error})") from error
+
+
+def open_named(config: RunConfig) -> Source:
+    """The data set of `data.name` as it is now.
+
+    Raises:
+        ConfigError: as `open_source`.
+    """
+    name = config.data.name
+    origin = f"data.name = {name!r}"
+    return open_source(config, name, origin, stamp=stamp_of(name, origin))
 
 
 def open_own(config: RunConfig, path: str, origin: str, *, stamp: str, scratch: Path) -> Source:

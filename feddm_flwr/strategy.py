@@ -29,7 +29,7 @@ from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_upd
 from feddm_flwr.broadcast import Broadcast
 from feddm_flwr.checkpoint import Checkpoint
 from feddm_flwr.collection import Traffic, collect
-from feddm_flwr.config import RunConfig, derive_seed, expanded, local_steps
+from feddm_flwr.config import RunConfig, derive_seed, expanded, local_steps, nodes_asked
 from feddm_flwr.exchange import FrameError, Values, channel
 from feddm_flwr.messages import Failure, clean
 from feddm_flwr.nodes import Node, Roster, RunFailedError
@@ -162,7 +162,7 @@ class FedDM:
     def _sample(self, names: list[str], number: int, attempt: int) -> list[str]:
         """The nodes that train, by name and seed; a repeated round draws anew."""
         seed = derive_seed(self.config.seed, "sample", number, attempt)
-        chosen = np.random.default_rng(seed).permutation(len(names))[: self._roster.asked(len(names))]
+        chosen = np.random.default_rng(seed).permutation(len(names))[: nodes_asked(self.config, len(names))]
         return sorted(names[i] for i in chosen)
 
     def _attempt(self, grid: Grid, number: int, chosen: dict[int, str], received: Values) -> Tally:

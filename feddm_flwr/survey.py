@@ -14,7 +14,7 @@ from feddm_flwr import evaluation
 from feddm_flwr.config import parse
 from feddm_flwr.data import load_all, partitions
 from feddm_flwr.presets import DATASETS
-from feddm_flwr.sources import open_source, stamp_of
+from feddm_flwr.sources import open_named
 
 _GLANCED_AT = 200  # images that size and channels are guessed from
 _SIZES = (256, 128, 64, 32)
@@ -69,7 +69,7 @@ def _guess(keys: Mapping[str, Any]) -> dict[str, int]:
     if not wanted or name in DATASETS or keys.get("data.streaming"):
         return {}
     config = parse({"data.image-size": _SIZES[0], "data.channels": 3, **keys, "data.max-broken": 1 - 1e-9})
-    source = open_source(config, name, (origin := f"data.name = {name!r}"), stamp=stamp_of(name, origin))
+    source = open_named(config)
     rows = np.linspace(0, len(source.table) - 1, min(_GLANCED_AT, len(source.table))).round().astype(int).tolist()
     out = np.empty((len(rows), config.data.channels, config.data.image_size, config.data.image_size), np.uint8)
     found = source.decode(rows, out)

@@ -299,6 +299,8 @@ def test_what_was_over_stays_so_when_its_resumption_is_stopped(
     capsys.readouterr()
     assert cli.main(["run", "--resume", str(run.path), "--num-supernodes", "8"]) == 2
     assert "--num-supernodes = 8: the run to resume has 4; its images would be shared" in capsys.readouterr().err
+    monkeypatch.chdir("/proc")  # where nothing can be written
+    assert cli.main(["report", str(run.path)]) == 0
     assert cli.main(["report", str(run.path), "-o", "x.html"]) == 2
     assert "--output = 'x.html': is for several runs" in capsys.readouterr().err
 

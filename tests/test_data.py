@@ -21,6 +21,8 @@ from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.data import NodeData, load_all, load_node
 from feddm_flwr.state_folder import state_root
 
+OWN = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})  # of a node, by its data-path
+
 
 def node(index: int, count: int, **keys: Any) -> NodeData:
     return load(parse({k.replace("__", "."): v for k, v in keys.items()}), (index, count), None)
@@ -385,8 +387,7 @@ def test_a_stream_gives_every_node_the_images_that_a_table_does(tmp_path: Path) 
 def test_a_nodes_own_parquet_is_copied_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
     write_parquet(tmp_path / "some.parquet", 30, broken=-1)
-    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
-    assert len(load(own, None, str(tmp_path / "some.parquet")).train) == 27
+    assert len(load(OWN, None, str(tmp_path / "some.parquet")).train) == 27
     assert not (tmp_path / "hub").exists()
     assert not [*state_root(None).rglob("*.arrow")]
 
@@ -431,31 +432,28 @@ def test_linked_classes_are_read_and_what_is_hidden_is_not(tmp_path: Path) -> No
     pictures(elsewhere, ["b.png", "c.png"])
     (site / "dogs").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(site)
-    config = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
-    assert load(config, None, str(site)).class_counts == {"cats": 1, "dogs": 2}
+    assert load(OWN, None, str(site)).class_counts == {"cats": 1, "dogs": 2}
     before = sources.stamp_of(str(site), "")
     pictures(elsewhere, ["d.png"])
     assert sources.stamp_of(str(site), "") != before
 
 
 def test_what_is_held_out_stays_so_when_images_come_and_go(tmp_path: Path) -> None:
-    config = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
     names = [f"{i:03d}.png" for i in range(100)]
     pictures(tmp_path, names)
-    before = load(config, None, str(tmp_path))
+    before = load(OWN, None, str(tmp_path))
     (tmp_path / names[7]).unlink()
     Image.new("L", (8, 8), 200).save(tmp_path / "000-new.png")
-    after = load(config, None, str(tmp_path))
+    after = load(OWN, None, str(tmp_path))
     was_trained_on = {image.tobytes() for image in before.train}
     assert sum(image.tobytes() in was_trained_on for image in after.held_out) <= 1
     assert len(before.held_out) == len(after.held_out) == 10
 
 
 def test_no_name_of_a_nodes_file_is_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
     (tmp_path / "jane_doe.parquet").write_text("not parquet")
     with pytest.raises(ConfigError, match="cannot be read") as parquet:
-        load(config, None, str(tmp_path))
+        load(OWN, None, str(tmp_path))
     pictures(tmp_path / "folder", ["john_smith/scan.png"])
 
     is_file = Path.is_file
@@ -467,7 +465,7 @@ def test_no_name_of_a_nodes_file_is_in_an_error(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "is_file", locked)
     with pytest.raises(ConfigError, match=r"folder': cannot be read .Permission denied.") as folder:
-        load(config, None, str(tmp_path / "folder"))
+        load(OWN, None, str(tmp_path / "folder"))
     assert "jane" not in str(parquet.value)
     assert "john" not in str(folder.value)
 
@@ -492,8 +490,7 @@ def test_pixels_of_many_bits_mean_what_their_format_says(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path, ["benign/a.png", "benign/b.png", "malignant/c.png", "lost+found/d.png"])
-    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
-    assert load(own, None, str(tmp_path)).class_counts == {"benign": 2, "malignant": 1}
+    assert load(OWN, None, str(tmp_path)).class_counts == {"benign": 2, "malignant": 1}
     scandir = os.scandir
 
     def locked(path: Any) -> Any:
@@ -503,27 +500,25 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "scandir", locked)
     with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\), or a folder below it") as error:
-        load(own, None, str(tmp_path))
+        load(OWN, None, str(tmp_path))
     assert "malignant" not in str(error.value)
 
 
 def test_a_state_folder_among_the_images_changes_nothing(tmp_path: Path) -> None:
     pictures(tmp_path, [f"{i}.png" for i in range(4)])
-    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
-    first = load_node(own, None, str(tmp_path), tmp_path / "state")
+    first = load_node(OWN, None, str(tmp_path), tmp_path / "state")
     (tmp_path / "notes.csv").write_text("more every day")
-    assert load_node(own, None, str(tmp_path), tmp_path / "state") is first
+    assert load_node(OWN, None, str(tmp_path), tmp_path / "state") is first
 
 
 def test_splits_beside_other_folders_of_images_are_not_taken_for_classes(tmp_path: Path) -> None:
     pictures(tmp_path, ["train/a.png", "train/b.png", "test/c.png", "__MACOSX/._a.png"])
     (tmp_path / "._x.parquet").write_bytes(b"a Mac's")
-    own = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})
-    data = load(own, None, str(tmp_path))
+    data = load(OWN, None, str(tmp_path))
     assert len(data.train) + len(data.held_out) == 2
     pictures(tmp_path, ["more/d.png"])
     with pytest.raises(ConfigError, match="has test, train beside others, so that images to test with would be"):
-        load(own, None, str(tmp_path))
+        load(OWN, None, str(tmp_path))
 
 
 def test_a_link_to_an_image_is_not_another_image(tmp_path: Path) -> None:
@@ -531,7 +526,7 @@ def test_a_link_to_an_image_is_not_another_image(tmp_path: Path) -> None:
     (tmp_path / "picked").mkdir()
     for i in range(10):
         (tmp_path / "picked" / f"{i}.png").symlink_to(tmp_path / "all" / f"{i}.png")
-    data = load(parse({"data.name": "own", "data.image-size": 8, "data.channels": 1}), None, str(tmp_path))
+    data = load(OWN, None, str(tmp_path))
     assert len({*both(data)}) == len(both(data)) == 20
 
 
