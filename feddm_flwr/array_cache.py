@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,22 @@ from feddm_flwr.whole_file import forget_unfinished, forgotten, whole_folder
 log = logging.getLogger("feddm")
 
 _FACTS = "facts.json"
+_SUPERSEDED = 3600.0  # seconds
 
 
-def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) -> Path:
-    """The folder of what depends on `key` and on nothing else; where it is not there, `fill` makes its files.
+def cached(root: Path, key: Mapping[str, object], version: str, fill: Callable[[Path], None]) -> Path:
+    """The folder of what depends on `key`, and the `version` of what it is made from, and on nothing else; where it is
+    not there, `fill` makes its files.
 
-    Of several processes that want it at once, one fills it and the others wait.
+    Of several processes that want it at once, one fills it and the others wait. Other versions that nobody used for an
+    hour go: a folder of images that grows every day would have a copy of all for each.
 
     Raises:
         OSError: it cannot be written.
     """
-    text = json.dumps(key, sort_keys=True)
-    folder = root / "cache" / hashlib.sha256(text.encode()).hexdigest()[:40]
+    texts = json.dumps(key, sort_keys=True), version
+    of_key, of_version = (hashlib.sha256(text.encode()).hexdigest()[:20] for text in texts)
+    folder = root / "cache" / f"{of_key}{of_version}"
     if not (folder / _FACTS).is_file():
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _forget_old(folder.parent)
@@ -46,6 +52,7 @@ def cached(root: Path, key: Mapping[str, object], fill: Callable[[Path], None]) 
                 with whole_folder(folder) as filled:
                     filled.mkdir()
                     fill(filled)
+        _forget_superseded(folder, of_key)
     os.utime(folder)
     return folder
 
@@ -79,6 +86,15 @@ def facts(folder: Path) -> dict[str, Any]:
     """What `write_facts` wrote."""
     read: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     return read
+
+
+def _forget_superseded(folder: Path, of_key: str) -> None:
+    """Who has mapped an array that goes keeps it until it ends."""
+    for other in folder.parent.glob(f"{of_key}*"):
+        with suppress(OSError):  # another process was faster
+            if other != folder and other.is_dir() and time.time() - other.stat().st_mtime > _SUPERSEDED:
+                log.info("removing %s: the images have changed since", other)
+                shutil.rmtree(other)
 
 
 def _forget_old(folder: Path) -> None:

@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from feddm_flwr.config import ConfigError, RunConfig, local_path
 from feddm_flwr.diffusion import PREDICTIONS, SCHEDULES
@@ -142,11 +142,9 @@ def _read_vgg(key: str, name: str) -> VGG16:
 def _write(model: Any, path: Path) -> None:
     own = getattr(model, "config", {})
     config = {k: v for k, v in own.items() if not k.startswith("_") or k == "_class_name"}
-    temporary = path.with_suffix(".writing")
-    save_file(
-        {k: v.contiguous().float() for k, v in model.state_dict().items()}, temporary, {"config": json.dumps(config)}
-    )
-    temporary.replace(path)
+    tensors = {k: v.contiguous().float() for k, v in model.state_dict().items()}
+    with whole_file(path) as file:
+        file.write(save(tensors, {"config": json.dumps(config)}))
 
 
 def kept(root: Path, wanted: Mapping[str, str], sent: Mapping[str, bytes]) -> dict[str, Path] | None:

@@ -6,6 +6,7 @@ everything. It is written straight from the arrays, tensor by tensor, without a 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -29,6 +30,7 @@ log = logging.getLogger("feddm")
 Tensors = Mapping[str, NDArray[Any]]
 
 FORMAT = 1
+_MOST = 100_000_000  # bytes of a header that safetensors reads
 _DTYPES = {"float32": "F32", "uint8": "U8"}
 
 
@@ -60,6 +62,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         header[name] = {"dtype": _DTYPES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": span}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors are aligned
+    if len(text) > _MOST:
+        raise OSError(errno.EFBIG, f"what there is to say of its nodes has {len(text)} bytes, more than can be read")
     path = folder / f"round-{checkpoint.round:05d}.safetensors"
     with whole_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)

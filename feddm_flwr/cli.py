@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -80,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         tracking.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
     if code and (folder / "checkpoints").is_dir():
-        print("  to go on:", *filter(None, ["feddm run", options.superlink]), "--resume", folder)
+        print("  to go on:", *filter(None, ["feddm run", options.superlink]), "--resume", shlex.quote(str(folder)))
     return code
 
 
@@ -91,16 +92,25 @@ def _resumed(options: argparse.Namespace) -> dict[str, Any]:
     folder: Path = options.resume.resolve()
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume {str(options.resume)!r}: not a run's folder (no config.toml)")
-    nodes = folder / "nodes.json"
     if is_local(options.superlink) and not options.num_supernodes:
-        if not nodes.is_file():
+        options.num_supernodes = _nodes_before(folder)
+        if not options.num_supernodes:
             raise ConfigError(f"--resume {str(options.resume)!r}: no round was done; --num-supernodes must be given")
-        options.num_supernodes = len(json.loads(nodes.read_text(encoding="utf-8")))
     return _overrides([str(folder / "config.toml")]) | {
         "resume": True,
         "run-name": folder.name,
         "out-dir": str(folder.parent),
     }
+
+
+def _nodes_before(folder: Path) -> int:
+    """How many nodes the simulation had that is in a run's folder; 0 where no round was done."""
+    from feddm_flwr.tracking import read_metrics, simulated_nodes
+
+    try:
+        return simulated_nodes(read_metrics(folder))
+    except ValueError as error:  # a damaged line
+        raise ConfigError(str(error)) from error
 
 
 def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
@@ -121,9 +131,8 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
             f"min-replies = {config.min_replies} is not allowed: must be at most {asked}, the nodes of a round "
             f"(fraction-train = {config.fraction_train} of --num-supernodes = {nodes})"
         )
-    known = folder / "nodes.json"
-    before = len(json.loads(known.read_text(encoding="utf-8"))) if config.resume and known.is_file() else nodes
-    if before != nodes:
+    before = _nodes_before(folder) if config.resume else nodes
+    if before not in (0, nodes):
         raise ConfigError(
             f"--num-supernodes = {nodes}: the run to resume has {before}; its images would be shared out anew"
         )

@@ -22,6 +22,7 @@ from feddm_flwr.probes import Probes
 log = logging.getLogger("feddm")
 
 _WINDOW = 2  # simulated nodes that are asked at a time, beside one for each core
+_MOST = 1 << 28  # bytes of what is asked beside the training: sums of features are the most
 _PAUSE = 0.05  # seconds between polls at first; they grow to a second
 
 
@@ -48,6 +49,11 @@ class Traffic:
         self.failures += other.failures
 
 
+def most_bytes(values: int) -> int:
+    """What a coded update of so many values may have: a little more than float32 takes."""
+    return 5 * values + 100_000
+
+
 def collect(
     grid: Grid,
     names: dict[int, str],
@@ -69,7 +75,7 @@ def collect(
     # A simulation keeps replies in this process until they are pulled, and may make them faster. Real nodes are all
     # asked at once: their replies wait in the SuperLink, on disk.
     window = _WINDOW + _cores() if simulated(grid) else len(names)
-    replies = Replies(grid)
+    replies = Replies(grid, most_bytes(size) + 1_000_000 if kind == MessageType.TRAIN else _MOST)
     died: dict[int, Failure] = {}
     whole: set[int] = set()
     again = list(names)

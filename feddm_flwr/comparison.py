@@ -223,10 +223,11 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
 
 
 def _asked(run: Path, file: Path) -> Keys:
-    """What a run was started with, by its file."""
+    """What a run was started with, by its file; keys that are newer have their defaults."""
     try:
-        return flat(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return flat({**found, "keys": flatten(parse(found["keys"]))})
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{run}: {file.name}, the keys that it was run with, is missing or damaged; choose another --output, or "
             "remove the run"

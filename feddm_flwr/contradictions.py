@@ -92,8 +92,6 @@ def _about_models(c: RunConfig) -> Iterator[str]:
     trains_autoencoder = c.stage == "autoencoder"
     if c.model.class_conditional and not c.data.class_names:
         yield "data.classes = '' with model.class-conditional = true: must name all classes, such as \"cat,dog\""
-    if c.data.class_names and not c.model.class_conditional:
-        yield f"data.classes = {c.data.classes!r} with model.class-conditional = false: must be '', or set it to true"
     if len({*c.data.class_names}) < len(c.data.class_names):
         yield f"data.classes = {c.data.classes!r} is not allowed: a name is there twice"
     if c.model.kind == "ldm" and not c.model.autoencoder and not trains_autoencoder:

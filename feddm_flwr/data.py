@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections import Counter
@@ -19,6 +20,8 @@ from feddm_flwr.images import Decoded, Images
 from feddm_flwr.partition import partition_rows
 from feddm_flwr.sources import Source, open_named, open_own, open_source, stamp_of
 
+log = logging.getLogger("feddm")
+
 Labels = NDArray[np.int64]  # (N,)
 
 _FORMAT = 4  # of what is cached: raised when the same file would be decoded to other pixels
@@ -31,7 +34,7 @@ class NodeData:
     train: Images
     held_out: Images
     class_counts: dict[str, int]
-    classes: list[str]  # of the held-out images, then of those to train on; empty where unknown
+    classes: list[str]  # of the held-out images, then of those to train on; empty where unknown, or not to be told
     train_labels: Labels  # places in `data.classes`; zeros where that is empty
     held_out_labels: Labels
     skipped: int = 0  # images that cannot be read
@@ -78,7 +81,6 @@ def _load_node(
         "data": asdict(replace(d, classes="", eval_fraction=0)),
         "seed": config.seed,
         "partition": partition,
-        "version": version,
     }
 
     def fill(folder: Path) -> None:
@@ -100,20 +102,22 @@ def _load_node(
         shutil.rmtree(scratch, ignore_errors=True)
 
     try:
-        folder = cached(root, key, fill)
+        folder = cached(root, key, version, fill)
         found, kept = facts(folder), array(folder, "images")
     except OSError as error:
         raise ConfigError(
             f"state-path = {str(root)!r}: decoded images cannot be kept there ({error.strerror})"
         ) from error
-    own, count, share = found["classes"], found["count"], d.eval_fraction
+    count, share = found["count"], d.eval_fraction
+    # Of a node's own images, names that the run does not ask for are nobody's business: they may be patients'.
+    own = found["classes"] if not data_path or d.class_names else []
     held_out = min(math.ceil(share * count), count - 1)
     if count < (2 if share else 1):
         raise ConfigError(
             f"{origin}: {count} images are too few; at least one is needed to train on, "
             "and one to hold out where data.eval-fraction is above 0"
         )
-    images, labels = kept[:count], _labels(config, own, count, origin)
+    images, labels = kept[:count], _labels(config, own, count, origin, bool(data_path))
     return NodeData(
         train=images[held_out:],
         held_out=images[:held_out],
@@ -127,7 +131,7 @@ def _load_node(
     )
 
 
-def _labels(config: RunConfig, own: list[str], count: int, origin: str) -> Labels:
+def _labels(config: RunConfig, own: list[str], count: int, origin: str, secret: bool) -> Labels:
     names = {name: i for i, name in enumerate(config.data.class_names)}
     if not names:
         return np.zeros(count, np.int64)
@@ -135,10 +139,11 @@ def _labels(config: RunConfig, own: list[str], count: int, origin: str) -> Label
         column = config.data.label_column
         raise ConfigError(f"data.label-column = {column!r}: no such column, nor class folders; {origin} has no classes")
     if unknown := sorted({*own} - {*names}):
-        raise ConfigError(
-            f"data.classes = {config.data.classes!r}: must name every class; {origin} also has "
-            f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}"
-        )
+        others = f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}"
+        if secret:
+            log.warning("%s also has the classes %s", origin, others)
+            others = f"{len(unknown)} more, which the node's own log names"
+        raise ConfigError(f"data.classes = {config.data.classes!r}: must name every class; {origin} also has {others}")
     return np.array([names[name] for name in own], np.int64)
 
 
@@ -183,8 +188,7 @@ def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
         sizes = [[*size, n] for size, n in decoded.sizes.items()]
         write_facts(folder, {"kept": decoded.kept, "sizes": sizes, "modes": decoded.modes})
 
-    key = {"format": _FORMAT, "stream": chosen, "shape": shape, "version": source.version}
-    folder = cached(root, key, fill)
+    folder = cached(root, {"format": _FORMAT, "stream": chosen}, f"{source.version} {shape}", fill)
     found, images = facts(folder), array(folder, "images")
     place = {row: i for i, row in enumerate(found["kept"])}
 

@@ -29,8 +29,8 @@ class GlobalModel:
     def draw(self, count: int, guidance: float, labels: Sequence[int] | None = None) -> Images:
         """Samples by the run's seed; by default as many of each class as can be."""
         c = self.config
-        if labels is None and c.data.class_names:
-            labels = evaluation.every_class(len(c.data.class_names), count)
+        if labels is None and c.taught_classes:
+            labels = evaluation.every_class(len(c.taught_classes), count)
         return evaluation.sample(
             self.network,
             pipelines.noise_scheduler(c).config,

@@ -147,7 +147,7 @@ def _classifier(images: Images, classes: list[str], root: Path) -> Recipe:
         (folder / "classifier.safetensors").write_bytes(Recipe(facts, network.state_dict()).bytes())
         write_facts(folder, {})
 
-    return read(cached(root, {"format": _FORMAT, "classifier": digest}, fill) / "classifier.safetensors")
+    return read(cached(root, {"format": _FORMAT, "classifier": digest}, "", fill) / "classifier.safetensors")
 
 
 def _trained(images: Images, labels: np.ndarray[Any, Any]) -> tuple[_Convolutional, float]:

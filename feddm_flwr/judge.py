@@ -23,7 +23,7 @@ from feddm_flwr.data import load_all
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import exact
 from feddm_flwr.images import Images
-from feddm_flwr.messages import Failure, clean
+from feddm_flwr.messages import Failure, clean, frame_of
 from feddm_flwr.model import layout
 from feddm_flwr.node_evaluation import FINAL, REFERENCE, SAMPLES, WEIGHTS, near_by_chance
 from feddm_flwr.node_report import ABSURD
@@ -103,7 +103,7 @@ class Judge:
         """FID, KID, coverage by class and the gauge of steepness of the model with the weights that it has now."""
         assert self._real
         config = self._model.config
-        names = config.data.class_names
+        names = config.taught_classes
         labels = evaluation.labels_like(self._counts, names, config.eval.samples) if names else None
         images = self._model.draw(config.eval.samples, 1.0, labels)
         seen = self._network(images)
@@ -153,7 +153,7 @@ def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tu
             failure: object = reply
             if isinstance(reply, RecordDict):
                 try:
-                    sums = bytes(reply.array_records["weights"]["frame"].data)
+                    sums = bytes(frame_of(reply))
                     found = reference.unpack(sums, size, sorted(node.class_counts))
                     if found.count != node.images + node.held_out:
                         raise ValueError(f"sums over {found.count} images")

@@ -56,13 +56,13 @@ class Data:
     image_column: str = key(PRESET, "column that holds the images")
     label_column: str = key(
         PRESET,
-        "column that holds the classes, whose names and counts the server is told: for partitions, models with "
+        "column that holds the classes (of a folder: its first level of subfolders): for partitions, models with "
         "classes, coverage",
     )
     classes: str = key(
         PRESET,
-        "names of all classes of the federation, separated by commas, for model.class-conditional (preset: known data "
-        "sets' own)",
+        "names of all classes of the federation, separated by commas: for model.class-conditional (preset: known data "
+        "sets' own), and, without it, for coverage; what a data-path has of classes is told to nobody but for these",
     )
     white: int = key(
         65535,
@@ -350,6 +350,11 @@ class RunConfig:
     server: Server = field(default_factory=Server)
     eval: Eval = field(default_factory=Eval)
     sample: Sample = field(default_factory=Sample)
+
+    @property
+    def taught_classes(self) -> tuple[str, ...]:
+        """The classes that the U-Net is told, by label; none where it is told none."""
+        return self.data.class_names if self.model.class_conditional else ()
 
     @property
     def keeps_personal(self) -> bool:

@@ -65,8 +65,10 @@ def encoded(data: NodeData, autoencoder: Path, flip: bool, root: Path, device: t
     Raises:
         OSError: the cache cannot be written.
     """
-    # The file's name is the fingerprint of what is in it.
-    key = {"format": _FORMAT, "images": data.fingerprint, "held-out": len(data.held_out), "flip": flip}
+    # Of a fingerprint, the first half says which images, the second their version. The autoencoder's file has its
+    # fingerprint as its name.
+    images, version = data.fingerprint[:20], f"{data.fingerprint} {len(data.held_out)}"
+    key = {"format": _FORMAT, "images": images, "flip": flip, "autoencoder": autoencoder.stem}
 
     def fill(folder: Path) -> None:
         log.info("encoding %d images, once", len(data.train) + len(data.held_out))
@@ -77,7 +79,7 @@ def encoded(data: NodeData, autoencoder: Path, flip: bool, root: Path, device: t
 
     # What decides the bits of an encoding.
     machine = [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), device.type]
-    folder = cached(root, {**key, "autoencoder": autoencoder.stem, "machine": machine}, fill)
+    folder = cached(root, {**key, "machine": machine}, version, fill)
     config = config_of(autoencoder)
     train, held_out = (Latents(array(folder, name), config, device) for name in ("train", "held-out"))
     return train, held_out

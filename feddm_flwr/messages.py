@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread, local
+from typing import Any
 
 from flwr.app import Array, Error, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_object_body
-from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_object_body,
+    get_object_children_ids_from_object_content,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflatable_class_registry, pull_objects
+from flwr.superlink.grid import http_grid
 from google.protobuf.message import DecodeError
 
 #: What Flower raises when it unpacks what a node made up.
@@ -41,26 +47,55 @@ _REASONS = {
 }
 
 
+_pulling = local()  # of the reply that this thread pulls: `most`, the bytes that it may have; `left` for its arrays
+
+
 class _Array(Array):
-    """Flower's, of chunks that count once each: a list that names one chunk a million times, or arrays of arrays, would
-    fill the memory."""
+    """Flower's, bounded: a list that names one chunk a million times, or arrays of arrays, would fill the memory."""
 
     @classmethod
     def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
         """As Flower's, for an array that its chunks make up.
 
         Raises:
-            ValueError: it names a chunk more than once, or something that is no chunk.
+            ValueError: it is larger than what is left, or names something that is no chunk.
         """
-        listed = json.loads(get_object_body(object_content, Array))["arraychunk_ids"]
-        if len(listed) > len(children or {}):
-            raise ValueError(f"an array of {len(listed)} chunks, {len(children or {})} of which were sent")
-        if not all(type(child) is ArrayChunk for child in (children or {}).values()):
+        sizes = {name: len(child.data) for name, child in (children or {}).items() if type(child) is ArrayChunk}
+        if len(sizes) < len(children or {}):
             raise ValueError("an array of other things than chunks")
+        names = get_object_children_ids_from_object_content(object_content)
+        listed = json.loads(get_object_body(object_content, Array))["arraychunk_ids"]
+        size = sum(sizes[names[place]] for place in listed)
+        if size > (left := getattr(_pulling, "left", size)):
+            raise ValueError(f"an array of {size} bytes, where {left} were left")
+        _pulling.left = left - size
         return Array.inflate(object_content, children)
 
 
 inflatable_class_registry[Array.__name__] = _Array
+
+
+def _pull_objects(ids: list[str], pull_one: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
+    """Flower's, which takes what comes: the parts of a reply that is too large are not fetched to the end.
+
+    Raises:
+        ObjectPullError: it is; Flower makes an error reply of it.
+    """
+    most, size, lock = getattr(_pulling, "most", None), 0, Lock()
+
+    def counted(object_id: str) -> bytes:
+        nonlocal size
+        content = pull_one(object_id)
+        with lock:
+            size += len(content)
+        if most is not None and size > most:
+            raise ObjectPullError(object_id, f"a reply of more than {most} bytes")
+        return content
+
+    return pull_objects(ids, counted, **options)
+
+
+http_grid.pull_objects = _pull_objects  # type: ignore[attr-defined, assignment]
 
 
 _PATIENCE = 5.0  # seconds that a reply may take to come through before others are pulled beside it
@@ -92,8 +127,9 @@ class Replies:
     """Pulls replies. Flower says that there is one when its upload begins, and then waits for the end of it,
     two hours if need be: such a reply is waited for aside, and holds up nobody else."""
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, most: int = 10_000_000) -> None:
+        """`most`: bytes that a reply may have; larger ones of real nodes are not taken into memory."""
+        self._grid, self._most = grid, most
         self._aside: dict[str, SimpleQueue[_Pulled]] = {}
 
     def pull(self, message_id: str) -> RecordDict | Failure | None:
@@ -118,6 +154,7 @@ class Replies:
         self._aside = {message: box for message, box in self._aside.items() if message in messages}
 
     def _pull_into(self, box: SimpleQueue[_Pulled], message_id: str) -> None:
+        _pulling.most = _pulling.left = self._most
         try:
             box.put(_pull(self._grid, message_id))
         except BaseException as error:  # raised where the reply is asked for
@@ -135,6 +172,15 @@ def _pull(grid: Grid, message_id: str) -> RecordDict | Failure | None:
         told = replies[0].error
         return Failure(_REASONS.get(told.code, f"error-{told.code}"), _gist(told))
     return replies[0].content
+
+
+def frame_of(reply: RecordDict) -> bytes:
+    """The frame in a reply.
+
+    Raises:
+        KeyError, TypeError, AttributeError: there is none.
+    """
+    return reply.array_records["weights"]["frame"].data
 
 
 def clean(text: str, limit: int = 300) -> str:

@@ -21,6 +21,7 @@ log = logging.getLogger("feddm")
 _TRIES = 3  # introductions that a node may fail before it is left out
 _MAX_IMAGES = 10_000_000  # keeps the exact sum of any federation within 64 bits
 _MAX_CLASSES = 10_000
+_SLOW = 20.0  # seconds after which it is said that nodes are waited for that are there
 _PAUSE = 0.2  # seconds
 _ANSWER = 5.0  # seconds in which a node answers that is there and not at work
 _TTL = 2.0  # round-timeouts that an introduction may take: it waits for the round that goes on
@@ -73,20 +74,23 @@ class Roster:
         self._was: dict[int, str] = {}  # names of those that are asked again what they have
         self._replies: Replies | None = None
         self._expected: set[str] = set()  # those that took part before the run was resumed
+        self.connected = 0  # nodes that Flower had when the last round began, whatever they said of themselves
         self._said = 0  # nodes introduced in the log since the last round
         self.processes: dict[int, str] = {}  # by id: which process of the node's machine it is
 
     def wait(self, grid: Grid, *, first: bool) -> dict[str, int]:
         """Name -> id of the nodes that are online, once they are enough for a round.
 
-        Before the first round all that are connected are heard; later a new node takes part from
-        the round after its introduction, and nobody waits for it.
+        Before the first round all that are connected are heard: one that reads all its images first, or ends what it
+        does, may take `round-timeout` longer. Later a new node takes part from the round after its introduction, and
+        nobody waits for it.
 
         Raises:
             ConfigError: before the first round, a node found the configuration or its data wrong.
             RunFailedError: there are too few nodes after `wait-timeout`.
         """
-        deadline = time.monotonic() + self.config.wait_timeout
+        begun = time.monotonic()
+        deadline = begun + self.config.wait_timeout
         before: list[int] = []
         said = ""
         while True:
@@ -96,17 +100,22 @@ class Roster:
             online = {self._ids[i]: i for i in ids if i in self._ids}
             absent = sorted(self._expected - {*online}) if first else []
             claimed = any(claim.is_young() for claim in self._claims.values())
-            settled = not claimed and (not first or (ids == before and not self._queries and not absent))
-            late = time.monotonic() > deadline
-            if first and (settled or late) and self._problems and not self._expected:
+            silent = [i for i in self._queries.values() if first or i in self._was]
+            settled = not (claimed or silent) and (not first or (ids == before and not absent))
+            over = time.monotonic() > deadline
+            late = time.monotonic() > deadline + (self.config.round_timeout if first and silent else 0)
+            if first and (settled or over) and self._problems and not self._expected:
                 raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
             if (settled or late) and len(online) >= self._needed():
                 if absent:
                     log.warning("the run goes on without %s", _list({*absent}, 20))
+                if silent:
+                    log.warning("the round begins without %d nodes that are connected but do not answer", len(silent))
                 if self._said > _SAID:
                     images = sum(node.images for node in self.nodes.values())
                     log.info("%d more nodes; %d images in all, see nodes.json", self._said - _SAID, images)
                 self._said = 0
+                self.connected = len(ids)
                 return online
             hopeless = first and settled and ids and all(i in self._left_out for i in ids)
             if late or hopeless:
@@ -115,7 +124,9 @@ class Roster:
             text = f"waiting for nodes: {len(online)} of {self._needed()}"
             if absent:
                 text = f"waiting for nodes that took part before: {_list({*absent}, 20)}"
-            if text != said and (settled or absent):
+            if slow := bool(silent) and time.monotonic() > begun + _SLOW:
+                text = f"waiting for {len(silent)} nodes that are connected: they may be reading their images"
+            if text != said and (settled or absent or slow):
                 log.info("%s", said := text)
             time.sleep(_PAUSE)
 
@@ -142,20 +153,22 @@ class Roster:
         return (
             f"{online} usable nodes of {len(ids)} connected, {self._needed()} are needed "
             f"(min-nodes = {self.config.min_nodes}, min-replies = {self.config.min_replies}, "
-            f"wait-timeout = {self.config.wait_timeout:g} s)" + "".join(f"; left out: {r}" for r in reasons)
+            f"wait-timeout = {self.config.wait_timeout:g} s)"
+            + (f"; {len(self._queries)} have not answered" if self._queries else "")
+            + "".join(f"; left out: {r}" for r in reasons)
         )
 
     def _introduce(self, grid: Grid, registered: dict[int, str], *, first: bool) -> None:
         """Ask whoever is new, and take in the answers that are there. `registered`: the connected ids, and the names
         that their keys were registered under, "" for none."""
         ids = sorted(registered)
-        self._queries = {message: i for message, i in self._queries.items() if i in ids}
-        self._claims = {i: claim for i, claim in self._claims.items() if i in ids}
+        self._queries = {message: i for message, i in self._queries.items() if i in registered}
+        self._claims = {i: claim for i, claim in self._claims.items() if i in registered}
         self._replies = self._replies or Replies(grid)
         self._replies.forget_all_but({*self._queries, *(claim.question for claim in self._claims.values())})
         # One that went away may come back, with what was wrong put right.
-        self._left_out = {i: why for i, why in self._left_out.items() if i in ids}
-        self._tries = Counter({i: tries for i, tries in self._tries.items() if i in ids})
+        self._left_out = {i: why for i, why in self._left_out.items() if i in registered}
+        self._tries = Counter({i: tries for i, tries in self._tries.items() if i in registered})
         known = {*self._ids, *self._left_out, *self._queries.values(), *self._claims}
         for i in ids:
             if i in known:
@@ -210,7 +223,7 @@ class Roster:
             sizes = f" of {node.sizes}" if node.sizes else ""
             log.info(
                 "node %s: %d images%s, %d held out%s, classes %s",
-                *(node.name, node.images, sizes, node.held_out, skipped, classes),
+                *(node.name, node.images, sizes, node.held_out, skipped, clean(classes, 1000)),
             )
 
     def _judge_claims(self, ids: list[int]) -> list[Node]:
@@ -252,7 +265,7 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
         lines = [clean(line, 500) for line in str(said["problem"])[:10_000].splitlines()]
         problem = "\n".join(filter(None, lines))
         skipped = said.get("skipped", 0)
-        counts = json.loads(str(said["class-counts"])[: 100 * _MAX_CLASSES])
+        counts = json.loads(str(said["class-counts"])[: 30 * _MAX_CLASSES])
         if not (isinstance(images, int) and isinstance(held_out, int) and isinstance(counts, dict)):
             raise TypeError("counts must be integers")
         if not isinstance(name, str) or not re.fullmatch(NODE_NAME, name):

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from feddm_flwr import charts
 from feddm_flwr.config import local_path
 from feddm_flwr.report_page import COMPARISON, PAGE
-from feddm_flwr.tracking import Row, flat, grid_files, read_metrics, read_status, total_bytes
+from feddm_flwr.tracking import Row, flat, grid_files, read_metrics, read_status, simulated_nodes, total_bytes
 from feddm_flwr.whole_file import whole_file
 
 _OF_THE_FOLDER = ("run-name", "out-dir")  # keys that say where a run lies, not what it is
@@ -29,6 +29,7 @@ def write(run: Path) -> Path:
     rows = read_metrics(run)
     status = {"status": "running", "reason": ""} | read_status(run)
     config, final = _config(run), _read_json(run / "final.json", {})
+    nodes = _read_json(run / "nodes.json", [])
     html = _render(
         PAGE,
         name=run.name,
@@ -42,8 +43,9 @@ def write(run: Path) -> Path:
         faults=_faults(rows, status),
         grids=(grids := [_grid(*grid) for grid in grid_files(run).items()]),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
-        nodes=_nodes(_read_json(run / "nodes.json", []), rows),
-        command=f"feddm run --num-supernodes {len(_read_json(run / 'nodes.json', [])) or 4} "
+        nodes=_nodes(nodes, rows),
+        hues=_hues(nodes),
+        command=f"feddm run --num-supernodes {simulated_nodes(rows) or 4} "
         + " ".join(
             f"-c {shlex.quote(f'{key}={_toml(config[key])}')}" for key in sorted(config) if key not in _OF_THE_FOLDER
         ),
@@ -221,8 +223,11 @@ def _use(config: Mapping[str, object]) -> tuple[str, str]:
 pipeline = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)  # pipeline.py, in this folder
 images = pipeline(["{names[0].strip()}", "{names[-1].strip()}"], guidance_scale=2.0).images"""
         return f"A class-conditional `UNet2DModel` ({config['model.kind']}, classes {config['data.classes']})", code
-    pipeline = "LDMPipeline" if config["model.kind"] == "ldm" else "DDPMPipeline"
-    code = f"from diffusers import {pipeline}\n\nimages = {pipeline}.from_pretrained({folder})(batch_size=16).images"
+    # The folder's own, DDPMPipeline, would take all of the noise levels.
+    pipeline = "LDMPipeline" if config["model.kind"] == "ldm" else "DDIMPipeline"
+    code = f"""from diffusers import {pipeline}
+
+images = {pipeline}.from_pretrained({folder})(batch_size=16, num_inference_steps=50).images"""
     return f"A `UNet2DModel` ({config['model.kind']})", code
 
 
@@ -308,21 +313,22 @@ def _grid(number: int, path: Path) -> dict[str, object]:
 
 def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:
     """The nodes with what each sent and got, and with the share of each class, for the bars."""
-    classes = sorted({c for node in nodes for c in node["class_counts"]})
+    hues = _hues(nodes)
     for node in nodes:
         total = max(1, sum(node["class_counts"].values()))
         for way in ("up", "down"):
             node[way] = megabytes(sum(row.get("nodes", {}).get(node["name"], {}).get(way, 0) for row in rows))
         node["bars"] = [
-            {
-                "name": c,
-                "count": node["class_counts"].get(c, 0),
-                "share": node["class_counts"].get(c, 0) / total,
-                "hue": round(360 * i / len(classes)),
-            }
-            for i, c in enumerate(classes)
+            {"name": name, "count": count, "share": count / total, "hue": hues[name]}
+            for name, count in sorted(node["class_counts"].items())
         ]
     return sorted(nodes, key=lambda node: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", node["name"])])
+
+
+def _hues(nodes: list[Row]) -> dict[str, int]:
+    """The colour of each class."""
+    classes = sorted({name for node in nodes for name in node["class_counts"]})
+    return {name: round(360 * i / len(classes)) for i, name in enumerate(classes)}
 
 
 def _read_json(path: Path, otherwise: Any) -> Any:

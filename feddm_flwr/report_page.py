@@ -107,12 +107,12 @@ PAGE = (
 {% macro table(some) %}<div class="scroll"><table><tr><th>node</th><th class="n">images</th><th class="n">held out</th><th class="n">sent</th><th class="n">received</th><th>classes</th></tr>
 {% for node in some %}
 <tr><td>{{ node.name }}</td><td class="n">{{ node.images }}</td><td class="n">{{ node.held_out }}</td><td class="n">{{ node.up }}</td><td class="n">{{ node.down }}</td>
-<td><div class="bar">{% for bar in node.bars %}{% if bar.count %}<span title="{{ bar.name }}: {{ bar.count }}" style="width:{{ 100 * bar.share }}%;background:hsl({{ bar.hue }} 60% 55%)"></span>{% endif %}{% endfor %}</div></td></tr>
+<td><div class="bar">{% for bar in node.bars %}<span title="{{ bar.name }}: {{ bar.count }}" style="width:{{ 100 * bar.share }}%;background:hsl({{ bar.hue }} 60% 55%)"></span>{% endfor %}</div></td></tr>
 {% endfor %}
 </table></div>{% endmacro %}
 <div class="card">{{ table(nodes[:25]) }}
 {% if nodes[25:] %}<details><summary>{{ "{:,}".format(nodes[25:]|length) }} more nodes; {{ "{:,}".format(nodes|sum("images")) }} images in all</summary>{{ table(nodes[25:]) }}</details>{% endif %}
-{% if nodes[0].bars %}<p class="soft">{% for bar in nodes[0].bars %}<span style="color:hsl({{ bar.hue }} 60% 55%)">■</span> {{ bar.name }} {% endfor %}</p>{% endif %}
+{% if hues %}<p class="soft">{% for name, hue in hues.items() %}<span style="color:hsl({{ hue }} 60% 55%)">■</span> {{ name }} {% endfor %}</p>{% endif %}
 </div>
 {% endif %}
 {% if rows %}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from feddm_flwr.config import ConfigError, RunConfig, flatten
+from feddm_flwr.config import ConfigError, RunConfig, flatten, parse
 
 #: Keys that may change when a run is resumed, since the weights do not depend on them.
 _FREE = {
@@ -22,8 +22,10 @@ def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -
         ConfigError: one line for each key that is not the same and decides what the weights become, or fewer rounds
             are asked for.
     """
-    now = flatten(config)
-    free = _FREE | ({"num-server-rounds"} if config.train.lr_schedule == "constant" else set())
+    now, before = flatten(config), flatten(parse(before))  # keys that are newer than the run have their defaults
+    # A cosine schedule is made for its number of rounds, but a run may end where it is.
+    endless = config.train.lr_schedule == "constant" or config.num_server_rounds == done
+    free = _FREE | ({"num-server-rounds"} if endless else set())
     problems = [
         f"{name} = {now.get(name)!r}: was {before.get(name)!r} in the run to resume, and must stay so"
         for name in sorted({*now, *before} - free)

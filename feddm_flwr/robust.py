@@ -65,5 +65,6 @@ class RobustMean:
                 values = np.sort(np.stack([*parts]), axis=0)[dropped : count - dropped]
                 result[start : start + values.shape[1]] = values.mean(axis=0, dtype=np.float64)
                 start += values.shape[1]
+            del chunks, parts  # before the next ones are made
         self._file.close()
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import sys
 import time
 import uuid
@@ -18,7 +19,7 @@ from flwr.serverapp import Grid
 
 from feddm_flwr import architecture, assets, checkpoint, costs, evaluation, model, pipelines, report
 from feddm_flwr.collection import simulated
-from feddm_flwr.config import RunConfig, expanded, flatten, parse
+from feddm_flwr.config import ConfigError, RunConfig, expanded, flatten, parse
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import Values
 from feddm_flwr.judge import Judge, final
@@ -44,8 +45,8 @@ def main(grid: Grid, context: Context) -> None:
     if found:
         check_same_run(config, found.facts["config"], found.round)
         log.info("resumed after round %d", found.round)
-    run.begin(flatten(kept), found.round if found else None, config.tracker)
     with _accounted(run), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
+        run.begin(flatten(kept), found.round if found else None, config.tracker)
         files = assets.fetch(config, run.path / "assets")
         network = architecture.build(config, files)
         layout = model.layout(network)
@@ -96,15 +97,19 @@ def main(grid: Grid, context: Context) -> None:
 
 @contextmanager
 def _accounted(run: RunDirectory) -> Iterator[None]:
-    """Whatever happens, the run's folder says what went wrong, and has a report."""
+    """Whatever happens, the run's folder says what went wrong, and has a report; unless the configuration is wrong and
+    nothing was done, which leaves nothing."""
     try:
         yield
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide what went wrong
             run.finish("failed", f"{type(error).__name__}: {error}")
+        if isinstance(error, ConfigError) and not (run.path / "metrics.jsonl").exists():
+            shutil.rmtree(run.path, ignore_errors=True)
         raise
     finally:
-        _report(run)
+        if run.path.is_dir():
+            _report(run)
 
 
 def _judged(
@@ -156,7 +161,7 @@ def _room(run: RunDirectory, feddm: FedDM) -> Iterator[None]:
     except OSError as error:
         raise RuntimeError(
             f"the checkpoint of round {feddm.round} cannot be written ({error.strerror}); "
-            f"make room in {run.checkpoints}, then: feddm run --resume {run.path}"
+            f"make room in {run.checkpoints}, then resume the run"
         ) from error
 
 

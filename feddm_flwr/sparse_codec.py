@@ -101,7 +101,7 @@ class Budget:
             if 0.99 * target < size <= target:
                 break
         # Where not even one value fits, the largest go all the same: nothing would ever be learnt.
-        return min(math.exp(high), largest)
+        return min(math.exp(high), largest / (1 - _DEAD_ZONE) * (1 - 1e-6))
 
     def encode(self, values: Tensor, state: State) -> Planes:
         assert isinstance(state, float)

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
@@ -28,10 +29,10 @@ from feddm_flwr import node_report
 from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_update, euclidean_norm, server_optimizer
 from feddm_flwr.broadcast import Broadcast
 from feddm_flwr.checkpoint import Checkpoint
-from feddm_flwr.collection import Traffic, collect
+from feddm_flwr.collection import Traffic, collect, most_bytes
 from feddm_flwr.config import RunConfig, derive_seed, expanded, local_steps, nodes_asked
 from feddm_flwr.exchange import FrameError, Values, channel
-from feddm_flwr.messages import Failure, clean
+from feddm_flwr.messages import Failure, clean, frame_of
 from feddm_flwr.nodes import Node, Roster, RunFailedError
 from feddm_flwr.outliers import Outliers
 from feddm_flwr.parts import Parts, assign
@@ -243,8 +244,8 @@ class FedDM:
         """
         node = self._roster.nodes[name]
         try:
-            frame = reply.array_records["weights"]["frame"].data
-            tally.traffic.up[name] += sum(len(a.data) for r in reply.array_records.values() for a in r.values())
+            frame = frame_of(reply)
+            tally.traffic.up[name] += len(frame)
             tally.traffic.float32_up += 4 * self._up[tally.part[name]].size
             said = node_report.checked(reply.config_records["report"], name, number)
         except (KeyError, TypeError, AttributeError) as error:
@@ -256,7 +257,7 @@ class FedDM:
         if said.steps > (most := local_steps(self.config, node.images)):
             return Failure("malformed", f"{said.steps} steps; {most} are all of the {node.images} images that it had")
         part = tally.part[name]
-        if len(frame) > 1.25 * 4 * self._up[part].size + 100_000:
+        if len(frame) > most_bytes(self._up[part].size):
             return Failure("oversized", f"a frame of {len(frame)} bytes for {self._up[part].size} values")
         try:
             update = self._up[part].decode(frame, self.config.codec.target, number)
@@ -323,6 +324,7 @@ class FedDM:
             eval_loss=weighted(tally.eval) if tally.eval else float("nan"),
             eval_levels=weighted_levels(tally.levels),
             eval_losses={name: loss for name, loss, _ in sorted(tally.eval)},
+            connected=self._roster.connected,
             clients_ok=tally.count,
             clients_failed=asked - tally.count,
             failures=dict(sorted(traffic.failures.items())),
@@ -381,8 +383,8 @@ class FedDM:
         traffic, probes = Traffic(), Probes(grid, self._roster.processes)
         timeout = self.config.round_timeout
         for i, reply in collect(grid, chosen, content, traffic, 0, timeout, probes, MessageType.EVALUATE):
-            if not isinstance(reply, Failure):
-                traffic.other += sum(len(a.data) for r in reply.array_records.values() for a in r.values())
+            with suppress(KeyError, TypeError, AttributeError):  # whoever makes use of it sees what is wrong with it
+                traffic.other += 0 if isinstance(reply, Failure) else len(frame_of(reply))
             yield self._roster.nodes[chosen[i]], reply
             del reply
             gc.collect()

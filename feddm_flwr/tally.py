@@ -26,6 +26,7 @@ class Round:
     eval_loss: float  # of the weights that the round started from; NaN where not evaluated
     eval_levels: list[float]  # the same by noise level, from the least noise to the most; empty where not evaluated
     eval_losses: dict[str, float]  # the same by node
+    connected: int  # nodes that Flower had when it began
     clients_ok: int
     clients_failed: int
     failures: dict[str, int]

@@ -46,7 +46,8 @@ class RunDirectory:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunInUseError(f"{path} is in use by another process: is the run still going on?") from None
-        forget_unfinished(self.checkpoints)
+        for folder in (path, self.checkpoints, path / "samples", path / "reference", path / "assets"):
+            forget_unfinished(folder)
 
     def begin(self, config: Mapping[str, object], after: int | None, tracker: str = "none") -> None:
         """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
@@ -216,6 +217,11 @@ def read_metrics(path: Path) -> list[Row]:
 def total_bytes(rows: list[Row]) -> dict[str, int]:
     """Each kind of traffic (`bytes_up`, …), summed over a run's rounds."""
     return {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+
+
+def simulated_nodes(rows: list[Row]) -> int:
+    """How many nodes the simulation had whose rounds these are; 0 where none was done."""
+    return max((int(row.get("connected") or row["clients_ok"]) for row in rows), default=0)
 
 
 def _line(row: Row) -> bytes:

@@ -251,6 +251,7 @@ def test_a_configuration_that_contradicts_the_checkpoint_is_refused_with_the_dif
         "seed = 1: was 0 in the run to resume, and must stay so",
         "train.local-steps = 9: was 3 in the run to resume, and must stay so",
     ]
+    check_same_run(config(num_server_rounds=1), before, 1)  # it ends there
     steady = {"train__lr_schedule": "constant"}
     check_same_run(config(num_server_rounds=7, **steady), flatten(config(**steady)), 2)
     with pytest.raises(ConfigError, match="num-server-rounds = 3: must be at least 5, which are done"):

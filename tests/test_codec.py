@@ -174,6 +174,12 @@ def test_budget_spends_its_budget_and_no_more(ratio: int, size: int) -> None:
     assert 0.95 <= size_coded / (4 * size / ratio) <= 1.02
 
 
+def test_budget_keeps_to_its_budget_where_many_values_are_nearly_the_largest() -> None:
+    """What error feedback left over is cut off at the size from which on values are sent."""
+    values = np.random.default_rng(0).uniform(-1, 1, 200_000)
+    assert 0.5 <= coded_size(sparse_codec.Budget(82), values) / (4 * len(values) / 82) <= 1.02
+
+
 def test_budget_loses_less_than_the_fixed_codecs_at_the_same_size() -> None:
     values = uneven(1_000_000)
     for fixed in (grid_codec.Int4(), grid_codec.Int3(), grid_codec.Int2(), grid_codec.Sign(), sparse_codec.TopK()):

@@ -24,6 +24,10 @@ from feddm_flwr.state_folder import state_root
 OWN = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})  # of a node, by its data-path
 
 
+def of_classes(names: str) -> RunConfig:
+    return parse({"data.name": "own", "data.image-size": 8, "data.channels": 1, "data.classes": names})
+
+
 def node(index: int, count: int, **keys: Any) -> NodeData:
     return load(parse({k.replace("__", "."): v for k, v in keys.items()}), (index, count), None)
 
@@ -143,7 +147,6 @@ def test_a_folder_of_mixed_images_is_one_array(folder: Path) -> None:
     data = load(parse(SHAPE), None, str(folder))
     assert data.train.shape[1:] == (3, 16, 16)
     assert len(data.train) + len(data.held_out) == 12
-    assert data.class_counts == {"cat": 6, "dog": 6}
     assert load(parse({**SHAPE, "data.channels": 1}), None, str(folder)).train.shape[1:] == (1, 16, 16)
 
 
@@ -252,12 +255,25 @@ def test_images_are_decoded_once_and_anew_when_a_file_changes(folder: Path, monk
     assert both(forget()) != first
 
 
+def test_a_node_s_own_folders_are_told_only_where_the_run_names_them(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They may be called after patients."""
+    data = load(parse(SHAPE), None, str(folder))
+    assert (data.class_counts, data.classes) == ({}, [])
+    assert load(parse({**SHAPE, "data.classes": "cat,dog,emu"}), None, str(folder)).class_counts == {"cat": 6, "dog": 6}
+    with pytest.raises(ConfigError, match=r"must name every class; .* 1 more, which the node's own log") as error:
+        load(parse({**SHAPE, "data.classes": "cat"}), None, str(folder))
+    assert "dog" not in str(error.value)
+    assert "dog" in caplog.text
+
+
 def test_labels_are_places_in_the_federation_s_classes(folder: Path) -> None:
     keys = {**SHAPE, "model.class-conditional": True, "data.eval-fraction": 0.0}
     read = load(parse({**keys, "data.classes": "bird, dog,cat"}), None, str(folder))
     assert sorted(read.train_labels) == [1] * 6 + [2] * 6
     with pytest.raises(ConfigError, match=r"data.classes = 'bird,dog': must name every class; .* also has cat"):
-        load(parse({**keys, "data.classes": "bird,dog"}), None, str(folder))
+        load(parse({**keys, "data.name": str(folder), "data.classes": "bird,dog"}), (0, 2), None)
 
 
 def test_a_split_is_a_subfolder_or_files_of_that_name_and_never_ignored(tmp_path: Path) -> None:
@@ -432,7 +448,7 @@ def test_linked_classes_are_read_and_what_is_hidden_is_not(tmp_path: Path) -> No
     pictures(elsewhere, ["b.png", "c.png"])
     (site / "dogs").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(site)
-    assert load(OWN, None, str(site)).class_counts == {"cats": 1, "dogs": 2}
+    assert load(of_classes("cats,dogs"), None, str(site)).class_counts == {"cats": 1, "dogs": 2}
     before = sources.stamp_of(str(site), "")
     pictures(elsewhere, ["d.png"])
     assert sources.stamp_of(str(site), "") != before
@@ -490,7 +506,7 @@ def test_pixels_of_many_bits_mean_what_their_format_says(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path, ["benign/a.png", "benign/b.png", "malignant/c.png", "lost+found/d.png"])
-    assert load(OWN, None, str(tmp_path)).class_counts == {"benign": 2, "malignant": 1}
+    assert load(of_classes("benign,malignant"), None, str(tmp_path)).class_counts == {"benign": 2, "malignant": 1}
     scandir = os.scandir
 
     def locked(path: Any) -> Any:

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
-from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflatable_class_registry
+from flwr.superlink.grid import http_grid
 from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_query, on_train, run
 
 from feddm_flwr import messages, probes
@@ -477,12 +479,75 @@ def test_an_array_that_would_grow_as_it_is_unpacked_is_refused(monkeypatch: pyte
     monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4)
     inflate = inflatable_class_registry["Array"].inflate  # as Flower calls it
     honest, bomb = (Array("uint8", (8,), "feddm.frame", data) for data in (b"abcdefgh", b"abcdabcd"))
+    monkeypatch.setattr(messages._pulling, "left", 14, raising=False)
     assert inflate(honest.deflate(), honest.children).data == b"abcdefgh"  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="an array of 2 chunks, 1 of which were sent"):
+    with pytest.raises(ValueError, match="an array of 8 bytes, where 6 were left"):
         inflate(bomb.deflate(), bomb.children)
     whole = Array("uint8", (4,), "feddm.frame", b"abcd")
     with pytest.raises(ValueError, match="an array of other things than chunks"):
         inflate(whole.deflate(), {"an array's": whole})
+
+
+def test_a_reply_of_a_real_node_that_is_too_large_is_not_fetched_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def fetch(name: str) -> bytes:
+        fetched.append(name)
+        return bytes(100)
+
+    monkeypatch.setattr(messages._pulling, "most", 1000, raising=False)
+    pull = http_grid.pull_objects  # type: ignore[attr-defined]
+    assert len(pull([str(i) for i in range(10)], fetch)) == 10
+    fetched.clear()
+    with pytest.raises(ObjectPullError, match="a reply of more than 1000 bytes"):
+        pull([str(i) for i in range(500)], fetch)
+    assert len(fetched) < 50
+
+
+def test_a_reply_that_names_one_frame_often_is_counted_once() -> None:
+    def repeat(message: Message, reply: Message) -> Message:
+        weights = reply.content.array_records["weights"]
+        for i in range(100):
+            reply.content[f"weights-{i}"] = weights
+        return reply
+
+    c = config(num_server_rounds=1)
+    (honest,), (repeated,) = run(c), run(c, {i: on_train(handle, repeat) for i, handle in nodes(c).items()})
+    assert repeated.bytes_up == honest.bytes_up
+
+
+def test_a_node_that_reads_its_images_for_longer_than_nodes_are_waited_for_takes_part(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Connected, but silent: it has until `round-timeout`."""
+    monkeypatch.setattr("feddm_flwr.nodes._SLOW", 0.5)
+    caplog.set_level("INFO", "feddm")
+    c = config(wait_timeout=1.0, num_server_rounds=1)
+    grid, ready = LocalGrid(nodes(c)), time.monotonic() + 2.5
+    answer = grid.pull_messages
+    asked: dict[str, int] = {}
+
+    def push(messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            (name,) = LocalGrid.push_messages(grid, [message])
+            asked[name] = message.metadata.dst_node_id
+            yield name
+
+    def pull(names: Iterable[str]) -> Iterable[Message]:
+        return answer([n for n in names if asked[n] != 1000 or time.monotonic() > ready])
+
+    monkeypatch.setattr(grid, "push_messages", push)
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    (done,) = feddm(c).run(grid)
+    assert (done.clients_ok, done.connected) == (4, 4)
+    assert "waiting for 1 nodes that are connected: they may be reading their images" in caplog.messages
+
+
+def test_a_run_that_begins_without_a_node_that_does_not_answer_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    c = config(wait_timeout=0.5, round_timeout=2.0, num_server_rounds=1)
+    (done,) = run(c, {**nodes(c), 1: lambda m: None})
+    assert (done.clients_ok, done.connected) == (4, 5)
+    assert "the round begins without 1 nodes that are connected but do not answer" in caplog.messages
 
 
 def test_a_share_of_the_nodes_trains_and_a_repeated_round_draws_others() -> None:
