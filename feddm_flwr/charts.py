@@ -15,8 +15,8 @@ COLOURS = 8  # that a page has, s0 to s7
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 270, 80, 16, 10, 52
 
 
-def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
-    """A run's charts, with their titles."""
+def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
+    """A run's charts, with their titles; `apart`: training and held-out loss are not of the same weights."""
     if not rows:
         return []
     loss = {
@@ -27,7 +27,9 @@ def of_run(rows: list[Row]) -> list[tuple[str, Markup]]:
         "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
         "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
     }
-    if any("psnr" in r for r in rows):  # an autoencoder's training loss is of other terms than its held-out one
+    if apart or any(
+        "psnr" in r for r in rows
+    ):  # an autoencoder's training loss is of other terms than its held-out one
         charts = [(f"{name.capitalize()} loss by round", lines({name: of})) for name, of in loss.items() if of]
     else:
         charts = [("Loss by round", lines(loss))]

@@ -29,7 +29,7 @@ log = logging.getLogger("feddm")
 
 Tensors = Mapping[str, NDArray[Any]]
 
-FORMAT = 1
+FORMAT = 2
 _MOST = 100_000_000  # bytes of a header that safetensors reads
 _DTYPES = {"float32": "F32", "uint8": "U8"}
 

@@ -181,6 +181,7 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
         keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
         keys |= {"train.local-steps": asked * config.train.local_steps, "train.max-seconds": 0.0}
         keys["round-timeout"] = asked * config.round_timeout
+        keys["server.ema-decay"] = config.server.ema_decay ** (1 / asked)  # an average over as much of the run
         nodes = 1
     cell = Cell(condition, run, seed, nodes, keys)
     try:

@@ -84,7 +84,9 @@ def plots(results: Results, folder: Path) -> list[Path]:
         for ax, condition in zip(axes, conditions, strict=True):
             for r in (r for r in judged if r["condition"] == condition and not _centralized(r)):
                 ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
-            if base := _base([r for r in judged if r["condition"] == condition and _centralized(r)]):
+            here = [r for r in judged if r["condition"] == condition]
+            base = _base([r for r in here if _centralized(r)])
+            if base and len({_setting(r) for r in here}) == 1:
                 ax.axhline(mean(base), color="grey", linestyle="--", label="centralized")
             ax.set(xscale="log", xlabel="megabytes, both ways, all nodes", title=condition)
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

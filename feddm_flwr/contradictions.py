@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from feddm_flwr.keys import KEYS, PARTITION_OF, RunConfig
 
+_LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 
 
@@ -50,6 +51,12 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield (
             "diffusion.prediction = 'epsilon' with diffusion.schedule = 'cosine': its noisiest level magnifies errors "
             "of the network a thousandfold; use v, or the linear schedule"
+        )
+    d = c.diffusion
+    if d.schedule == "linear" and d.timesteps < _LEAST_LINEAR and not c.model.init_from:
+        yield (
+            f"diffusion.timesteps = {d.timesteps} with diffusion.schedule = 'linear': must be at least "
+            f"{_LEAST_LINEAR}, or the last level is not noise, which samples begin from; cosine goes with any number"
         )
     if c.model.resnet_resampling and not any(c.model.attention):
         yield "model.resnet-resampling = true with no attention in model.attention: acts on levels with attention only"

@@ -72,12 +72,12 @@ class Grid:
 
     def _quantize(self, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Steps (B,) and digits (B, K) of blocks (B, K), which end in zeros after `size` values."""
-        steps = self._widest(blocks)
+        steps = widest = self._widest(blocks)
         digits = self._digits(blocks, steps)
         if self.clip_search:
             error = self._squared_error(blocks, digits, steps)
             for ratio in _CLIP_RATIOS:
-                tried = _round_up(steps * ratio)
+                tried = _round_up(widest * ratio)
                 clipped = self._digits(blocks, tried)
                 clipped_error = self._squared_error(blocks, clipped, tried)
                 better = clipped_error < error

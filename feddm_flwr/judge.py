@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -207,7 +208,13 @@ def final(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> 
         if not (type(near) is int and 0 <= near <= samples and type(unseen) is int and 0 < unseen <= node.held_out):
             continue
         if isinstance(auc, float) and 0 <= auc <= 1:
-            audited[node.name] = {"near": near, "by_chance": near_by_chance(samples, unseen), "members_auc": auc}
+            pairs = min(node.images, unseen)
+            audited[node.name] = {
+                "near": near,
+                "by_chance": near_by_chance(samples, unseen),
+                "members_auc": auc,
+                "members_auc_error": 0.5 / math.sqrt(pairs),  # the most that its standard error can be
+            }
     weight = sum(n for n, _ in losses)
     found: dict[str, Any] = {
         "eval_loss": sum(n * loss for n, loss in losses) / weight if weight else None,

@@ -203,7 +203,7 @@ class Reconstruction:
     @torch.no_grad()
     def held_out(self, network: Any, limit: int, name: str) -> HeldOut:
         """Mean squared error of the reconstruction of the first `limit` images from the mean of their latents, and the
-        mean square of these latents."""
+        mean square of samples of these latents."""
         size = min(limit, len(self))
         if size == 0:
             return HeldOut()
@@ -213,8 +213,9 @@ class Reconstruction:
         for index in torch.arange(size, device=self._device).split(step):
             x = self._examples.fixed(index)
             with autocast(self._config, self._device):
-                mean = network.encode(x).latent_dist.mean
-                decoded = network.decode(mean).sample
+                latents = network.encode(x).latent_dist
+                decoded = network.decode(latents.mean).sample
             errors.append((decoded.float() - x).square().flatten(1).mean(1))
-            powers.append(mean.float().square().flatten(1).mean(1))
+            # Of what a latent model is trained on, which is drawn from the distributions.
+            powers.append((latents.mean.square() + latents.var).float().flatten(1).mean(1))
         return HeldOut(float(torch.cat(errors).double().mean()), [], float(torch.cat(powers).double().mean()))

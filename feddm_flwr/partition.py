@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from feddm_flwr.config import ConfigError, RunConfig, derive_seed
 from feddm_flwr.sources import Source
+
+log = logging.getLogger("feddm")
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,6 +130,11 @@ class _Pathological:
                     deck += [classes[i] for i in random.permutation(len(classes))]
                 hand.append(deck.pop(next(i for i, c in enumerate(deck) if c not in hand)))
             hands.append(hand)
+        if left := {*classes} - {c for hand in hands for c in hand}:
+            log.warning(
+                "data.classes-per-node = %d: %d nodes hold %d of %d classes; the images of the others are left out",
+                *(self._each, self.num_partitions, len(classes) - len(left), len(classes)),
+            )
         own = {c: [row for row, label in enumerate(labels) if label == c] for c in classes}
         holders = {c: [node for node, hand in enumerate(hands) if c in hand] for c in classes}
         return [

@@ -37,7 +37,7 @@ def write(run: Path) -> Path:
         config=config,
         rows=rows,
         tiles=_tiles(rows, config, final),
-        charts=charts.of_run(rows),
+        charts=charts.of_run(rows, apart=bool(config.get("diffusion.min-snr-gamma"))),
         judged=_judged(run, rows),
         final=final,
         faults=_faults(rows, status),

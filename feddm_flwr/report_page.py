@@ -87,12 +87,13 @@ PAGE = (
 <h2>Classes among the samples</h2>
 <div class="card scroll"><table><tr><th>class</th><th class="n">share of the samples over share of the real images</th></tr>
 {% for name, ratio in judged.coverage.items() %}<tr><td>{{ name }}</td><td class="n">{{ "%.2f"|format(ratio) }}</td></tr>
-{% endfor %}</table></div>
+{% endfor %}</table>
+<p class="soft">A sample counts for the class whose mean feature is nearest, which is not always its own: compare runs; 1 for each class is not what a perfect model gets.</p></div>
 {% endif %}
 {% if final.audit %}
 <h2>Memorization audit</h2>
 <div class="card scroll"><table><tr><th>node</th><th class="n">samples near to a training image, of {{ final.audit_samples }}</th><th class="n">by chance</th><th class="n">membership AUC</th></tr>
-{% for name, found in final.audit.items() %}<tr><td>{{ name }}</td><td class="n">{{ found.near }}</td><td class="n">{{ "%.1f"|format(found.by_chance or 0) }}</td><td class="n">{{ "%.3f"|format(found.members_auc) }}</td></tr>
+{% for name, found in final.audit.items() %}<tr><td>{{ name }}</td><td class="n">{{ found.near }}</td><td class="n">{{ "%.1f"|format(found.by_chance or 0) }}</td><td class="n">{{ "%.3f"|format(found.members_auc) }}{% if found.members_auc_error %} ± {{ "%.3f"|format(found.members_auc_error) }}{% endif %}</td></tr>
 {% endfor %}</table>
 <p class="soft">Each node counted samples that are nearer to one of its training images than 99 % of its held-out images are;
  many more than are so by chance mean copies. The AUC says how well a low loss tells training images from held-out ones: 0.5 is chance, near 1 means that

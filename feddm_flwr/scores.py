@@ -66,7 +66,8 @@ def compare(
         kid.update(real, real=True)
         kid.update(fake, real=False)
         mean, std = kid.compute()
-    figures |= {"kid": float(mean), "kid_std": float(std)}
+    # Where each subset has all samples, their spread is not in it.
+    figures |= {"kid": float(mean), "kid_std": float(std) if size < len(fake) else None}
     count = min(len(real), len(fake), FEW)
     some = (of[torch.from_numpy(random.permutation(len(of))[:count])] for of in (real, fake))
     figures["precision"], figures["recall"] = precision_and_recall(*some)
@@ -121,11 +122,11 @@ def _coverage_lines(result: dict[str, Any]) -> list[str]:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The figures as they are printed."""
-    kid = f"{result['kid']:.5f} ± {result['kid_std']:.5f}"
+    spread = " (no spread: too few samples)" if result["kid_std"] is None else f" ± {result['kid_std']:.5f}"
     floor = f"   (as many real images: {result['fid_floor']:.3f})" if "fid_floor" in result else ""
     said = [
         f"FID        {result['fid']:.3f}{floor}",
-        f"KID        {kid}",
+        f"KID        {result['kid']:.5f}{spread}",
         f"precision  {result['precision']:.3f}, recall {result['recall']:.3f}",
         *([f"MIFID      {result['mifid']:.3f}"] if "mifid" in result else []),
         *([f"IS         {result['inception_score']:.3f}"] if "inception_score" in result else []),

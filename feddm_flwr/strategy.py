@@ -276,8 +276,8 @@ class FedDM:
             tally.means[part].add(update, node.images, frame, scale)
         except ValueError as error:
             return Failure("bad-update", str(error))
-        tally.norms.setdefault(part, []).append(norm / said.steps)
-        tally.add(name, said, norm * scale, node.images, min(node.held_out, self.config.eval.images))
+        tally.norms.setdefault(part, []).append((norm, said.steps))
+        tally.add(name, said, norm * scale, node.images, node.held_out if self.config.eval.images else 0)
         self._held[name] = number
         if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)
@@ -324,6 +324,7 @@ class FedDM:
             eval_loss=weighted(tally.eval) if tally.eval else float("nan"),
             eval_levels=weighted_levels(tally.levels),
             eval_losses={name: loss for name, loss, _ in sorted(tally.eval)},
+            eval_spread=tally.spread(),
             connected=self._roster.connected,
             clients_ok=tally.count,
             clients_failed=asked - tally.count,

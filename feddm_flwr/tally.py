@@ -13,6 +13,7 @@ from feddm_flwr.collection import Traffic
 from feddm_flwr.config import NOISE_LEVELS
 from feddm_flwr.exchange import Values
 from feddm_flwr.node_report import NodeReport
+from feddm_flwr.outliers import Lengths
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Round:
     eval_loss: float  # of the weights that the round started from; NaN where not evaluated
     eval_levels: list[float]  # the same by noise level, from the least noise to the most; empty where not evaluated
     eval_losses: dict[str, float]  # the same by node
+    eval_spread: float  # how unequally the model serves the nodes: standard deviation of these; NaN where not known
     connected: int  # nodes that Flower had when it began
     clients_ok: int
     clients_failed: int
@@ -49,8 +51,7 @@ class Round:
     def figures(self) -> dict[str, Any]:
         """The round as a line of `metrics.jsonl`: everything but the vectors."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema", "eval_losses")}
-        if losses := [*self.eval_losses.values()]:
-            own["eval_spread"] = pstdev(losses)  # how unequally the model serves the nodes
+        if self.eval_losses:
             own["nodes"] = {
                 name: of | ({"eval_loss": self.eval_losses[name]} if name in self.eval_losses else {})
                 for name, of in self.nodes.items()
@@ -71,7 +72,7 @@ class Tally:
     error: list[tuple[str, float, int]] = field(default_factory=list)
     levels: list[tuple[str, list[float], int]] = field(default_factory=list)
     squares: list[tuple[str, float, int]] = field(default_factory=list)  # of the norms of updates
-    norms: dict[str, list[float]] = field(default_factory=dict)  # by part
+    norms: dict[str, Lengths] = field(default_factory=dict)  # by part
     lost: int = 0
 
     @property
@@ -95,6 +96,11 @@ class Tally:
         """How far the nodes' updates d_k are from their weighted mean d, over its `norm`:
         sum w_k |d_k - d|^2 = sum w_k |d_k|^2 - |d|^2, for whole updates."""
         return math.sqrt(max(0.0, weighted(self.squares) - norm**2)) / norm if norm else math.nan
+
+    def spread(self) -> float:
+        """Of the nodes' held-out losses; one of fewer images than noise levels is of some levels only."""
+        losses = [loss for _, loss, images in self.eval if images >= NOISE_LEVELS]
+        return pstdev(losses) if losses else math.nan
 
 
 def weighted(values: Iterable[tuple[str, float, int]]) -> float:

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,14 +18,15 @@ import pytest
 from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
-from local_grid import LocalGrid, config, feddm, nodes, on_train
+from local_grid import LocalGrid, config, feddm, nodes, on_train, run_server
 from safetensors.numpy import load_file
 
-from feddm_flwr import checkpoint
+from feddm_flwr import checkpoint, server_run
 from feddm_flwr.checkpoint import Checkpoint, NoCheckpointError, newest, save
 from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.tally import Round
+from feddm_flwr.tracking import read_metrics, status_of
 
 
 def some(number: int, size: int = 1000) -> Checkpoint:
@@ -256,3 +258,45 @@ def test_a_configuration_that_contradicts_the_checkpoint_is_refused_with_the_dif
     check_same_run(config(num_server_rounds=7, **steady), flatten(config(**steady)), 2)
     with pytest.raises(ConfigError, match="num-server-rounds = 3: must be at least 5, which are done"):
         check_same_run(config(num_server_rounds=3, **steady), flatten(config(**steady)), 5)
+
+
+def test_a_run_that_was_stopped_is_over_when_it_is_resumed_with_the_rounds_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = config(num_server_rounds=3, out_dir=str(tmp_path), run_name="early", sample__count=4, sample__steps=3)
+    save = server_run._save
+
+    def stopped(run: Any, feddm: Any, *rest: Any) -> None:
+        if feddm.round == 2:
+            raise KeyboardInterrupt
+        save(run, feddm, *rest)
+
+    monkeypatch.setattr(server_run, "_save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_server(c)
+    monkeypatch.setattr(server_run, "_save", save)
+    assert (status_of(tmp_path / "early"), (tmp_path / "early" / "model").exists()) == ("failed", False)
+    run_server(replace(c, resume=True, num_server_rounds=1))
+    assert status_of(tmp_path / "early") == "completed"
+    assert (tmp_path / "early" / "model" / "model_index.json").is_file()
+    assert (tmp_path / "early" / "samples" / "round-0001.png").is_file()
+    assert [row["round"] for row in read_metrics(tmp_path / "early")] == [1]
+
+
+def test_a_wrong_configuration_leaves_the_name_of_the_run_free(tmp_path: Path) -> None:
+    c = config(num_server_rounds=1, out_dir=str(tmp_path), run_name="x", sample__count=4, sample__steps=3)
+    for wrong in (
+        replace(c, model=replace(c.model, init_from=str(tmp_path / "nowhere"))),  # the server finds it
+        replace(c, data=replace(c.data, partition="pathological", classes_per_node=11)),  # the nodes do
+    ):
+        with pytest.raises(ConfigError):
+            run_server(wrong)
+        assert not (tmp_path / "x").exists()
+    run_server(c)
+
+
+def test_a_checkpoint_of_a_version_with_fewer_keys_is_resumed(tmp_path: Path) -> None:
+    before = {key: value for key, value in flatten(config()).items() if key != "server.clip-norm"}
+    check_same_run(config(), before, 1)
+    with pytest.raises(ConfigError, match=r"server.clip-norm = 2.0: was 0.0 in the run to resume"):
+        check_same_run(config(server__clip_norm=2.0), before, 1)

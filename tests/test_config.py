@@ -150,6 +150,10 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"train__local_epochs": 1}, "exactly one of them must be above 0"),
         ({"train__local_steps": 0}, "exactly one of them must be above 0"),
         ({"sample__steps": 2000}, "must be at most diffusion.timesteps = 1000"),
+        (
+            {"diffusion__schedule": "linear", "diffusion__timesteps": 100},
+            "diffusion.timesteps = 100 with diffusion.schedule = 'linear': must be at least 500",
+        ),
         ({"data__partition": "natural"}, "data.natural-column = ''"),
         ({"data__alpha": 0.05}, "data.alpha = 0.05 with data.partition = 'iid': acts with 'dirichlet' only"),
         ({"data__shards_per_node": 3, "data__partition": "dirichlet"}, "acts with 'shard' only"),

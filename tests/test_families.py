@@ -89,8 +89,8 @@ def test_an_autoencoder_is_trained_and_a_latent_model_on_it(tmp_path: Path) -> N
     for i in range(4):  # the nodes' own, on the weights that are shipped
         held_out = load_node(config(**exact), (i, 4), None, state_root(None)).held_out[:256]
         with torch.no_grad():
-            latents = autoencoder.encode(torch.from_numpy(held_out).float() / 127.5 - 1).latent_dist.mean
-        power.append(float(latents.square().mean()))
+            latents = autoencoder.encode(torch.from_numpy(held_out).float() / 127.5 - 1).latent_dist
+        power.append(float((latents.mean.square() + latents.var).mean()))
     assert autoencoder.config.scaling_factor == pytest.approx(1 / math.sqrt(np.median(power)), rel=1e-4)
     latent = {"model__kind": "ldm", "data__image_size": 16, "model__autoencoder": str(tmp_path / "first" / "model")}
     first, second = trained(tmp_path / "second", strategy="feddm-lean", **latent)

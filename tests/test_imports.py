@@ -99,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
     "nodes": {"config", "messages", "probes"},
     "collection": {"messages", "probes"},
     "node_report": {"config", "messages"},
-    "tally": {"aggregation", "collection", "config", "exchange", "node_report"},
+    "tally": {"aggregation", "collection", "config", "exchange", "node_report", "outliers"},
     "strategy": {
         *(
             "aggregation",

@@ -109,7 +109,7 @@ def test_norms_are_judged_by_earlier_rounds_only() -> None:
     assert outliers.judge("all", one) == (10.0, 1.0)
     with pytest.raises(ValueError, match="norm 20: in the first round at most 10, 1 for a parameter"):
         outliers.judge("all", 2 * one)
-    outliers.commit({"all": [1.0, 2.0, 9.0]})
+    outliers.commit({"all": [(1.0, 1), (2.0, 1), (9.0, 1)]})
     assert outliers.judge("all", one) == (10.0, 0.4)
     with pytest.raises(ValueError, match=r"norm 30: more than server.norm-limit = 10 times the median of 2 in earlier"):
         outliers.judge("all", 3 * one)
@@ -119,9 +119,24 @@ def test_norms_are_judged_by_earlier_rounds_only() -> None:
     again.restore(outliers.state())
     assert again.judge("all", one) == (10.0, 0.4)
     for _ in range(5):
-        outliers.commit({"all": [100.0]})
+        outliers.commit({"all": [(100.0, 1)]})
     assert outliers.judge("all", 3 * one) == (30.0, 1.0)  # rounds long past do not count
     assert Outliers(0.0, 0.0).judge("all", 1000 * one) == (10000.0, 1.0)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_nodes_of_few_steps_and_of_many_are_taken_as_they_are(power: float) -> None:
+    """Whether an update grows with its steps or with their root."""
+    outliers = Outliers(limit=2.0, clip=1.5)
+    lengths = [(steps**power, steps) for steps in (1, 5, 300, 320, 350)]
+    outliers.commit({"all": lengths})
+    for norm, steps in lengths:
+        update = np.zeros(4, np.float32)
+        update[0] = norm
+        assert outliers.judge("all", update, steps) == (pytest.approx(norm), 1.0)
+    update[0] = 10 * 300 * 4
+    with pytest.raises(ValueError, match=r"more than server\.norm-limit = 2 times"):
+        outliers.judge("all", update, 10**6)  # it says so
 
 
 def liar(c: RunConfig, factor: float, first: int) -> dict[int, object]:
