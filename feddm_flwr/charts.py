@@ -27,9 +27,8 @@ def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
         "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
         "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
     }
-    if apart or any(
-        "psnr" in r for r in rows
-    ):  # an autoencoder's training loss is of other terms than its held-out one
+    # An autoencoder's training loss is of other terms than its held-out one.
+    if apart or any("psnr" in r for r in rows):
         charts = [(f"{name.capitalize()} loss by round", lines({name: of})) for name, of in loss.items() if of]
     else:
         charts = [("Loss by round", lines(loss))]

@@ -81,6 +81,7 @@ def _load_node(
         "data": asdict(replace(d, classes="", eval_fraction=0)),
         "seed": config.seed,
         "partition": partition,
+        "place": name,
     }
 
     def fill(folder: Path) -> None:

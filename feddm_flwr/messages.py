@@ -66,9 +66,10 @@ class _Array(Array):
         names = get_object_children_ids_from_object_content(object_content)
         listed = json.loads(get_object_body(object_content, Array))["arraychunk_ids"]
         size = sum(sizes[names[place]] for place in listed)
-        if size > (left := getattr(_pulling, "left", size)):
-            raise ValueError(f"an array of {size} bytes, where {left} were left")
-        _pulling.left = left - size
+        if (left := getattr(_pulling, "left", None)) is not None:
+            if size > left:
+                raise ValueError(f"an array of {size} bytes, where {left} were left")
+            _pulling.left = left - size
         return Array.inflate(object_content, children)
 
 

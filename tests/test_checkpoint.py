@@ -65,7 +65,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "one byte short": lambda content: content[:-1],
     "zeros": lambda content: bytes(len(content)),
     "absurd header": lambda content: struct.pack("<Q", 2**62) + content[8:],
-    "another software's": lambda content: content.replace(b'\\"format\\": 1', b'\\"format\\": 2'),
+    "another software's": lambda content: content.replace(b'\\"format\\": 2', b'\\"format\\": 3'),
     "a round too new": lambda content: content.replace(b'\\"round\\": 2', b'\\"round\\": 3'),
 }
 
