@@ -76,7 +76,10 @@ class _Array(Array):
 inflatable_class_registry[Array.__name__] = _Array
 
 
-def _pull_objects(ids: list[str], pull_one: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
+_TOO_LARGE = "a reply of more than"
+
+
+def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
     """Flower's, which takes what comes: the parts of a reply that is too large are not fetched to the end.
 
     Raises:
@@ -86,17 +89,17 @@ def _pull_objects(ids: list[str], pull_one: Callable[[str], bytes], **options: A
 
     def counted(object_id: str) -> bytes:
         nonlocal size
-        content = pull_one(object_id)
+        content = pull_object_fn(object_id)
         with lock:
             size += len(content)
         if most is not None and size > most:
-            raise ObjectPullError(object_id, f"a reply of more than {most} bytes")
+            raise ObjectPullError(object_id, f"{_TOO_LARGE} {most} bytes")
         return content
 
-    return pull_objects(ids, counted, **options)
+    return pull_objects(object_ids, counted, **options)
 
 
-http_grid.pull_objects = _pull_objects  # type: ignore[attr-defined, assignment]
+http_grid.pull_objects = _pull_objects  # type: ignore[attr-defined]
 
 
 _PATIENCE = 5.0  # seconds that a reply may take to come through before others are pulled beside it
@@ -171,7 +174,8 @@ def _pull(grid: Grid, message_id: str) -> RecordDict | Failure | None:
         return None
     if replies[0].has_error():
         told = replies[0].error
-        return Failure(_REASONS.get(told.code, f"error-{told.code}"), _gist(told))
+        reason = "oversized" if _TOO_LARGE in str(told.reason) else _REASONS.get(told.code, f"error-{told.code}")
+        return Failure(reason, _gist(told))
     return replies[0].content
 
 

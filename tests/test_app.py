@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from feddm_flwr import cli, launch
 from feddm_flwr.config import ConfigError, flatten, parse
 from feddm_flwr.nodes import Node
 from feddm_flwr.options import parser
+from feddm_flwr.tally import Round
 from feddm_flwr.tracking import RunDirectory, status_of, write_status
 
 ROOT = Path(__file__).parent.parent
@@ -281,7 +282,9 @@ def test_what_was_over_stays_so_when_its_resumption_is_stopped(
 ) -> None:
     run = RunDirectory(tmp_path / "run")
     run.begin(flatten(parse({})), None)
-    run.log_nodes([asdict(Node(f"node-{i}", 9, 1, {})) for i in range(4)])
+    run.log_nodes([asdict(Node(f"node-{i}", 9, 1, {})) for i in range(3)])  # one did not introduce itself
+    row: dict[str, Any] = {f.name: 0 for f in fields(Round) if f.name not in ("weights", "ema", "eval_losses")}
+    run.log_round(row | {"round": 1, "connected": 4, "eval_levels": [], "failures": {}, "nodes": {}})
     monkeypatch.setattr(launch.Simulation, "_wait", lambda self, port: signal.raise_signal(signal.SIGINT))
     for before in ("running", "completed", "failed"):
         if before != "running":  # then another process, this one, has it open

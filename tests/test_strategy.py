@@ -497,10 +497,10 @@ def test_a_reply_of_a_real_node_that_is_too_large_is_not_fetched_to_its_end(monk
 
     monkeypatch.setattr(messages._pulling, "most", 1000, raising=False)
     pull = http_grid.pull_objects  # type: ignore[attr-defined]
-    assert len(pull([str(i) for i in range(10)], fetch)) == 10
+    assert len(pull(object_ids=[str(i) for i in range(10)], pull_object_fn=fetch)) == 10  # as Flower calls it
     fetched.clear()
     with pytest.raises(ObjectPullError, match="a reply of more than 1000 bytes"):
-        pull([str(i) for i in range(500)], fetch)
+        pull(object_ids=[str(i) for i in range(500)], pull_object_fn=fetch)
     assert len(fetched) < 50
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import zlib
@@ -48,5 +49,7 @@ def spoil(frame: bytes, number: int, folder: Path) -> bytes:
     if number == 5:  # another model
         text = struct.pack("<4sHI", wire.MAGIC, wire.VERSION, 2) + b"{}"
         return text + struct.pack("<I", zlib.crc32(text)) + frame[offset:]
+    if number == 6:  # more than there is any use for
+        return os.urandom(20_000_000)
     time.sleep(SLOW)  # slower than the round's deadline
     return frame

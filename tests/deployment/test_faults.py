@@ -101,17 +101,18 @@ def test_nodes_that_lie_or_dawdle_are_dropped_and_named(federation: Federation, 
     described = (ROOT / "pyproject.toml").read_text().replace("feddm_flwr.client_app:app", "hostile:app")
     (app / "pyproject.toml").write_text(described.replace('"feddm_flwr/**/*.py"', '"hostile.py"'))
     code, said = federation.run(
-        app=app, run_name="lied-to", num_server_rounds=6, min_nodes=3, min_replies=2, round_timeout=SLOW - 15
+        app=app, run_name="lied-to", num_server_rounds=7, min_nodes=3, min_replies=2, round_timeout=SLOW - 15
     )
     assert code == 0, said
     failures = [row["failures"] for row in federation.rows("lied-to")]
-    reasons = ["bad-frame", "bad-frame", "outlier", "bad-frame", "bad-frame", "timeout"]
+    reasons = ["bad-frame", "bad-frame", "outlier", "bad-frame", "bad-frame", "oversized", "timeout"]
     assert failures == [{reason: 1} for reason in reasons]
     for text in (
         "node=east dropped: bad-frame: chunk 0 is truncated or its checksum is wrong",
         "node=east dropped: outlier: norm",
         "node=east dropped: bad-frame: the frame's round is 1, not 4",
         "node=east dropped: bad-frame: the header cannot be read",
+        "node=east dropped: oversized: Reply message objects are unavailable",
         "node=east dropped: timeout:",
     ):
         assert text in said
