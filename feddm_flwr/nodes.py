@@ -21,7 +21,7 @@ log = logging.getLogger("feddm")
 _TRIES = 3  # introductions that a node may fail before it is left out
 _MAX_IMAGES = 10_000_000  # keeps the exact sum of any federation within 64 bits
 _MAX_CLASSES = 10_000
-_SLOW = 20.0  # seconds after which it is said that nodes are waited for that are there
+_SLOW = 20.0  # seconds after which a node that does not introduce itself is asked something else
 _PAUSE = 0.2  # seconds
 _ANSWER = 5.0  # seconds in which a node answers that is there and not at work
 _TTL = 2.0  # round-timeouts that an introduction may take: it waits for the round that goes on
@@ -70,6 +70,7 @@ class Roster:
         self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
+        self._nudges: dict[int, tuple[float, float]] = {}  # when such a node is asked something else, and how often
         self._claims: dict[int, _Claim] = {}  # by the id of one that has the name of another
         self._was: dict[int, str] = {}  # names of those that are asked again what they have
         self._replies: Replies | None = None
@@ -81,9 +82,9 @@ class Roster:
     def wait(self, grid: Grid, *, first: bool) -> dict[str, int]:
         """Name -> id of the nodes that are online, once they are enough for a round.
 
-        Before the first round all that are connected are heard: one that reads all its images first, or ends what it
-        does, may take `round-timeout` longer. Later a new node takes part from the round after its introduction, and
-        nobody waits for it.
+        Before the first round all that are connected are heard. Where they are too few, or others took part before the
+        run was resumed, one that reads all its images first, or ends what it does, may take `round-timeout` longer.
+        Later a new node takes part from the round after its introduction, and nobody waits for it.
 
         Raises:
             ConfigError: before the first round, a node found the configuration or its data wrong.
@@ -103,10 +104,13 @@ class Roster:
             silent = [i for i in self._queries.values() if first or i in self._was]
             settled = not (claimed or silent) and (not first or (ids == before and not absent))
             over = time.monotonic() > deadline
-            late = time.monotonic() > deadline + (self.config.round_timeout if first and silent else 0)
+            few = len(online) < self._needed()
+            late = time.monotonic() > deadline + (
+                self.config.round_timeout if first and silent and (few or absent) else 0
+            )
             if first and (settled or over) and self._problems and not self._expected:
                 raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
-            if (settled or late) and len(online) >= self._needed():
+            if (settled or late) and not few:
                 if absent:
                     log.warning("the run goes on without %s", _list({*absent}, 20))
                 if silent:
@@ -175,6 +179,7 @@ class Roster:
                 continue
             if message := push(grid, RecordDict(), i, MessageType.QUERY, _TTL * self.config.round_timeout):
                 self._queries[message] = i
+        self._nudge(grid)
         introduced: list[Node] = []
         for message, i in list(self._queries.items()):
             if (reply := self._replies.pull(message)) is None:
@@ -225,6 +230,17 @@ class Roster:
                 "node %s: %d images%s, %d held out%s, classes %s",
                 *(node.name, node.images, sizes, node.held_out, skipped, clean(classes, 1000)),
             )
+
+    def _nudge(self, grid: Grid) -> None:
+        """Ask those that do not answer something else: a SuperNode (Flower 1.41) sends one reply for each message, and
+        may be one behind, for ever, if its SuperLink was restarted."""
+        now, waiting = time.monotonic(), {*self._queries.values()}
+        self._nudges = {i: when for i, when in self._nudges.items() if i in waiting}
+        for i in waiting:
+            when, interval = self._nudges.setdefault(i, (now + _SLOW, _SLOW))
+            if now >= when:
+                ask(grid, i, self.config.round_timeout)
+                self._nudges[i] = (now + 2 * interval, 2 * interval)
 
     def _judge_claims(self, ids: list[int]) -> list[Node]:
         """Let those in whose name nobody has any more. One that is silent may be at work: it keeps its name."""

@@ -522,7 +522,7 @@ def test_a_node_that_reads_its_images_for_longer_than_nodes_are_waited_for_takes
     """Connected, but silent: it has until `round-timeout`."""
     monkeypatch.setattr("feddm_flwr.nodes._SLOW", 0.5)
     caplog.set_level("INFO", "feddm")
-    c = config(wait_timeout=1.0, num_server_rounds=1)
+    c = config(wait_timeout=1.0, num_server_rounds=1, min_nodes=4)
     grid, ready = LocalGrid(nodes(c)), time.monotonic() + 2.5
     answer = grid.pull_messages
     asked: dict[str, int] = {}
@@ -543,8 +543,28 @@ def test_a_node_that_reads_its_images_for_longer_than_nodes_are_waited_for_takes
     assert "waiting for 1 nodes that are connected: they may be reading their images" in caplog.messages
 
 
+def test_a_node_that_is_one_reply_behind_introduces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a SuperNode may be that has a reply left over from before its SuperLink was restarted."""
+    monkeypatch.setattr("feddm_flwr.nodes._SLOW", 0.3)
+    c = config(num_server_rounds=1, wait_timeout=20.0)
+    grid, asked = LocalGrid(nodes(c)), list[str]()
+    push, pull = grid.push_messages, grid.pull_messages
+
+    def pushed(messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            (name,) = push([message])
+            if message.metadata.dst_node_id == 1000 and message.metadata.message_type == "query":
+                asked.append(name)
+            yield name
+
+    monkeypatch.setattr(grid, "push_messages", pushed)
+    monkeypatch.setattr(grid, "pull_messages", lambda names: pull([n for n in names if n not in asked[-1:]]))
+    (done,) = feddm(c).run(grid)
+    assert (done.clients_ok, len(asked)) == (4, 2)
+
+
 def test_a_run_that_begins_without_a_node_that_does_not_answer_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    c = config(wait_timeout=0.5, round_timeout=2.0, num_server_rounds=1)
+    c = config(wait_timeout=0.5, num_server_rounds=1)
     (done,) = run(c, {**nodes(c), 1: lambda m: None})
     assert (done.clients_ok, done.connected) == (4, 5)
     assert "the round begins without 1 nodes that are connected but do not answer" in caplog.messages
