@@ -40,8 +40,8 @@ BEFORE = """## Other shares, by an earlier version
 
 Two classes for each node, IID shares, and Dirichlet 0.3 once more, on another machine. Samples were drawn by 25 steps
 of DDIM that began below pure noise ("leading", diffusers' default; see [performance.md](performance.md#sampling)),
-which costs 9 to 16 points of FID: **compare within this section only.** (`slow-link` sent more than its budget in the last
-rounds then.)
+which costs 9 to 16 points of FID: **compare within this section only.** (`slow-link` sent more than its budget in the
+last rounds then.)
 
 """
 
