@@ -82,9 +82,9 @@ def plots(results: Results, folder: Path) -> list[Path]:
 
     def by_bytes(axes: Any) -> None:
         for ax, condition in zip(axes, conditions, strict=True):
-            for r in (r for r in judged if r["condition"] == condition and not _centralized(r)):
-                ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
             here = [r for r in judged if r["condition"] == condition]
+            for r in (r for r in here if not _centralized(r)):
+                ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
             base = _base([r for r in here if _centralized(r)])
             if base and len({_setting(r) for r in here}) == 1:
                 ax.axhline(mean(base), color="grey", linestyle="--", label="centralized")

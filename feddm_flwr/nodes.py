@@ -103,11 +103,11 @@ class Roster:
             claimed = any(claim.is_young() for claim in self._claims.values())
             silent = [i for i in self._queries.values() if first or i in self._was]
             settled = not (claimed or silent) and (not first or (ids == before and not absent))
-            over = time.monotonic() > deadline
             few = len(online) < self._needed()
-            late = time.monotonic() > deadline + (
-                self.config.round_timeout if first and silent and (few or absent) else 0
-            )
+            longer = first and silent and (few or absent)
+            now = time.monotonic()
+            over = now > deadline
+            late = now > deadline + (self.config.round_timeout if longer else 0)
             if first and (settled or over) and self._problems and not self._expected:
                 raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
             if (settled or late) and not few:
@@ -128,7 +128,7 @@ class Roster:
             text = f"waiting for nodes: {len(online)} of {self._needed()}"
             if absent:
                 text = f"waiting for nodes that took part before: {_list({*absent}, 20)}"
-            if slow := bool(silent) and time.monotonic() > begun + _SLOW:
+            if slow := bool(silent) and now > begun + _SLOW:
                 text = f"waiting for {len(silent)} nodes that are connected: they may be reading their images"
             if text != said and (settled or absent or slow):
                 log.info("%s", said := text)

@@ -30,6 +30,7 @@ def write(run: Path) -> Path:
     status = {"status": "running", "reason": ""} | read_status(run)
     config, final = _config(run), _read_json(run / "final.json", {})
     nodes = _read_json(run / "nodes.json", [])
+    hues = _hues(nodes)
     html = _render(
         PAGE,
         name=run.name,
@@ -43,8 +44,8 @@ def write(run: Path) -> Path:
         faults=_faults(rows, status),
         grids=(grids := [_grid(*grid) for grid in grid_files(run).items()]),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
-        nodes=_nodes(nodes, rows),
-        hues=_hues(nodes),
+        nodes=_nodes(nodes, rows, hues),
+        hues=hues,
         command=f"feddm run --num-supernodes {simulated_nodes(rows) or 4} "
         + " ".join(
             f"-c {shlex.quote(f'{key}={_toml(config[key])}')}" for key in sorted(config) if key not in _OF_THE_FOLDER
@@ -311,9 +312,8 @@ def _grid(number: int, path: Path) -> dict[str, object]:
     return {"round": number, "ema": uri(path), "raw": uri(path.with_name(f"{path.stem}-raw.png"))}
 
 
-def _nodes(nodes: list[Row], rows: list[Row]) -> list[Row]:
+def _nodes(nodes: list[Row], rows: list[Row], hues: Mapping[str, int]) -> list[Row]:
     """The nodes with what each sent and got, and with the share of each class, for the bars."""
-    hues = _hues(nodes)
     for node in nodes:
         total = max(1, sum(node["class_counts"].values()))
         for way in ("up", "down"):

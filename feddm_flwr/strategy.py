@@ -384,8 +384,11 @@ class FedDM:
         traffic, probes = Traffic(), Probes(grid, self._roster.processes)
         timeout = self.config.round_timeout
         for i, reply in collect(grid, chosen, content, traffic, 0, timeout, probes, MessageType.EVALUATE):
-            with suppress(KeyError, TypeError, AttributeError):  # whoever makes use of it sees what is wrong with it
-                traffic.other += 0 if isinstance(reply, Failure) else len(frame_of(reply))
+            if not isinstance(reply, Failure):
+                with suppress(
+                    KeyError, TypeError, AttributeError
+                ):  # whoever makes use of it sees what is wrong with it
+                    traffic.other += len(frame_of(reply))
             yield self._roster.nodes[chosen[i]], reply
             del reply
             gc.collect()
