@@ -119,6 +119,7 @@ def collect(
                     again.append(node_id)
             if time.monotonic() >= deadline:
                 break
+        replies.forget_all_but(())
         for node_id in (*pending.values(), *queue):
             yield node_id, Failure("timeout", f"no reply within round-timeout = {timeout:g} s")
         if not through or time.monotonic() >= deadline:

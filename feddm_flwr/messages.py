@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from threading import Lock, Thread, local
-from typing import Any
+from queue import SimpleQueue
+from threading import Event, Lock, Thread, local
 
 from flwr.app import Array, Error, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
@@ -18,7 +17,12 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_children_ids_from_object_content,
 )
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflatable_class_registry, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflatable_class_registry,
+    pull_objects,
+)
 from flwr.superlink.grid import http_grid
 from google.protobuf.message import DecodeError
 
@@ -47,7 +51,7 @@ _REASONS = {
 }
 
 
-_pulling = local()  # of the reply that this thread pulls: `most`, the bytes that it may have; `left` for its arrays
+_pulling = local()  # `reply`, which this thread pulls, and `left`, the bytes that are left for its arrays
 
 
 class _Array(Array):
@@ -79,31 +83,53 @@ inflatable_class_registry[Array.__name__] = _Array
 _TOO_LARGE = "a reply of more than"
 
 
-def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
-    """Flower's, which takes what comes: the parts of a reply that is too large are not fetched to the end.
+class _IncompleteError(Exception):
+    """A reply is not there in full yet."""
+
+
+def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Flower's takes what there is of a reply, and waits with it for the rest. Here one that is not there in full is
+    waited for with nothing of it in memory, and fetched once it is `wanted`; one that is too large never is.
 
     Raises:
-        ObjectPullError: it is; Flower makes an error reply of it.
+        ObjectPullError: it is, or the rest did not come; Flower makes an error reply of it.
     """
-    most, size, lock = getattr(_pulling, "most", None), 0, Lock()
+    reply: _Reply | None = getattr(_pulling, "reply", None)
+    if reply is None:
+        return pull_objects(object_ids, pull_object_fn)
 
-    def counted(object_id: str) -> bytes:
-        nonlocal size
-        content = pull_object_fn(object_id)
-        with lock:
-            size += len(content)
-        if most is not None and size > most:
-            raise ObjectPullError(object_id, f"{_TOO_LARGE} {most} bytes")
-        return content
+    def fetch(*, patient: bool, keep: bool) -> dict[str, bytes]:
+        size, lock = 0, Lock()
 
-    return pull_objects(object_ids, counted, **options)
+        def one(object_id: str) -> bytes:
+            nonlocal size
+            if reply.given_up:
+                raise ObjectPullError(object_id, "nobody waits for it any more")
+            try:
+                content = pull_object_fn(object_id)
+            except ObjectUnavailableError:
+                if patient:
+                    raise  # it is tried again
+                raise _IncompleteError from None
+            with lock:
+                size += len(content)
+            if size > reply.most:
+                raise ObjectPullError(object_id, f"{_TOO_LARGE} {reply.most} bytes")
+            return content if keep else b""
+
+        return pull_objects(object_ids, one)
+
+    try:
+        return fetch(patient=False, keep=True)
+    except _IncompleteError:
+        reply.box.put(_IncompleteError())
+    fetch(patient=True, keep=False)
+    reply.ready.set()
+    reply.wanted.wait()
+    return fetch(patient=True, keep=True)
 
 
-http_grid.pull_objects = _pull_objects  # type: ignore[attr-defined]
-
-
-_PATIENCE = 5.0  # seconds that a reply may take to come through before others are pulled beside it
-_ASIDE = 8  # replies that are waited for aside: bounds the memory
+http_grid.pull_objects = _pull_objects  # type: ignore[attr-defined, assignment]
 
 
 @dataclass(frozen=True)
@@ -127,27 +153,49 @@ def push(grid: Grid, content: RecordDict, node_id: int, kind: str, ttl: float) -
 _Pulled = RecordDict | Failure | BaseException | None
 
 
+class _Reply:
+    """A reply that a thread of its own pulls."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # bytes that it may have
+        self.box: SimpleQueue[_Pulled] = SimpleQueue()
+        self.ready = Event()  # it is there in full, or will not come
+        self.wanted = Event()
+        self.given_up = False
+
+    def pull(self, grid: Grid, message_id: str) -> None:
+        """Put into the box what there is."""
+        _pulling.reply, _pulling.left = self, self.most
+        try:
+            self.box.put(_pull(grid, message_id))
+        except BaseException as error:  # raised where the reply is asked for
+            self.box.put(error)
+        self.ready.set()
+
+
 class Replies:
     """Pulls replies. Flower says that there is one when its upload begins, and then waits for the end of it,
-    two hours if need be: such a reply is waited for aside, and holds up nobody else."""
+    two hours if need be: such a reply is waited for aside. It holds up nobody else and takes no memory meanwhile,
+    however many do so."""
 
     def __init__(self, grid: Grid, most: int = 10_000_000) -> None:
         """`most`: bytes that a reply may have; larger ones of real nodes are not taken into memory."""
         self._grid, self._most = grid, most
-        self._aside: dict[str, SimpleQueue[_Pulled]] = {}
+        self._aside: dict[str, _Reply] = {}
 
     def pull(self, message_id: str) -> RecordDict | Failure | None:
         """The reply to a message, or None while there is none."""
-        box, patience = self._aside.pop(message_id, None), 0.0
-        if box is None:
-            if len(self._aside) >= _ASIDE:
-                return None
-            box, patience = SimpleQueue(), _PATIENCE
-            Thread(target=self._pull_into, args=(box, message_id), daemon=True).start()
-        try:
-            pulled = box.get(timeout=patience)
-        except Empty:
-            self._aside[message_id] = box
+        if (reply := self._aside.get(message_id)) is None:
+            reply = _Reply(self._most)
+            Thread(target=reply.pull, args=(self._grid, message_id), daemon=True).start()
+        elif reply.ready.is_set():
+            del self._aside[message_id]
+            reply.wanted.set()
+        else:
+            return None
+        pulled = reply.box.get()
+        if isinstance(pulled, _IncompleteError):
+            self._aside[message_id] = reply
             return None
         if isinstance(pulled, BaseException):
             raise pulled
@@ -155,14 +203,10 @@ class Replies:
 
     def forget_all_but(self, messages: Container[str]) -> None:
         """Give up on the replies to other messages."""
-        self._aside = {message: box for message, box in self._aside.items() if message in messages}
-
-    def _pull_into(self, box: SimpleQueue[_Pulled], message_id: str) -> None:
-        _pulling.most = _pulling.left = self._most
-        try:
-            box.put(_pull(self._grid, message_id))
-        except BaseException as error:  # raised where the reply is asked for
-            box.put(error)
+        for message in [message for message in self._aside if message not in messages]:
+            reply = self._aside.pop(message)
+            reply.given_up = True
+            reply.wanted.set()
 
 
 def _pull(grid: Grid, message_id: str) -> RecordDict | Failure | None:
