@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
 
-#: Binary places of the fixed-point sum: 2^-32 is far below float32's resolution of any update.
+#: Binary places of the fixed-point sum: 2^-32 is far below float32's resolution of weights.
 FRACTION_BITS = 32
 _LIMIT = 2.0**62
 _CHUNK = 1 << 15  # temporaries that stay in the cache: twice as fast as larger ones

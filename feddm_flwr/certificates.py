@@ -42,6 +42,7 @@ def make(folder: Path, hosts: list[str], nodes: list[str], days: int) -> list[Pa
         raise ConfigError(f"--days {days} is not allowed: must be at most {_CA_DAYS}, as long as the CA is valid")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / "nodes").mkdir(exist_ok=True, mode=0o700)
+    (folder / ".gitignore").write_text("*\n")
     written: list[Path] = []
     if not _have(folder / "ca.key", folder / "ca.crt"):
         key = ec.generate_private_key(ec.SECP384R1())

@@ -63,18 +63,21 @@ def held_out(rows: list[Row]) -> list[tuple[float, float]]:
     return [p for p in found if p[0] > 0] or found
 
 
-def lines(series: Mapping[str, Points], *, zero: bool = False, across: str = "round") -> Markup:
-    """A line for each series, by `across`."""
-    return _chart(series, zero=zero, across=across, joined=True)
+def lines(
+    series: Mapping[str, Points], *, zero: bool = False, across: str = "round", colours: Sequence[str] = ()
+) -> Markup:
+    """A line for each series, by `across`; its colour is by its place in `colours`, or among the series."""
+    return _chart(series, zero=zero, across=across, joined=True, order=colours or [*series])
 
 
-def dots(series: Mapping[str, Points], across: str) -> Markup:
-    """A dot for each point, by `across` on a logarithmic axis."""
+def dots(series: Mapping[str, Points], across: str, colours: Sequence[str]) -> Markup:
+    """A dot for each point, by `across` on a logarithmic axis; colours as in `lines`."""
     logs = {name: [(math.log10(x), y) for x, y in of] for name, of in series.items()}
-    return _chart(logs, zero=False, across=across, joined=False)
+    return _chart(logs, zero=False, across=across, joined=False, order=colours)
 
 
-def _chart(series: Mapping[str, Points], *, zero: bool, across: str, joined: bool) -> Markup:
+def _chart(series: Mapping[str, Points], *, zero: bool, across: str, joined: bool, order: Sequence[str]) -> Markup:
+    colour = {name: f"s{i % COLOURS}" for i, name in enumerate(order)}
     every = [p for line in series.values() for p in line]
     x0, x1 = min(x for x, _ in every), max(x for x, _ in every)
     y0, y1 = 0.0 if zero else min(y for _, y in every), max(y for _, y in every)
@@ -102,19 +105,19 @@ def _chart(series: Mapping[str, Points], *, zero: bool, across: str, joined: boo
             f'<text class="tick" x="{at(x, y0)[0]:.1f}" y="{_HEIGHT - 30}" text-anchor="middle">{label}</text>'
         )
     parts.append(f'<text class="tick" x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
-    for i, (name, line) in enumerate(series.items()):
-        places, colour = [at(x, y) for x, y in line], f"s{i % COLOURS}"
+    for name, line in series.items():
+        places = [at(x, y) for x, y in line]
         if joined:
             parts.append(
-                f'<polyline class="line {colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
+                f'<polyline class="line {colour[name]}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
             )
         size = 2.5 if joined else 6
         parts += [
-            f'<circle class="dot {colour}" r="{size}" cx="{x:.1f}" cy="{y:.1f}">'
+            f'<circle class="dot {colour[name]}" r="{size}" cx="{x:.1f}" cy="{y:.1f}">'
             f"<title>{escape(name)}: {of[1]:.4g}</title></circle>"
             for (x, y), of in zip(places, line, strict=True)
         ]
-    names = [f'<span class="label s{i % COLOURS}">● {escape(name)}</span>' for i, name in enumerate(series)]
+    names = [f'<span class="label {colour[name]}">● {escape(name)}</span>' for name in series]
     spoken = escape(f"{' and '.join(series)} by {across}")
     return Markup(
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'

@@ -88,10 +88,12 @@ def _run(options: argparse.Namespace) -> int:
 def _resumed(options: argparse.Namespace) -> dict[str, Any]:
     """The run-config keys of the run to go on with, and its nodes where it was a simulation."""
     from feddm_flwr.launch import is_local
+    from feddm_flwr.tracking import check_kind
 
     folder: Path = options.resume.resolve()
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume {str(options.resume)!r}: not a run's folder (no config.toml)")
+    check_kind(folder, simulated=is_local(options.superlink))
     if is_local(options.superlink) and not options.num_supernodes:
         options.num_supernodes = _nodes_before(folder)
         if not options.num_supernodes:

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from feddm_flwr.keys import KEYS
+
 Results = Sequence[dict[str, Any]]
 
 
@@ -130,7 +132,8 @@ def _centralized(result: dict[str, Any]) -> bool:
 
 def _setting(result: dict[str, Any]) -> str:
     """What FIDs must have in common to be divided: the real images, samples and features."""
-    return repr([result.get(key) for key in ("real", "samples", "features")])
+    chosen = [result["keys"].get(key, KEYS[key].default) for key in ("sample.scheduler", "sample.steps", "data.split")]
+    return repr([*(result.get(key) for key in ("real", "samples", "features")), *chosen])
 
 
 def _spread(values: Sequence[float], places: int = 4) -> str:

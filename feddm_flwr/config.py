@@ -133,7 +133,9 @@ def nodes_asked(config: RunConfig, online: int) -> int:
 
 
 def local_path(name: str) -> Path | None:
-    """The path that a name means; None where it is an id on a hub."""
+    """The path that a name means; None where it is an id on a hub, or the digits that are always there."""
+    if name == "digits":
+        return None
     path = expanded(name)
     return path if path.exists() or path.is_absolute() or name.startswith((".", "~")) else None
 

@@ -38,6 +38,13 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield f"codec.residual-decay = {c.codec.residual_decay} with codec.error-feedback = false: must be 1"
     if c.codec.clip_search and c.codec.stochastic_rounding:
         yield "codec.clip-search = true with codec.stochastic-rounding = true: clipping is biased; choose one"
+    fed_back = {c.codec.uplink} if c.codec.error_feedback else set[str]()
+    coarse = {"int2", "sign"} & (fed_back | ({c.codec.downlink} if c.codec.shadow else set()))
+    if c.codec.stochastic_rounding and coarse:
+        yield (
+            f"codec.stochastic-rounding = true with {sorted(coarse)[0]!r} and codec.target = 'delta': must be false; "
+            "its errors are larger than what is coded, and would add up from round to round"
+        )
     sparse = {"topk", "budget"} & {c.codec.uplink, c.codec.downlink}
     if sparse and c.codec.target == "weights":
         yield f"codec.target = 'weights' with {sorted(sparse)[0]!r}: most weights would become 0; must be delta"
@@ -86,6 +93,17 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         value = getattr(c.data, name.removeprefix("data.").replace("-", "_"))
         if c.data.partition != partition and value != KEYS[name].default:
             yield f"{name} = {value!r} with data.partition = {c.data.partition!r}: acts with {partition!r} only"
+    codecs = f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r}"
+    classes = f"model.class-conditional = {str(c.model.class_conditional).lower()}"
+    for name, given, acts, state, where in (
+        ("codec.topk-share", c.codec.topk_share, "topk" in codecs, codecs, "'topk'"),
+        ("codec.topk-bits", c.codec.topk_bits, "topk" in codecs, codecs, "'topk'"),
+        ("codec.budget-ratio", c.codec.budget_ratio, "budget" in codecs, codecs, "'budget'"),
+        ("train.class-dropout", c.train.class_dropout, c.model.class_conditional, classes, "true"),
+        ("sample.guidance", c.sample.guidance, c.model.class_conditional, classes, "true"),
+    ):
+        if not acts and given != KEYS[name].default:
+            yield f"{name} = {given!r} with {state}: acts with {where} only"
     if c.server.momentum and c.server.optimizer == "averaging":
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
     if c.server.aggregation != "trimmed-mean" and c.server.trim_share != KEYS["server.trim-share"].default:

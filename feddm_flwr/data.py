@@ -59,10 +59,11 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
     origin = f"data-path = {data_path!r}" if data_path else f"data.name = {config.data.name!r}"
     data = config.data if not data_path else replace(config.data, name="own")
     essence = replace(parse({}), data=data, seed=config.seed)
-    return _load_node(essence, partition, data_path, origin, stamp_of(data_path or config.data.name, origin), root)
+    load = _load_own if data_path else _load_node
+    return load(essence, partition, data_path, origin, stamp_of(data_path or config.data.name, origin), root)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)  # a process has several simulated nodes
 def _load_node(
     config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, origin: str, stamp: str, root: Path
 ) -> NodeData:
@@ -130,6 +131,10 @@ def _load_node(
         sizes=found["sizes"],
         fingerprint=folder.name,
     )
+
+
+#: A process has one node's own images, which may be others each round: the earlier ones' disk is free then.
+_load_own = lru_cache(maxsize=1)(_load_node.__wrapped__)
 
 
 def _labels(config: RunConfig, own: list[str], count: int, origin: str, secret: bool) -> Labels:

@@ -136,7 +136,10 @@ def _convolutional(made: Recipe, device: str) -> FeatureNetwork:
 def _classifier(images: Images, classes: list[str], root: Path) -> Recipe:
     names = sorted({*classes})
     if len(names) < 2:
-        raise ConfigError("features = 'classifier': needs images of two classes or more; use another network")
+        raise ConfigError(
+            "eval.features (--features) = 'classifier': needs images of two classes or more; use random, dinov2 or "
+            "inception"
+        )
     labels = np.array([names.index(name) for name in classes])
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 

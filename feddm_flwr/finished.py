@@ -100,7 +100,7 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
         "resize": network.resize,
         "samples": len(fake),
         **asdict(how),
-        "weights": "averaged",
+        "weights": "averaged" if (folder.parent / "config.toml").is_file() else "the folder's",
         "real": len(real),
         "data": config.data.name,
         "split": config.data.split,

@@ -31,7 +31,7 @@ from feddm_flwr.node_report import ABSURD
 from feddm_flwr.reference import Statistics
 from feddm_flwr.state_folder import state_root
 from feddm_flwr.strategy import FedDM
-from feddm_flwr.whole_file import whole_file
+from feddm_flwr.whole_file import UNFINISHED, whole_file
 
 log = logging.getLogger("feddm")
 
@@ -149,7 +149,8 @@ def _readable(config: RunConfig) -> tuple[Images, list[str]]:
 def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tuple[Statistics, list[str]]:
     """The sums of all nodes that can be had, added in order of name, and the nodes that are not among them."""
     names: list[str] = []
-    with tempfile.TemporaryDirectory() as spooled:  # so that memory does not grow with the nodes
+    # So that memory does not grow with the nodes, not even where /tmp is memory.
+    with tempfile.TemporaryDirectory(dir=recipe.parent, prefix=UNFINISHED) as spooled:
         for node, reply in feddm.ask(grid, REFERENCE, {}, {FEATURES: recipe.read_bytes()}, least):
             failure: object = reply
             if isinstance(reply, RecordDict):

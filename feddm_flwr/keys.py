@@ -207,7 +207,10 @@ class Codec:
     clip_search: bool = key(
         False, "int8, int4, int3: per block, the clipping range with the least squared error (slow, costs bytes)"
     )
-    stochastic_rounding: bool = key(False, "int8 to sign: round at random and without bias instead of to the nearest")
+    stochastic_rounding: bool = key(
+        False,
+        "int8 to sign: round at random and without bias instead of to the nearest (int2 and sign: with target weights)",
+    )
     topk_share: float = key(0.05, "share of the values that `topk` sends", low=1e-6, high=1)
     topk_bits: int = key(2, "bits of the values that `topk` sends: 2 or 4", low=2, high=4)
     budget_ratio: int = key(82, "times fewer bytes than float32 that `budget` aims at", low=4, high=10_000)

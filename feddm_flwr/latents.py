@@ -28,6 +28,7 @@ _FORMAT = 1
 _SAY_EVERY = 10.0  # seconds
 _SMALLEST_TILE = 4  # latents, high and wide
 _PIXELS_AT_A_TIME = 1 << 19  # encoded together: bounds the memory
+_SHARE = 0.25  # of what is free of a GPU's memory, for a node's images
 
 
 def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
@@ -35,12 +36,18 @@ def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
     return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
 
 
+def at_hand(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A node's examples as a tensor on the device, or in main memory if they would take too much of a GPU's."""
+    fits = device.type != "cuda" or values.nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]
+    return torch.from_numpy(values).to(device if fits else "cpu")
+
+
 class Latents:
     """Latents of some images, scaled as diffusers' pipelines expect."""
 
     def __init__(self, moments: NDArray[Any], config: Mapping[str, Any], device: torch.device) -> None:
         """`moments`: float16, (N, views, 2, C, H, W), mean and standard deviation of each view."""
-        self._moments = torch.from_numpy(moments).to(device)
+        self._moments, self._device = at_hand(moments, device), device
         self._shift, self._scale = scaling(config)
 
     def __len__(self) -> int:
@@ -48,15 +55,18 @@ class Latents:
 
     def draw(self, index: Tensor, random: torch.Generator) -> Tensor:
         """Latents as in training, (B, C, H, W), float32."""
-        device, views = self._moments.device, self._moments.shape[1]
-        view = torch.randint(views, (len(index),), generator=random, device=device)
-        mean, std = self._moments[index, view].float().unbind(1)
-        noise = torch.randn(mean.shape, generator=random, device=device)
+        view = torch.randint(self._moments.shape[1], (len(index),), generator=random, device=self._device)
+        mean, std = self._of(index, view).unbind(1)
+        noise = torch.randn(mean.shape, generator=random, device=self._device)
         return (mean + std * noise - self._shift) * self._scale
 
     def fixed(self, index: Tensor) -> Tensor:
         """Their means, without anything random."""
-        return (self._moments[index, 0, 0].float() - self._shift) * self._scale
+        return (self._of(index, torch.zeros_like(index))[:, 0] - self._shift) * self._scale
+
+    def _of(self, index: Tensor, view: Tensor) -> Tensor:
+        here = self._moments.device
+        return self._moments[index.to(here), view.to(here)].to(self._device).float()
 
 
 def encoded(data: NodeData, autoencoder: Path, flip: bool, root: Path, device: torch.device) -> tuple[Latents, Latents]:

@@ -238,7 +238,8 @@ def follow(
         try:
             for line in process.stdout:
                 tail.append(line)
-                if found := re.search(r"Successfully started run (\d+)", line):
+                # The first is Flower's own: what a node says comes later.
+                if not run_id and (found := re.search(r"Successfully started run (\d+)", line)):
                     run_id = found[1]
                 if verbose:
                     display.print(line.rstrip())

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
     trained = training.train(network, objective, config, name, progress, device, start)
     sent = link.send(model.flat(network), received)
     if link.state and parts.personal.layout.names:
-        path = link.state.replace_folder("pipeline", lambda folder: pipelines.save(network, config, assets, folder, ""))
-        log.info("this node's own model as of round %d: %s", task.round, path)
+        fill = partial(pipelines.save, network, config, assets, card="")
+        link.state.replace_folder("pipeline", "personal", task.round, fill)
     report: Report = {
         "name": name,
         "round": task.round,

@@ -119,11 +119,14 @@ class NodeState:
             if other not in still:
                 path.unlink(missing_ok=True)
 
-    def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """Put a folder that `fill` writes in place of an earlier one of that name, whole or not at all."""
+    def replace_folder(self, name: str, kind: str, number: int, fill: Callable[[Path], None]) -> None:
+        """Put a folder that `fill` writes in place of an earlier one of that name, whole or not at all; not where
+        vectors of that `kind` are of later rounds than `number`: the job was overtaken."""
+        if _numbered(self.path, kind)[-1][0] > number:
+            return
         with whole_folder(self.path / name) as folder:
             fill(folder)
-        return self.path / name
+        log.info("this node's own model as of round %d: %s", number, self.path / name)
 
     def _own(self, layout: str, size: int) -> Channel:
         """How this node's files are written: those of others are not taken for its own."""

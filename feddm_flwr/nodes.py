@@ -19,7 +19,7 @@ from feddm_flwr.probes import ask, process_of
 log = logging.getLogger("feddm")
 
 _TRIES = 3  # introductions that a node may fail before it is left out
-_MAX_IMAGES = 10_000_000  # keeps the exact sum of any federation within 64 bits
+_MAX_IMAGES = 10_000_000  # keeps the exact sum of a thousand such nodes within 64 bits, at updates up to 0.1
 _MAX_CLASSES = 10_000
 _SLOW = 20.0  # seconds after which a node that does not introduce itself is asked something else
 _PAUSE = 0.2  # seconds

@@ -1,7 +1,8 @@
 """What is minimized: the denoising loss on pixels or latents, or an autoencoder's reconstruction and KL loss.
 
-An objective holds a node's examples on the device. It draws all that is random in a step for the whole batch at
-once, so that a step gives the same gradients, but for the order of sums, into however many pieces it is cut.
+An objective holds a node's examples on the device. It draws all that is random in a step, but for dropout, for the
+whole batch at once, so that a step gives the same gradients, up to the order of sums, into however many pieces it is
+cut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from feddm_flwr import diffusion
 from feddm_flwr.config import NOISE_LEVELS, RunConfig, derive_seed
 from feddm_flwr.data import Labels
 from feddm_flwr.images import Images
-from feddm_flwr.latents import Latents
+from feddm_flwr.latents import Latents, at_hand
 from feddm_flwr.perceptual import VGG16
 
 Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
@@ -73,19 +74,11 @@ def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-_SHARE = 0.25  # of what is free of a GPU's memory, for a node's images
-
-
 class Pixels:
-    """uint8 images (N, C, H, W) as what a network sees: float32 in [-1, 1], flipped at random where asked for.
-
-    They lie on the device, unless they would take too much of a GPU's memory.
-    """
+    """uint8 images (N, C, H, W) as what a network sees: float32 in [-1, 1], flipped at random where asked for."""
 
     def __init__(self, images: Images, flip: bool, device: torch.device) -> None:
-        self._images, self._flip, self._device = torch.from_numpy(images), flip, device
-        if device.type != "cuda" or images.nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]:
-            self._images = self._images.to(device)
+        self._images, self._flip, self._device = at_hand(images, device), flip, device
 
     def __len__(self) -> int:
         return len(self._images)

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.config import ConfigError, RunConfig, derive_seed
 from feddm_flwr.exchange import Values
 from feddm_flwr.model import Layout
 
@@ -64,13 +64,13 @@ def parts_of(layout: Layout, config: RunConfig) -> Parts:
     """The parts that the configuration asks for.
 
     Raises:
-        ValueError: a pattern matches no parameter, or every parameter is personal.
+        ConfigError: a pattern matches no parameter, or every parameter is personal.
     """
     patterns = [p.strip() for p in config.exchange.personal.split(",") if p.strip()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layout.names):
             some = ", ".join(layout.names[:: max(1, len(layout.names) // 4)])
-            raise ValueError(
+            raise ConfigError(
                 f"exchange.personal = {config.exchange.personal!r}: {pattern!r} matches no parameter; "
                 f"there are {len(layout.names)}, such as {some}"
             )
@@ -81,7 +81,7 @@ def parts_of(layout: Layout, config: RunConfig) -> Parts:
     }
     shared = _part(layout, {*layout.names} - personal)
     if not shared.layout.names:
-        raise ValueError(f"exchange.personal = {config.exchange.personal!r}: no parameter would be exchanged")
+        raise ConfigError(f"exchange.personal = {config.exchange.personal!r}: no parameter would be exchanged")
     sent = {ALL: _part(shared.layout, {*shared.layout.names})}
     if config.exchange.parts == "usplit":
         encoder = {name for name in shared.layout.names if name.startswith(_ENCODER)}
@@ -90,7 +90,7 @@ def parts_of(layout: Layout, config: RunConfig) -> Parts:
             "rest": _part(shared.layout, {*shared.layout.names} - encoder),
         }
         if not all(part.layout.names for part in sent.values()):
-            raise ValueError("exchange.personal leaves exchange.parts = 'usplit' with nothing to split: use 'full'")
+            raise ConfigError("exchange.personal leaves exchange.parts = 'usplit' with nothing to split: use 'full'")
     return Parts(shared, _part(layout, personal), sent)
 
 

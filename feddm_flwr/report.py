@@ -16,12 +16,19 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from feddm_flwr import charts
-from feddm_flwr.config import local_path
 from feddm_flwr.report_page import COMPARISON, PAGE
-from feddm_flwr.tracking import Row, flat, grid_files, read_metrics, read_status, simulated_nodes, total_bytes
+from feddm_flwr.tracking import (
+    OF_THE_FOLDER,
+    Row,
+    flat,
+    grid_files,
+    read_metrics,
+    read_status,
+    simulated_nodes,
+    total_bytes,
+    without_places,
+)
 from feddm_flwr.whole_file import whole_file
-
-_OF_THE_FOLDER = ("run-name", "out-dir")  # keys that say where a run lies, not what it is
 
 
 def write(run: Path) -> Path:
@@ -46,9 +53,12 @@ def write(run: Path) -> Path:
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(nodes, rows, hues),
         hues=hues,
-        command=f"feddm run --num-supernodes {simulated_nodes(rows) or 4} "
-        + " ".join(
-            f"-c {shlex.quote(f'{key}={_toml(config[key])}')}" for key in sorted(config) if key not in _OF_THE_FOLDER
+        command=" ".join(
+            [
+                "feddm run",
+                f"--num-supernodes {simulated_nodes(rows) or 4}" if status.get("simulated", True) else "SUPERLINK",
+                *(f"-c {shlex.quote(f'{k}={_toml(config[k])}')}" for k in sorted(config) if k not in OF_THE_FOLDER),
+            ]
         ),
     )
     return _written(run / "report.html", html)
@@ -65,7 +75,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         raise ValueError(f"two runs have the same name: {', '.join(names)}")
     rows = {run.name: read_metrics(run) for run in runs}
     configs = {run.name: _config(run) for run in runs}
-    keys = [k for k in configs[names[0]] if k not in ("strategy", *_OF_THE_FOLDER)]
+    keys = [k for k in configs[names[0]] if k not in ("strategy", *OF_THE_FOLDER)]
     differing = [k for k in keys if len({str(c.get(k)) for c in configs.values()}) > 1]
     figures = {name: _figures(own) for name, own in rows.items()}
     heads = list(dict.fromkeys(h for f in figures.values() for h in f))
@@ -73,7 +83,9 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     settings: dict[str, list[str]] = {}
     for name, found in judged.items():
         if found:
-            text = f"features: {found['features']}; {configs[name]['eval.samples']} samples; {found['images']:,} images"
+            own = configs[name]
+            how = f"{own['sample.steps']} steps of {own['sample.scheduler']}"
+            text = f"features: {found['features']}; {own['eval.samples']} samples by {how}; {found['images']:,} images"
             settings.setdefault(text, []).append(name)
     notes = [f"{text} ({', '.join(of)})" if len(settings) > 1 else text for text, of in settings.items()]
     if len(settings) > 1:
@@ -117,7 +129,7 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
     for key, title in (("train_loss", "Training loss"), ("eval_loss", "Held-out loss"), ("fid", "FID"), ("kid", "KID")):
         every = {n: charts.held_out(own) if key == "eval_loss" else charts.points(own, key) for n, own in rows.items()}
         if series := {name: points for name, points in every.items() if points}:
-            found.append((f"{title} by round", charts.lines(series)))
+            found.append((f"{title} by round", charts.lines(series, colours=[*rows])))
     key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
     ends = {}
     for name, own in rows.items():
@@ -126,7 +138,10 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
             ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, points[-1][1])]
     if len(ends) > 1:
         found.append(
-            (f"{'FID' if key == 'fid' else 'Held-out loss'} by bytes", charts.dots(ends, "megabytes both ways"))
+            (
+                f"{'FID' if key == 'fid' else 'Held-out loss'} by bytes",
+                charts.dots(ends, "megabytes both ways", [*rows]),
+            )
         )
     return found
 
@@ -181,9 +196,7 @@ def model_card(config: Mapping[str, object], rounds: int, nodes: int) -> str:
         "server.ema-decay",
         "seed",
     )
-    shown = dict(config)
-    if path := local_path(str(config["data.name"])):  # where it lies is nobody else's business
-        shown["data.name"] = path.name
+    shown = without_places(config)
     table = "\n".join(f"| `{key}` | `{shown[key]}` |" for key in keys)
     what, code = _use(config)
     diffusion = config["stage"] == "diffusion"
@@ -240,15 +253,15 @@ def megabytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def traffic(rows: list[Row]) -> list[str]:
-    """What a run's exchange cost, in two lines."""
-    total = total_bytes(rows)
-    return [f"{who}: {megabytes(sent)}, {note}" for who, sent, note in _traffic(total) if sent]
+def traffic(run: Path) -> list[str]:
+    """What a run's exchange cost, in a few lines."""
+    found = _traffic(read_metrics(run), _read_json(run / "final.json", {}))
+    return [f"{who}: {megabytes(sent)}, {note}" for who, sent, note in found if sent]
 
 
-def _traffic(total: Mapping[str, int]) -> list[tuple[str, int, str]]:
+def _traffic(rows: list[Row], final: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     """(who, bytes, how that compares) for either direction."""
-    result = []
+    result, total = [], total_bytes(rows)
     for who, way in (("sent by the nodes", "up"), ("sent by the server", "down")):
         sent = total[f"bytes_{way}"]
         note = f"{_times(total.get(f'bytes_{way}_fp32', 0), sent)} less than float32"
@@ -257,7 +270,7 @@ def _traffic(total: Mapping[str, int]) -> list[tuple[str, int, str]]:
         if way == "down" and total.get("bytes_full"):
             note += f"; {megabytes(total['bytes_full'])} of it whole models for nodes without them"
         result.append((who, sent, note))
-    if other := total.get("bytes_other"):
+    if other := total.get("bytes_other", 0) + final.get("bytes_other", 0):
         result.append(
             ("sent beside the training", other, "models it builds upon, feature network and sums, evaluation")
         )
@@ -276,8 +289,6 @@ def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any])
     last = rows[-1]
     evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
     failed = sum(sum(row["failures"].values()) for row in rows)
-    total = total_bytes(rows)
-    total["bytes_other"] = total.get("bytes_other", 0) + final.get("bytes_other", 0)
     return [
         (
             f"{last['round']} / {config['num-server-rounds']}",
@@ -298,7 +309,7 @@ def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any])
             )
             for r in [r for r in rows if r.get("fid") is not None][-1:]
         ),
-        *((megabytes(sent), who, note) for who, sent, note in _traffic(total)),
+        *((megabytes(sent), who, note) for who, sent, note in _traffic(rows, final)),
         (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
     ]
 

@@ -133,7 +133,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         *_coverage_lines(result),
         f"features   {result['features']}; resized: {result['resize']}",
         f"samples    {result['samples']} (seed {result['seed']}, {result['steps']} steps of {result['scheduler']}, "
-        "averaged weights)",
+        f"{result['weights']} weights)",
         f"real       {result['real']} of {result['data']}, split {result['split']}",
     ]
     if result["samples"] < FEW:

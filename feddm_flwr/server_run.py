@@ -28,7 +28,7 @@ from feddm_flwr.parts import Parts, parts_of
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.state_folder import forget_run, state_root
 from feddm_flwr.strategy import FedDM
-from feddm_flwr.tracking import RunDirectory, read_metrics
+from feddm_flwr.tracking import RunDirectory, check_kind
 from feddm_flwr.whole_file import whole_folder
 
 log = logging.getLogger("feddm")
@@ -41,12 +41,13 @@ def main(grid: Grid, context: Context) -> None:
     name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunDirectory(expanded(config.out_dir).resolve() / name, resume=config.resume)
     kept = replace(config, run_name="", resume=False)  # as another run would be started with it
+    check_kind(run.path, simulated=simulated(grid))
     found = checkpoint.newest(run.checkpoints) if config.resume else None
     if found:
         check_same_run(config, found.facts["config"], found.round)
         log.info("resumed after round %d", found.round)
     with _accounted(run), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
-        run.begin(flatten(kept), found.round if found else None, config.tracker)
+        run.begin(flatten(kept), found.round if found else None, config.tracker, simulated=simulated(grid))
         files = assets.fetch(config, run.path / "assets")
         network = architecture.build(config, files)
         layout = model.layout(network)
@@ -72,8 +73,11 @@ def main(grid: Grid, context: Context) -> None:
             _show(run, model_of, feddm)  # what a run that was killed here still owes
         if judge:
             judge.refer(feddm, grid)
+            _judge(run, judge, model_of, feddm)
         for done in feddm.run(grid, lambda: _durable(run, feddm, writer)):
-            _save(run, feddm, kept, writer, done.figures() | _judged(run, judge, model_of, feddm, done.eval_loss))
+            _save(run, feddm, kept, writer, done.figures() | _psnr(config, done.eval_loss))
+            if judge:
+                _judge(run, judge, model_of, feddm)
             if not undrawn:
                 _show(run, model_of, feddm)
         _durable(run, feddm, writer)
@@ -86,7 +90,7 @@ def main(grid: Grid, context: Context) -> None:
             _ship(run, model_of, feddm, last.get("latent_power"))
             if judge and config.eval.audit:
                 _audit(run, model_of, feddm, grid, judge.recipe)
-        for line in report.traffic(read_metrics(run.path)):
+        for line in report.traffic(run.path):
             log.info("%s", line)
         if simulated(grid) and not config.keeps_personal:
             forget_run(state_root(None), run_uuid)
@@ -112,23 +116,30 @@ def _accounted(run: RunDirectory) -> Iterator[None]:
             _report(run)
 
 
-def _judged(
-    run: RunDirectory, judge: Judge | None, model_of: GlobalModel, feddm: FedDM, eval_loss: float
-) -> dict[str, Any]:
-    """The figures of the averaged weights where the round is to have them; the best model is kept."""
-    config = model_of.config
-    if config.stage == "autoencoder" and math.isfinite(eval_loss):  # of pixels in [-1, 1]
-        return {"psnr": round(10 * math.log10(4 / max(eval_loss, 1e-12)), 3)}
-    due = feddm.round == config.num_server_rounds or (config.eval.every and feddm.round % config.eval.every == 0)
-    if not judge or not due:
+def _psnr(config: RunConfig, eval_loss: float) -> dict[str, Any]:
+    """An autoencoder's, of pixels in [-1, 1]."""
+    if config.stage != "autoencoder" or not math.isfinite(eval_loss):
         return {}
-    model_of.load(feddm.ema)
-    figures, best = judge.figures(), config.eval.keep_best
-    if best != "none" and figures[best] < run.best(best):
-        log.info("round=%d best so far by %s = %.5g", feddm.round, best, figures[best])
-        _write_model(run, model_of, feddm, "best")
-        run.write_best(feddm.round, best, figures[best])
-    return figures
+    return {"psnr": round(10 * math.log10(4 / max(eval_loss, 1e-12)), 3)}
+
+
+def _judge(run: RunDirectory, judge: Judge, model_of: GlobalModel, feddm: FedDM) -> None:
+    """Add the figures of the averaged weights to the round's, where it is to have them; the best model is kept. A
+    round is not lost where that fails, and gets them when the run is resumed."""
+    config = model_of.config
+    due = feddm.round == config.num_server_rounds or (config.eval.every and feddm.round % config.eval.every == 0)
+    if not feddm.round or not due or run.is_judged():
+        return
+    try:
+        model_of.load(feddm.ema)
+        figures, best = judge.figures(), config.eval.keep_best
+        if best != "none" and figures[best] < run.best(best):
+            log.info("round=%d best so far by %s = %.5g", feddm.round, best, figures[best])
+            _write_model(run, model_of, feddm, "best")
+            run.write_best(feddm.round, best, figures[best])
+        run.add_figures(figures)
+    except Exception:
+        log.exception("round=%d could not be evaluated", feddm.round)
 
 
 def _save(

@@ -181,8 +181,8 @@ def _open(config: RunConfig, name: str, origin: str, scratch: Path | None, stamp
         else:
             found = (name, {"split": config.data.split})
         if config.data.streaming:
-            return _stream(config, origin, stamp, *found)
-        return _table(config, origin, stamp, datasets.load_dataset(found[0], cache_dir=scratch, **found[1]))
+            return _stream(config, origin, own, stamp, *found)
+        return _table(config, origin, own, stamp, datasets.load_dataset(found[0], cache_dir=scratch, **found[1]))
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for many causes
@@ -212,12 +212,12 @@ def _split(found: dict[str, list[Path]], split: str, origin: str) -> list[Path]:
     return []
 
 
-def _table(config: RunConfig, origin: str, stamp: str, table: Dataset) -> Source:
+def _table(config: RunConfig, origin: str, own: bool, stamp: str, table: Dataset) -> Source:
     """A data set that is on this machine's disk."""
     import datasets
 
     column = config.data.image_column
-    _check_column(column, origin, table.column_names)
+    _check_column(column, origin, own, table.column_names)
     table = table.cast_column(column, datasets.Image(decode=False))
 
     def fill(rows: Sequence[int], out: Images) -> Decoded:
@@ -227,7 +227,7 @@ def _table(config: RunConfig, origin: str, stamp: str, table: Dataset) -> Source
     return Source(origin, table, fill, stamp or table._fingerprint)
 
 
-def _stream(config: RunConfig, origin: str, stamp: str, name: str, options: dict[str, Any]) -> Source:
+def _stream(config: RunConfig, origin: str, own: bool, stamp: str, name: str, options: dict[str, Any]) -> Source:
     """A data set of which nothing is kept but its classes. Parquet is read by column: these cost little."""
     import datasets
     from huggingface_hub import HfApi
@@ -235,7 +235,7 @@ def _stream(config: RunConfig, origin: str, stamp: str, name: str, options: dict
     d = config.data
     stream = datasets.load_dataset(name, streaming=True, **options)
     names = stream.column_names or [*next(iter(stream))]
-    _check_column(d.image_column, origin, names)
+    _check_column(d.image_column, origin, own, names)
     images = stream.select_columns([d.image_column]).cast_column(d.image_column, datasets.Image(decode=False))
     labels = [c for c in names if c in (d.label_column, d.natural_column)]
     counted = labels or [c for c in names if c != d.image_column][:1]
@@ -263,9 +263,12 @@ def _file(cell: dict[str, Any] | None) -> bytes | Path | str | None:
     return cell["bytes"] or (cell["path"] if "://" in cell["path"] else Path(cell["path"]))
 
 
-def _check_column(column: str, origin: str, names: Sequence[str]) -> None:
+def _check_column(column: str, origin: str, own: bool, names: Sequence[str]) -> None:
     if column not in names:
-        raise ConfigError(f"data.image-column = {column!r}: no such column; {origin} has {[*names]}")
+        if own:
+            log.warning("%s: has the columns %s", origin, [*names])  # in the node's own log
+        there = "the node's own log says which there are" if own else f"has {[*names]}"
+        raise ConfigError(f"data.image-column = {column!r}: no such column; {origin}: {there}")
 
 
 def _digits(config: RunConfig, origin: str) -> Source:

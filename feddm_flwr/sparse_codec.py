@@ -22,7 +22,7 @@ class TopK:
     2 or 4 bits (sparsification as in SparseLoCo, Sarfi et al. 2025).
 
     4 bits: a grid of 16 levels that clips nothing. 2 bits: four levels, -3/2, -1/2, 1/2 and 3/2
-    steps, with the step fitted by least squares. The squared error is less than |v|^2.
+    steps, with the step fitted by least squares: the squared error is less than |v|^2.
     """
 
     name: ClassVar[str] = "topk"

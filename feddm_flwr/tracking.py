@@ -15,9 +15,12 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from feddm_flwr import trackers
+from feddm_flwr.config import ConfigError, local_path
 from feddm_flwr.whole_file import forget_unfinished, whole_file
 
 Row = dict[str, Any]
+
+OF_THE_FOLDER = ("run-name", "out-dir")  # keys that say where a run lies, not what it is
 
 
 class RunInUseError(RuntimeError):
@@ -49,9 +52,12 @@ class RunDirectory:
         for folder in (path, self.checkpoints, path / "samples", path / "reference", path / "assets"):
             forget_unfinished(folder)
 
-    def begin(self, config: Mapping[str, object], after: int | None, tracker: str = "none") -> None:
+    def begin(
+        self, config: Mapping[str, object], after: int | None, tracker: str = "none", *, simulated: bool = True
+    ) -> None:
         """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
         forget the figures and grids of later ones, which are made again. The `tracker` gets them beside the folder.
+        `simulated`: whether the nodes are.
 
         Raises:
             ConfigError: the tracker cannot be had.
@@ -59,7 +65,7 @@ class RunDirectory:
         identity = self.path / ".identity"  # the folder's name may be used again
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
-        self._trackers = trackers.make(tracker, self.path, identity.read_text(), config, after)
+        self._trackers = trackers.make(tracker, self.path, identity.read_text(), without_places(config), after)
         with whole_file(self.path / "config.toml") as file:
             tomli_w.dump(nest(config), file)
         (self.path / "final.json").unlink(missing_ok=True)
@@ -77,7 +83,7 @@ class RunDirectory:
                 for row in read_metrics(self.path):
                     if row["round"] <= after:
                         file.write(_line(row))
-        write_status(self.path, "running", resumed_after=resumed)
+        write_status(self.path, "running", resumed_after=resumed, simulated=simulated)
 
     def log_nodes(self, nodes: list[Row]) -> None:
         """Write `nodes.json`: name, images, held_out, class_counts of each node."""
@@ -86,14 +92,27 @@ class RunDirectory:
 
     def log_round(self, row: Row) -> None:
         """Append a line to `metrics.jsonl`, durably, NaN as null, and give the numbers to the trackers."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.path / "metrics.jsonl").open("ab") as file:
-            file.write(_line(clean))
+            file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
-        numbers = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "round"}
+        self._track(row, row["round"])
+
+    def add_figures(self, figures: Row) -> None:
+        """Add to the last line of `metrics.jsonl` what a round was found to be worth."""
+        *before, last = read_metrics(self.path)
+        with whole_file(self.path / "metrics.jsonl") as file:
+            file.writelines(map(_line, [*before, last | figures]))
+        self._track(figures, last["round"])
+
+    def is_judged(self) -> bool:
+        """Whether the last line of `metrics.jsonl` has such figures."""
+        return any("fid" in row for row in read_metrics(self.path)[-1:])
+
+    def _track(self, row: Row, number: int) -> None:
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v) and k != "round"}
         for tracker in self._trackers:
-            tracker.log(numbers, row["round"])
+            tracker.log(numbers, number)
 
     def best(self, figure: str) -> float:
         """That figure of the model in best/; infinite where that is by another, or is not there."""
@@ -132,12 +151,12 @@ class RunDirectory:
         self._lock.release()
 
 
-def write_status(path: Path, status: str, reason: str = "", resumed_after: list[int] | None = None) -> None:
-    """Write a run's `status.json`: how it stands, why, and the rounds after which it was resumed (by default
-    as before)."""
-    resumed = _resumed_after(path) if resumed_after is None else resumed_after
+def write_status(path: Path, status: str, reason: str = "", **more: object) -> None:
+    """Write a run's `status.json`: how it stands, why, and what it said or says `more`: the rounds after which it was
+    resumed, and whether its nodes are simulated."""
+    found = read_status(path) | {"status": status, "reason": reason, **more}
     with whole_file(path / "status.json") as file:
-        file.write(json.dumps({"status": status, "reason": reason, "resumed_after": resumed}).encode())
+        file.write(json.dumps(found).encode())
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -146,8 +165,21 @@ def read_status(path: Path) -> dict[str, Any]:
     file = path / "status.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if found.get("status") == "running" and not _in_use(path):
-        found |= {"status": "stopped", "reason": "the process was killed; feddm run --resume goes on with it"}
+        command = "feddm run --resume" if found.get("simulated", True) else "feddm run SUPERLINK --resume"
+        found |= {"status": "stopped", "reason": f"the process was killed; {command} goes on with it"}
     return found
+
+
+def check_kind(path: Path, *, simulated: bool) -> None:
+    """Compare a run's nodes with those that are to go on with it.
+
+    Raises:
+        ConfigError: only one of the two is a simulation, whose images are others.
+    """
+    was = read_status(path).get("simulated", simulated)
+    if was != simulated:
+        before, way = ("a simulation", "local") if was else ("one of real nodes", "SUPERLINK, the connection to them,")
+        raise ConfigError(f"{path} was {before}, and cannot go on otherwise: feddm run {way} --resume {path}")
 
 
 def _in_use(path: Path) -> bool:
@@ -167,6 +199,14 @@ def status_of(path: Path) -> str:
 def _resumed_after(path: Path) -> list[int]:
     rounds: list[int] = read_status(path).get("resumed_after", [])
     return rounds
+
+
+def without_places(config: Mapping[str, object]) -> dict[str, object]:
+    """A flat configuration as others may see it: where the images and the run lie is nobody else's business."""
+    shown = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
+    if path := local_path(str(shown.get("data.name", ""))):
+        shown["data.name"] = path.name
+    return shown
 
 
 def nest(flat: Mapping[str, object]) -> dict[str, Any]:
@@ -225,4 +265,5 @@ def simulated_nodes(rows: list[Row]) -> int:
 
 
 def _line(row: Row) -> bytes:
-    return json.dumps(row).encode() + b"\n"
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite).encode() + b"\n"

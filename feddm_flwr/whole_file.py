@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-_UNFINISHED = ".writing-"
+#: How what is not finished is named, which `forget_unfinished` removes.
+UNFINISHED = ".writing-"
 _FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 
 
@@ -24,7 +25,7 @@ def whole_file(path: Path, *, secret: bool = False) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk is full, say; an earlier file of that name is untouched then.
     """
-    unfinished = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
+    unfinished = path.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
     handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -42,7 +43,7 @@ def whole_file(path: Path, *, secret: bool = False) -> Iterator[BinaryIO]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to make and fill, which takes the place of an earlier one of that name when the block ends
     without an error."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{_UNFINISHED}{path.name}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{UNFINISHED}{path.name}-") as temporary:
         filled = Path(temporary) / path.name
         yield filled
         for folder, _, files in os.walk(filled):
@@ -58,7 +59,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def forget_unfinished(folder: Path, age: float = 0.0, name: str = "") -> None:
     """Remove what a process which was killed began to write there, if it is `age` seconds old; or only the unfinished
     folder of that name."""
-    for path in folder.glob(f"{_UNFINISHED}{name}*"):
+    for path in folder.glob(f"{UNFINISHED}{name}*"):
         with suppress(OSError):  # another process was faster
             if time.time() - path.stat().st_mtime < age:
                 continue

@@ -5,7 +5,7 @@
     a body, per plane: u32 length | the plane, coded by zstd
 
 All integers are little-endian. The header is JSON, see `Header`. A chunk covers `CHUNK` values (the
-last one fewer), which the codec turned into planes of bytes. The header limits how many bytes a
+last one fewer), which the codec turned into planes of bytes. The receiver's codec limits how many bytes a
 plane can hold before zstd, so nothing is allocated on a sender's word.
 """
 

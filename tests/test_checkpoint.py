@@ -22,7 +22,7 @@ from local_grid import LocalGrid, config, feddm, nodes, on_train, run_server
 from safetensors.numpy import load_file
 
 from feddm_flwr import checkpoint, server_run
-from feddm_flwr.checkpoint import Checkpoint, NoCheckpointError, newest, save
+from feddm_flwr.checkpoint import FORMAT, Checkpoint, NoCheckpointError, newest, save
 from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.tally import Round
@@ -95,7 +95,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path_factory: pytest.TempPathFactory,
     except NoCheckpointError:
         return
     # JSON has bytes that mean nothing: white space may become other white space.
-    assert read.facts == {"format": 1, "round": 3, **some(3).facts}
+    assert read.facts == {"format": FORMAT, "round": 3, **some(3).facts}
     assert all(read.tensors[name].tobytes() == t.tobytes() for name, t in some(3, size=50).tensors.items())
 
 

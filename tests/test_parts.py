@@ -10,7 +10,7 @@ from flwr.app import Error, Message
 from local_grid import Handler, LocalGrid, config, feddm, nodes, on_train, run
 
 from feddm_flwr import architecture, model
-from feddm_flwr.config import RunConfig
+from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.exchange import Values, channel
 from feddm_flwr.parts import Parts, assign, parts_of
 from feddm_flwr.state_folder import state_root
@@ -89,7 +89,7 @@ def test_halves_are_shared_out_evenly_and_in_turns() -> None:
     ],
 )
 def test_patterns_that_make_no_sense_are_refused(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=r"exchange\.personal") as error:
+    with pytest.raises(ConfigError, match=r"exchange\.personal") as error:
         parts(quick(**keys))
     assert message in str(error.value)
 
