@@ -86,20 +86,22 @@ def test_fids_of_other_images_or_samples_are_not_divided() -> None:
     row = {"condition": "", "kid": None, "coverage": None, "eval_loss": None, "features": "x"}
     sent = {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
     rows = [
-        {**row, **sent, "run": run, "nodes": nodes, "fid": fid, "real": real, "samples": samples}
-        for run, nodes, fid, real, samples in (
-            ("pooled", 1, 2.0, [9, 3], 9),
-            ("centralized", 4, 4.0, [9, 3], 9),
-            ("fewer", 4, 6.0, [8, 3], 9),
-            ("more", 4, 6.0, [9, 3], 99),
+        {**row, **sent, "run": run, "nodes": nodes, "fid": fid, "real": real, "samples": samples, "keys": keys}
+        for run, nodes, fid, real, samples, keys in (
+            ("pooled", 1, 2.0, [9, 3], 9, {}),
+            ("centralized", 4, 4.0, [9, 3], 9, {"sample.steps": 25}),
+            ("fewer", 4, 6.0, [8, 3], 9, {}),
+            ("more", 4, 6.0, [9, 3], 99, {}),
+            ("faster", 4, 6.0, [9, 3], 9, {"sample.steps": 9}),
         )
     ]
     lines = comparison_tables.markdown(rows).splitlines()
-    assert [line.split("|")[4].strip() for line in lines[2:6]] == ["1.000", "2.000", "–", "–"]
+    assert [line.split("|")[4].strip() for line in lines[2:7]] == ["1.000", "2.000", "–", "–", "–"]
 
 
 def test_fids_are_divided_by_one_centralized_run() -> None:
     row = {"condition": "", "kid": None, "coverage": None, "eval_loss": None, "features": "x", "samples": 9, "real": []}
+    row["keys"] = {}
     sent = {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
     runs = (("one", 1, 1.0), ("two", 1, 9.0), ("vanilla", 4, 5.0))
     rows = [{**row, **sent, "run": run, "nodes": nodes, "fid": fid} for run, nodes, fid in runs]
@@ -193,6 +195,7 @@ def test_means_are_over_seeds() -> None:
         "nodes": 4,
         "samples": 2000,
         "features": "x",
+        "keys": {},
         **{f"bytes_{w}{f}": 10**6 for w in ("up", "down") for f in ("", "_fp32")},
     }
     text = comparison_tables.markdown([one | {"fid": 2.0, "seed": 0}, one | {"fid": 4.0, "seed": 1}])

@@ -157,6 +157,17 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"data__partition": "natural"}, "data.natural-column = ''"),
         ({"data__alpha": 0.05}, "data.alpha = 0.05 with data.partition = 'iid': acts with 'dirichlet' only"),
         ({"data__shards_per_node": 3, "data__partition": "dirichlet"}, "acts with 'shard' only"),
+        (
+            {"strategy": "feddm-lean", "codec__stochastic_rounding": True},
+            "'int2' and codec.target = 'delta': must be false",
+        ),
+        (
+            {"strategy": "feddm-quant", "codec__downlink": "sign", "codec__stochastic_rounding": True},
+            "codec.stochastic-rounding = true with 'sign'",
+        ),
+        ({"codec__budget_ratio": 200}, "codec.budget-ratio = 200 with codec.uplink = 'none', codec.downlink = 'none'"),
+        ({"strategy": "feddm-lean", "codec__topk_share": 0.5}, "'int2': acts with 'topk' only"),
+        ({"sample__guidance": 7.0}, "sample.guidance = 7.0 with model.class-conditional = false: acts with true only"),
         ({"server__momentum": 0.9}, "server.momentum = 0.9 with server.optimizer = 'averaging': must be 0"),
         ({"server__trim_share": 0.1}, "with server.aggregation = 'mean': acts with 'trimmed-mean' only"),
         ({"diffusion__prediction": "epsilon"}, "with diffusion.schedule = 'cosine': its noisiest level magnifies"),

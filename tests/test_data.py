@@ -350,6 +350,9 @@ def test_parquet_is_read_by_column(tmp_path: Path) -> None:
     assert len(data.train) + len(data.held_out) == 5
     with pytest.raises(ConfigError, match=r"data.image-column = 'image': no such column; .* has \['picture', 'kind'\]"):
         load(parse({**keys, "data.image-column": "image"}), (0, 2), None)
+    with pytest.raises(ConfigError, match=r"no such column; .*: the node's own log says which there are") as told:
+        load(parse({**keys, "data.image-column": "image"}), None, str(tmp_path / "x.parquet"))
+    assert "picture" not in str(told.value)
     with pytest.raises(ConfigError, match="parquet with images in column 'kind'"):
         load(parse({**keys, "data.image-column": "kind"}), (0, 2), None)
 

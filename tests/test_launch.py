@@ -43,6 +43,24 @@ def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatc
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "stop 7 site"
 
 
+def test_what_a_node_says_is_not_taken_for_the_number_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flwr = tmp_path / "flwr"
+    flwr.write_text(
+        "#!/bin/sh\n[ $1 = run ] && echo Successfully started run 7 && echo left out: Successfully started run 3\n"
+        "status=failed; [ $2 = --run-id=3 ] && status=completed\n"
+        '[ $1 = ls ] && echo "{\\"runs\\": [{\\"status\\": \\"finished:$status\\", '
+        '\\"status-details\\": \\"\\"}]}"\nexit 0\n'
+    )
+    flwr.chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    monkeypatch.setenv("PATH", path)
+    remote = launch.Remote(argparse.Namespace(superlink="site"), {"PATH": path})
+    assert launch.follow(ROOT, remote, {}, parse({}), verbose=False) == 1
+    assert "the run failed (finished:failed)" in capsys.readouterr().err
+
+
 def test_the_nodes_get_what_flower_would_send_of_the_whole_folder(tmp_path: Path) -> None:
     assert build_fab_from_disk(launch._staged(ROOT, tmp_path)) == build_fab_from_disk(ROOT)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from local_grid import config, run_server
 from tensorboardX.proto.event_pb2 import Event
 
-from feddm_flwr import cli, report, trackers
+from feddm_flwr import cli, report, server_run, trackers
 from feddm_flwr.config import ConfigError
+from feddm_flwr.judge import Judge
 from feddm_flwr.tracking import read_metrics, status_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -69,6 +71,50 @@ def test_a_judged_run_has_its_figures_its_best_model_and_reports_that_a_browser_
     moved, said = browse(report, tmp_path / "browser", "slider.value = 0; slider.dispatchEvent(new Event('input'));")
     assert "CONSOLE" not in said
     assert '<output id="round">1</output>' in moved
+
+
+def test_an_evaluation_that_fails_or_is_killed_costs_no_round_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {"eval__features": "random", "num_server_rounds": 2, "out_dir": str(tmp_path)}
+    whole, figures = run(tmp_path, run_name="whole", **keys), Judge.figures
+
+    def fail(error: type[BaseException], at: int) -> None:
+        calls: list[int] = []
+
+        def failing(self: Judge) -> dict[str, Any]:
+            calls.append(1)
+            if len(calls) == at:
+                raise error
+            return figures(self)
+
+        monkeypatch.setattr(Judge, "figures", failing)
+
+    fail(torch.OutOfMemoryError, 1)
+    rows = read_metrics(run(tmp_path, run_name="failed", **keys))
+    assert ["fid" in row for row in rows] == [False, True]
+    fail(KeyboardInterrupt, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, run_name="killed", **keys)
+    monkeypatch.undo()
+    rows = read_metrics(run(tmp_path, run_name="killed", resume=True, **keys))
+    assert json.loads((tmp_path / "killed" / "status.json").read_text())["resumed_after"] == [2]
+    assert [row["fid"] for row in rows] == [row["fid"] for row in read_metrics(whole)]
+
+
+def test_a_run_goes_on_with_nodes_of_the_kind_that_it_had_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server_run, "simulated", lambda grid: True)
+    path = run(tmp_path, run_name="x", num_server_rounds=1)
+    assert "feddm run --num-supernodes 4 -c" in (path / "report.html").read_text()
+    monkeypatch.setattr(server_run, "simulated", lambda grid: False)
+    with pytest.raises(ConfigError, match="was a simulation, and cannot go on otherwise: feddm run local --resume"):
+        run(tmp_path, run_name="x", num_server_rounds=1, resume=True)
+    path = run(tmp_path, run_name="y", num_server_rounds=1)
+    assert "feddm run SUPERLINK -c" in (path / "report.html").read_text()
+    assert cli.main(["run", "--resume", str(path)]) == 2
+    assert "was one of real nodes, and cannot go on otherwise: feddm run SUPERLINK" in capsys.readouterr().err
 
 
 def browse(page: Path, home: Path, script: str = "") -> tuple[str, str]:
