@@ -202,6 +202,8 @@ def model_card(config: Mapping[str, object], rounds: int, nodes: int) -> str:
     diffusion = config["stage"] == "diffusion"
     title = "A diffusion model" if diffusion else "An autoencoder"
     tag = "pipeline_tag: unconditional-image-generation\n" if diffusion else ""
+    # With 61, diffusers' "trailing" spacing ends one step too far.
+    note = f"\nTake a number of steps that divides {config['diffusion.timesteps']}: some others give noise.\n"
     return f"""---
 library_name: diffusers
 {tag}tags: [diffusers, federated-learning, feddm]
@@ -214,7 +216,7 @@ over {rounds} rounds. The weights are the exponential moving average of the glob
 ```python
 {code}
 ```
-
+{note if diffusion and not config["model.class-conditional"] else ""}
 | setting | value |
 |---|---|
 {table}
