@@ -147,8 +147,8 @@ def table(results: dict[str, Any], speeds: dict[str, dict[str, float]]) -> str:
     averaging = [name for name in names if name.startswith("fp32 averaging")]
     tuned = min(averaging, key=lambda name: runs[name, 0]["loss"])
     lines = [
-        f"| setting | seeds | bytes up | bytes down | held-out loss, seed 0 | least to most | against tuned fp32 ({tuned}) "
-        "| against fp32 with the same step | lost by coding | encode, decode (uplink) |",
+        "| setting | seeds | bytes up | bytes down | held-out loss, seed 0 | least to most "
+        f"| against tuned fp32 ({tuned}) | against fp32 with the same step | lost by coding | encode, decode (uplink) |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name in names:
