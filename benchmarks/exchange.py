@@ -148,7 +148,8 @@ def table(results: dict[str, Any], speeds: dict[str, dict[str, float]]) -> str:
     tuned = min(averaging, key=lambda name: runs[name, 0]["loss"])
     lines = [
         "| setting | seeds | bytes up | bytes down | held-out loss, seed 0 | least to most "
-        f"| against tuned fp32 ({tuned}) | against fp32 with the same step | lost by coding | encode, decode (uplink) |",
+        f"| against tuned fp32 ({tuned}) | against fp32 with the same step "
+        "| lost by coding | encode, decode (uplink) |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name in names:
