@@ -14,14 +14,14 @@ from flwr.serverapp import Grid
 
 from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig, nodes_asked
 from feddm_flwr.messages import Failure, Replies, clean, push
-from feddm_flwr.probes import ask, process_of
+from feddm_flwr.probes import Patience, ask, process_of
 
 log = logging.getLogger("feddm")
 
 _TRIES = 3  # introductions that a node may fail before it is left out
 _MAX_IMAGES = 10_000_000  # keeps the exact sum of a thousand such nodes within 64 bits, at updates up to 0.1
 _MAX_CLASSES = 10_000
-_SLOW = 20.0  # seconds after which a node that does not introduce itself is asked something else
+_SLOW = 20.0  # seconds after which those that do not introduce themselves are mentioned
 _PAUSE = 0.2  # seconds
 _ANSWER = 5.0  # seconds in which a node answers that is there and not at work
 _TTL = 2.0  # round-timeouts that an introduction may take: it waits for the round that goes on
@@ -70,7 +70,7 @@ class Roster:
         self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
-        self._nudges: dict[int, tuple[float, float]] = {}  # when such a node is asked something else, and how often
+        self._patience = Patience()
         self._claims: dict[int, _Claim] = {}  # by the id of one that has the name of another
         self._was: dict[int, str] = {}  # names of those that are asked again what they have
         self._replies: Replies | None = None
@@ -179,7 +179,10 @@ class Roster:
                 continue
             if message := push(grid, RecordDict(), i, MessageType.QUERY, _TTL * self.config.round_timeout):
                 self._queries[message] = i
-        self._nudge(grid)
+        # A SuperNode (Flower 1.41) sends one reply for each message, and may be one behind, for ever, if its SuperLink
+        # was restarted: it is asked something else.
+        for i in self._patience.is_over({*self._queries.values()}):
+            ask(grid, i, self.config.round_timeout)
         introduced: list[Node] = []
         for message, i in list(self._queries.items()):
             if (reply := self._replies.pull(message)) is None:
@@ -230,17 +233,6 @@ class Roster:
                 "node %s: %d images%s, %d held out%s, classes %s",
                 *(node.name, node.images, sizes, node.held_out, skipped, clean(classes, 1000)),
             )
-
-    def _nudge(self, grid: Grid) -> None:
-        """Ask those that do not answer something else: a SuperNode (Flower 1.41) sends one reply for each message, and
-        may be one behind, for ever, if its SuperLink was restarted."""
-        now, waiting = time.monotonic(), {*self._queries.values()}
-        self._nudges = {i: when for i, when in self._nudges.items() if i in waiting}
-        for i in waiting:
-            when, interval = self._nudges.setdefault(i, (now + _SLOW, _SLOW))
-            if now >= when:
-                ask(grid, i, self.config.round_timeout)
-                self._nudges[i] = (now + 2 * interval, 2 * interval)
 
     def _judge_claims(self, ids: list[int]) -> list[Node]:
         """Let those in whose name nobody has any more. One that is silent may be at work: it keeps its name."""

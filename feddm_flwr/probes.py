@@ -19,25 +19,38 @@ _FIRST = 20.0  # seconds until a node is asked; then twice as long each time
 _LONGEST = 600.0
 
 
+class Patience:
+    """Which of the nodes that are waited for have been silent for so long that they are asked."""
+
+    def __init__(self) -> None:
+        self._due: dict[int, tuple[float, float]] = {}  # by node: when it is over, and for how long it was
+
+    def is_over(self, waiting: Collection[int]) -> list[int]:
+        """Those with whom it is, and then not before it was twice as long; of others nothing is remembered."""
+        now = time.monotonic()
+        self._due = {node: self._due.get(node, (now + _FIRST, _FIRST)) for node in waiting}
+        silent = [node for node, (when, _) in self._due.items() if now >= when]
+        for node in silent:
+            interval = min(2 * self._due[node][1], _LONGEST)
+            self._due[node] = (now + interval, interval)
+        return silent
+
+
 class Probes:
     """The questions of one round; `processes` (id -> what a node last said) is kept up to date."""
 
     def __init__(self, grid: Grid, processes: dict[int, str]) -> None:
         self._grid, self._processes, self._replies = grid, processes, Replies(grid)
-        self._due: dict[int, tuple[float, float]] = {}  # by node: when it is asked next, and how much later again
+        self._patience = Patience()
         self._asked: dict[str, int] = {}  # message -> node
 
     def restarted(self, waiting: Collection[int]) -> set[int]:
         """Which of the nodes that a reply is waited for were started anew since they were last heard."""
-        now = time.monotonic()
-        for node in waiting:
-            when, interval = self._due.setdefault(node, (now + _FIRST, _FIRST))
-            if now < when or node in self._asked.values() or not self._processes.get(node):
+        for node in self._patience.is_over(waiting):
+            if node in self._asked.values() or not self._processes.get(node):
                 continue  # simulated nodes have no process of their own
             if message := ask(self._grid, node, _LONGEST):
                 self._asked[message] = node
-            interval = min(2 * interval, _LONGEST)
-            self._due[node] = (now + interval, interval)
         found = set()
         for message, node in list(self._asked.items()):
             if (reply := self._replies.pull(message)) is None:

@@ -572,7 +572,7 @@ def test_a_node_that_reads_its_images_for_longer_than_nodes_are_waited_for_takes
 
 def test_a_node_that_is_one_reply_behind_introduces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a SuperNode may be that has a reply left over from before its SuperLink was restarted."""
-    monkeypatch.setattr("feddm_flwr.nodes._SLOW", 0.3)
+    monkeypatch.setattr(probes, "_FIRST", 0.3)
     c = config(num_server_rounds=1, wait_timeout=20.0)
     grid, asked = LocalGrid(nodes(c)), list[str]()
     push, pull = grid.push_messages, grid.pull_messages
