@@ -1,8 +1,7 @@
 """Write docs/results.md and its plots from the committed figures: `python docs/write_results.py`.
 
-The figures are `results.json` of the comparison, as `feddm compare benchmarks/fashionmnist.toml` writes it; one of
-other shares, whose samples were drawn in an earlier way; and, of some runs of the first, what `feddm evaluate RUN
---samples 10000 --steps 25 -o x.json` wrote, in one list.
+The figures are `results.json` of the comparison, as `feddm compare benchmarks/fashionmnist.toml` writes it, and, of
+some of its runs, what `feddm evaluate RUN --samples 10000 --steps 25 -o x.json` wrote, in one list.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from feddm_flwr import comparison_tables
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "benchmarks" / "results" / "fashionmnist.json"
-EARLIER = FIGURES.with_name("fashionmnist-leading.json")
 MANY = FIGURES.with_name("fashionmnist-10000.json")
 TARGET = HERE / "results.md"
 
@@ -36,16 +34,6 @@ Samples are drawn by 25 steps of UniPC ("trailing").
 """
 
 
-BEFORE = """## Other shares, by an earlier version
-
-Two classes for each node, IID shares, and Dirichlet 0.3 once more, on another machine. Samples were drawn by 25 steps
-of DDIM that began below pure noise ("leading", diffusers' default; see [performance.md](performance.md#sampling)),
-which costs 9 to 16 points of FID: **compare within this section only.** (`slow-link` sent more than its budget in the
-last rounds then.)
-
-"""
-
-
 def text(results: list[dict[str, Any]]) -> str:
     """The document."""
     one = next(r for r in results if r["nodes"] > 1)
@@ -58,18 +46,12 @@ def text(results: list[dict[str, Any]]) -> str:
     )
     many = json.loads(MANY.read_text(encoding="utf-8"))
     notes = HERE / "results-notes.md"  # what a person makes of them
-    plot = "![FID against megabytes](images/fid-by-bytes.png)\n\n"
-    earlier = comparison_tables.markdown(json.loads(EARLIER.read_text(encoding="utf-8")))
-    parts = (
-        head,
-        comparison_tables.markdown(results),
-        "\n",
-        plot,
-        of_many(many),
-        notes.read_text(encoding="utf-8"),
-        "\n",
+    plots = (
+        "![FID against megabytes](images/fid-by-bytes.png)\n\n"
+        "![FID against how the images are shared out](images/fid-by-condition.png)\n\n"
     )
-    return "".join(parts) + BEFORE + earlier
+    tables = comparison_tables.markdown(results)
+    return "".join((head, tables, "\n", plots, of_many(many), notes.read_text(encoding="utf-8")))
 
 
 def of_many(rows: list[dict[str, Any]]) -> str:

@@ -138,8 +138,8 @@ def _judge(run: RunDirectory, judge: Judge, model_of: GlobalModel, feddm: FedDM)
             _write_model(run, model_of, feddm, "best")
             run.write_best(feddm.round, best, figures[best])
         run.add_figures(figures)
-    except Exception:
-        log.exception("round=%d could not be evaluated", feddm.round)
+    except Exception as error:
+        log.warning("round=%d not evaluated: %s: %s", feddm.round, type(error).__name__, error, exc_info=True)
 
 
 def _save(
