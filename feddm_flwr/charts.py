@@ -34,7 +34,7 @@ def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
         charts = [("Loss by round", lines(loss))]
     charts.append(("Megabytes by round", lines(traffic, zero=True)))
     for key, title in (("fid", "FID by round"), ("kid", "KID by round"), ("psnr", "PSNR in dB by round")):
-        if found := points(rows, key, -1 if key == "psnr" else 0):
+        if len(found := points(rows, key, -1 if key == "psnr" else 0)) > 1:
             charts.append((title, lines({title.split()[0]: found})))
     if levels := [r for r in rows if r.get("eval_levels")]:
         ends = {f"round {r['round'] - 1}": r["eval_levels"] for r in (levels[-1], levels[0])}

@@ -94,7 +94,8 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         {
             "name": run.name,
             "config": configs[run.name],
-            "differs": ", ".join(f"{k}={configs[run.name].get(k)}" for k in differing) or "the same configuration",
+            "differs": ", ".join(f"{k}={_toml(configs[run.name].get(k))}" for k in differing)
+            or "the same configuration",
             "cells": [figures[run.name].get(head, "–") for head in heads],
             "grid": next((_grid(*last) for last in reversed(grid_files(run).items())), None),
         }
@@ -128,7 +129,8 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
     found = []
     for key, title in (("train_loss", "Training loss"), ("eval_loss", "Held-out loss"), ("fid", "FID"), ("kid", "KID")):
         every = {n: charts.held_out(own) if key == "eval_loss" else charts.points(own, key) for n, own in rows.items()}
-        if series := {name: points for name, points in every.items() if points}:
+        series = {name: points for name, points in every.items() if points}
+        if any(len(points) > 1 for points in series.values()):
             found.append((f"{title} by round", charts.lines(series, colours=[*rows])))
     key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
     ends = {}

@@ -28,7 +28,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; display: block; } .axis { stroke: var(--line); }
 .tick { fill: var(--soft); font-size: 16px; } .legend { font-size: .85rem; margin: .3rem 0 0; }
-.legend { overflow-wrap: anywhere; } .legend .label { margin-right: .8rem; } .line { fill: none; stroke-width: 2; }
+.legend { overflow-wrap: anywhere; } .legend .label { display: inline-block; margin-right: .8rem; } .line { fill: none; stroke-width: 2; }
 .line.s0 { stroke: var(--s0); } .dot.s0 { fill: var(--s0); } .label.s0 { color: var(--s0); }
 .line.s1 { stroke: var(--s1); } .dot.s1 { fill: var(--s1); } .label.s1 { color: var(--s1); }
 .line.s2 { stroke: var(--s2); } .dot.s2 { fill: var(--s2); } .label.s2 { color: var(--s2); }
