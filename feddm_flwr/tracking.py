@@ -178,7 +178,7 @@ def check_kind(path: Path, *, simulated: bool) -> None:
     """
     was = read_status(path).get("simulated", simulated)
     if was != simulated:
-        before, way = ("a simulation", "local") if was else ("one of real nodes", "SUPERLINK, the connection to them,")
+        before, way = ("a simulation", "local") if was else ("one of real nodes", "SUPERLINK")
         raise ConfigError(f"{path} was {before}, and cannot go on otherwise: feddm run {way} --resume {path}")
 
 
