@@ -93,8 +93,8 @@ def _resumed(options: argparse.Namespace) -> dict[str, Any]:
     folder: Path = options.resume.resolve()
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume {str(options.resume)!r}: not a run's folder (no config.toml)")
-    check_kind(folder, simulated=is_local(options.superlink))
-    if is_local(options.superlink) and not options.num_supernodes:
+    check_kind(folder, simulated=(local := is_local(options.superlink)))
+    if local and not options.num_supernodes:
         options.num_supernodes = _nodes_before(folder)
         if not options.num_supernodes:
             raise ConfigError(f"--resume {str(options.resume)!r}: no round was done; --num-supernodes must be given")

@@ -131,7 +131,7 @@ def _centralized(result: dict[str, Any]) -> bool:
 
 
 def _setting(result: dict[str, Any]) -> str:
-    """What FIDs must have in common to be divided: the real images, samples and features."""
+    """What FIDs must have in common to be divided: real images, samples, how these are drawn, features."""
     chosen = [result["keys"].get(key, KEYS[key].default) for key in ("sample.scheduler", "sample.steps", "data.split")]
     return repr([*(result.get(key) for key in ("real", "samples", "features")), *chosen])
 

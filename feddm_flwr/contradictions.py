@@ -89,28 +89,32 @@ def contradictions(c: RunConfig) -> Iterator[str]:
 
 def _without_effect(c: RunConfig) -> Iterator[str]:
     """Keys that a user set for nothing: what was meant is another run."""
-    for name, partition in PARTITION_OF.items():
-        value = getattr(c.data, name.removeprefix("data.").replace("-", "_"))
-        if c.data.partition != partition and value != KEYS[name].default:
-            yield f"{name} = {value!r} with data.partition = {c.data.partition!r}: acts with {partition!r} only"
+    partition, rule = f"data.partition = {c.data.partition!r}", f"server.aggregation = {c.server.aggregation!r}"
+    coded = {c.codec.uplink, c.codec.downlink}
     codecs = f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r}"
-    classes = f"model.class-conditional = {str(c.model.class_conditional).lower()}"
+    taught, classes = c.model.class_conditional, f"model.class-conditional = {str(c.model.class_conditional).lower()}"
     for name, given, acts, state, where in (
-        ("codec.topk-share", c.codec.topk_share, "topk" in codecs, codecs, "'topk'"),
-        ("codec.topk-bits", c.codec.topk_bits, "topk" in codecs, codecs, "'topk'"),
-        ("codec.budget-ratio", c.codec.budget_ratio, "budget" in codecs, codecs, "'budget'"),
-        ("train.class-dropout", c.train.class_dropout, c.model.class_conditional, classes, "true"),
-        ("sample.guidance", c.sample.guidance, c.model.class_conditional, classes, "true"),
+        *(
+            (
+                name,
+                getattr(c.data, name.removeprefix("data.").replace("-", "_")),
+                c.data.partition == kind,
+                partition,
+                repr(kind),
+            )
+            for name, kind in PARTITION_OF.items()
+        ),
+        ("codec.topk-share", c.codec.topk_share, "topk" in coded, codecs, "'topk'"),
+        ("codec.topk-bits", c.codec.topk_bits, "topk" in coded, codecs, "'topk'"),
+        ("codec.budget-ratio", c.codec.budget_ratio, "budget" in coded, codecs, "'budget'"),
+        ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
+        ("sample.guidance", c.sample.guidance, taught, classes, "true"),
+        ("server.trim-share", c.server.trim_share, c.server.aggregation == "trimmed-mean", rule, "'trimmed-mean'"),
     ):
         if not acts and given != KEYS[name].default:
             yield f"{name} = {given!r} with {state}: acts with {where} only"
     if c.server.momentum and c.server.optimizer == "averaging":
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
-    if c.server.aggregation != "trimmed-mean" and c.server.trim_share != KEYS["server.trim-share"].default:
-        yield (
-            f"server.trim-share = {c.server.trim_share} with server.aggregation = {c.server.aggregation!r}: acts with "
-            "'trimmed-mean' only"
-        )
 
 
 def _about_models(c: RunConfig) -> Iterator[str]:

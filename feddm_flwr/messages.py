@@ -122,7 +122,7 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes])
     try:
         return fetch(patient=False, keep=True)
     except _IncompleteError:
-        reply.box.put(_IncompleteError())
+        reply.box.put(_IncompleteError())  # a new one: what was fetched hangs on the traceback of the other
     fetch(patient=True, keep=False)
     reply.ready.set()
     reply.wanted.wait()

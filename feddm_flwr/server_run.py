@@ -73,7 +73,8 @@ def main(grid: Grid, context: Context) -> None:
             _show(run, model_of, feddm)  # what a run that was killed here still owes
         if judge:
             judge.refer(feddm, grid)
-            _judge(run, judge, model_of, feddm)
+            if not run.is_judged():
+                _judge(run, judge, model_of, feddm)
         for done in feddm.run(grid, lambda: _durable(run, feddm, writer)):
             _save(run, feddm, kept, writer, done.figures() | _psnr(config, done.eval_loss))
             if judge:
@@ -123,12 +124,17 @@ def _psnr(config: RunConfig, eval_loss: float) -> dict[str, Any]:
     return {"psnr": round(10 * math.log10(4 / max(eval_loss, 1e-12)), 3)}
 
 
+def _is_due(feddm: FedDM, config: RunConfig, every: int) -> bool:
+    """Whether a round was done for which there is to be what is made every so many rounds (0: none), and at the end."""
+    number = feddm.round
+    return number > 0 and (number == config.num_server_rounds or (every > 0 and number % every == 0))
+
+
 def _judge(run: RunDirectory, judge: Judge, model_of: GlobalModel, feddm: FedDM) -> None:
     """Add the figures of the averaged weights to the round's, where it is to have them; the best model is kept. A
     round is not lost where that fails, and gets them when the run is resumed."""
     config = model_of.config
-    due = feddm.round == config.num_server_rounds or (config.eval.every and feddm.round % config.eval.every == 0)
-    if not feddm.round or not due or run.is_judged():
+    if not _is_due(feddm, config, config.eval.every):
         return
     try:
         model_of.load(feddm.ema)
@@ -195,10 +201,9 @@ def _never_sent(feddm: FedDM) -> str:
 def _show(run: RunDirectory, model_of: GlobalModel, feddm: FedDM) -> None:
     """Draw the grids that the round is to have."""
     config = model_of.config
-    last, due = feddm.round == config.num_server_rounds, config.sample.every
-    if not feddm.round or run.has_grid(feddm.round) or not (last or (due and feddm.round % due == 0)):
+    if run.has_grid(feddm.round) or not _is_due(feddm, config, config.sample.every):
         return
-    if last:
+    if feddm.round == config.num_server_rounds:
         _sample(run, model_of, feddm.round, feddm.weights, "raw")
     _sample(run, model_of, feddm.round, feddm.ema)
 

@@ -243,7 +243,7 @@ def test_floating_point_images_are_refused(tmp_path: Path) -> None:
 
 def test_images_are_decoded_once_and_anew_when_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget() -> NodeData:  # as another process would find it
-        data._load_node.cache_clear()
+        data._load_own.cache_clear()
         sources.open_source.cache_clear()
         return load(parse(SHAPE), None, str(folder))
 
