@@ -3,8 +3,8 @@
     python benchmarks/simulation.py overhead --out benchmarks/results/simulation.json
     python benchmarks/simulation.py scale --out benchmarks/results/scale.json
 
-`overhead`: 10 nodes of 1,000 steps each on one core (the process is pinned to it), server and held-out losses
-included, against the same loop alone on that core. `scale`: 1,000 nodes, a tenth of them in each of 100 rounds of two
+`overhead`: 10 nodes of 1,000 steps each on a GPU, or one core (the process is pinned to it), server and held-out losses
+included, against the same loop alone on it. `scale`: 1,000 nodes, a tenth of them in each of 100 rounds of two
 steps: seconds for each node's part, and memory of the server and of the processes that train, as rounds go by.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 
 import machine
 import psutil
+import torch
 from codec import one_core
 
 BIN = Path(sys.executable).parent
@@ -63,8 +64,9 @@ def rounds(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def overhead(nodes: int, steps: int, preset: str) -> dict[str, Any]:
-    """On one core."""
-    one_core()
+    """On one core, or a GPU."""
+    if not torch.cuda.is_available():
+        one_core()
     keys = {**OVERHEAD, "model.preset": preset, "train.local-steps": steps, "num-server-rounds": 2, "run-name": "x"}
     before, ended = plain(steps, preset), list[float]()
     with tempfile.TemporaryDirectory() as folder:

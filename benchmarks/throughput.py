@@ -14,6 +14,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +29,43 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from feddm_flwr import architecture, objectives, pipelines, training
+from feddm_flwr import architecture, objectives, pipelines, precision, training
 from feddm_flwr.config import RunConfig, parse
 
 
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="+", help="model.preset, of pixels: fashionmnist-28, cifar10-32-small, …")
+    parser.add_argument(
+        "presets", nargs="+", help="model.preset: fashionmnist-28, cifar10-32-small, lsun-church-256 (on latents), …"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8, help="of a measurement")
     parser.add_argument("--times", type=int, default=5, help="measurements of each loop")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--compile", action="store_true", help="train.compile too, on a GPU")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
     results = {}
     for preset in options.presets:
         results[preset] = found = measure(preset, options)
-        print(
-            f"{preset}: ours {found['ours']:.1f} images/s, plain {found['plain']:.1f}, ratio {found['ratio']:.3f}; "
-            f"{100 * found['of matmul rate']:.0f} % of the matmul rate ({found['matmul TFLOP/s']:.3g} TFLOP/s), "
-            f"{found['GFLOP per image']:.3g} GFLOP per image, {found['precision']}",
-            flush=True,
-        )
+        limit = f"of the matmul rate ({found['matmul TFLOP/s']:.3g} TFLOP/s)"
+        for name, rate in found["images per second"].items():
+            print(
+                f"{preset}, batch {options.batch}, {found['precision']}: {name} {rate:.1f} images/s, "
+                f"{rate / found['images per second']['plain']:.2f} of plain, "
+                f"{100 * found['of matmul rate'][name]:.0f} % {limit}, first {found['first seconds'][name]:.1f} s",
+                flush=True,
+            )
     if options.out:
-        text = {**machine.facts(), "batch": options.batch, "presets": results}
+        text = {**machine.facts(), "presets": results}
         options.out.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Both loops on one architecture."""
-    size = {"fashionmnist": 28, "cifar10": 32, "celeba": 64}[preset.partition("-")[0]]
+    """All loops on one architecture."""
+    size = {"fashionmnist": 28, "cifar10": 32, "celeba": 64, "lsun": 32}[preset.partition("-")[0]]
     config = parse(
         {
             "data.name": "none",
@@ -72,38 +80,50 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
             "diffusion.schedule": "linear",
         }
     )
+    if preset.startswith("lsun"):  # its latents, which nothing is asked of here but their shape
+        config = replace(config, data=replace(config.data, channels=4))
     device = training.prepare_process(config)
     images = np.random.default_rng(0).integers(
         0, 256, (options.batch * options.steps, config.data.channels, size, size), np.uint8
     )
-    ours = architecture.build(config, {}).to(device)
     pixels = objectives.Pixels(images, False, device)
-    denoising = objectives.Denoising(config, pixels, np.zeros(len(images), np.int64), device)
-    with objectives.autocast(config, device) as _:
-        bf16 = torch.is_autocast_enabled(device.type)
-    plain = Plain(config, images, "bf16" if bf16 else "no")
-    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    ours = {"ours": config}
+    if options.compile:
+        ours["compiled"] = replace(config, train=replace(config.train, compile=True))
+    bf16 = precision.in_bf16(options.precision, device)
+    runs: dict[str, Callable[[int], object]] = {}
+    for name, own in ours.items():
+        network = architecture.build(own, {}).to(device)
+        denoising = objectives.Denoising(own, pixels, np.zeros(len(images), np.int64), device)
+        runs[name] = partial(ours_once, network, denoising, own, device)
+    flops = flops_of_a_step(network, denoising) / options.batch
+    runs["plain"] = Plain(config, images, "bf16" if bf16 else "no").epoch
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(options.times + 1):
-        for name, run in (
-            ("ours", lambda i=i: training.train(ours, denoising, config, "node", training.Progress(i + 1, 0), device)),
-            ("plain", plain.epoch),
-        ):
+        for name, run in runs.items():
             start = time.monotonic()
-            run()
+            run(i + 1)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.monotonic() - start)
     rates = {name: len(images) / statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
-    flops, limit = flops_of_a_step(ours, denoising) / options.batch, matmul_rate(device, bf16)
+    limit = matmul_rate(device, bf16)
     return {
-        **rates,
-        "ratio": rates["ours"] / rates["plain"],
+        "images per second": rates,
+        "over plain": {name: rates[name] / rates["plain"] for name in ours},
+        "of matmul rate": {name: rate * flops / limit for name, rate in rates.items()},
+        "first seconds": {name: times[0] for name, times in seconds.items()},
         "GFLOP per image": flops / 1e9,
         "matmul TFLOP/s": limit / 1e12,
-        "of matmul rate": rates["ours"] * flops / limit,
         "precision": "bf16" if bf16 else "fp32",
+        "batch": options.batch,
         "peak GPU memory GB": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
     }
+
+
+def ours_once(network: Any, denoising: objectives.Denoising, config: RunConfig, device: torch.device, i: int) -> None:
+    """A round's training, of which recording and the check of what was compiled are part."""
+    training.train(network, denoising, config, "node", training.Progress(i, 0), device)
 
 
 class Plain:
@@ -122,7 +142,7 @@ class Plain:
         )
         self.noise = pipelines.noise_scheduler(config)
 
-    def epoch(self) -> None:
+    def epoch(self, _: int = 0) -> None:
         """Every image once."""
         self.network.train()
         for (clean,) in self.loader:

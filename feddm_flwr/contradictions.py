@@ -18,6 +18,8 @@ def contradictions(c: RunConfig) -> Iterator[str]:
             f"train.local-epochs = {c.train.local_epochs} and train.local-steps = {c.train.local_steps}: "
             "exactly one of them must be above 0"
         )
+    if c.train.compile and c.train.deterministic:
+        yield "train.compile = true with train.deterministic = true: must be false; kernels are chosen by their speed"
     if not re.fullmatch(_RUN_NAME, c.run_name):
         yield f"run-name = {c.run_name!r} is not allowed: must be at most 128 letters, digits, _, - or ., not first"
     if c.strategy == "feddm-prox" and c.train.mu == 0:

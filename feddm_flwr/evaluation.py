@@ -18,6 +18,8 @@ from feddm_flwr.class_pipeline import guided
 from feddm_flwr.config import derive_seed
 from feddm_flwr.images import Images
 from feddm_flwr.latents import decode
+from feddm_flwr.precision import autocast
+from feddm_flwr.recording import Recorded, side_stream
 
 _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -39,7 +41,7 @@ def sample(
     guidance: float = 1.0,
     autoencoder: Any = None,
     scheduler: str = "unipc",
-    batch_size: int = 64,
+    batch_size: int = 0,
 ) -> Images:
     """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second order),
     UniPC (Zhao et al. 2023) or DDPM's ancestral sampling (Ho et al. 2020), uint8 (count, C, H, W).
@@ -47,7 +49,7 @@ def sample(
     `scheduler_config` is the configuration of the diffusers scheduler that the model was trained
     for. Noise is drawn on the CPU, image by image: image i depends on the seed and i
     only, not on device or batch size. A class-conditional model needs the label of each image; the last
-    embedding of its is for no class. A latent one needs its autoencoder.
+    embedding of its is for no class. A latent one needs its autoencoder. On a GPU the network computes in bf16.
     """
     solver = _SCHEDULERS[scheduler].from_config(scheduler_config)
     device = next(network.parameters()).device
@@ -57,6 +59,17 @@ def sample(
     network.eval()
     done: list[torch.Tensor] = []
     classes = torch.tensor([*labels] if labels is not None else [0] * count, device=device)
+    batch_size = batch_size or (256 if device.type == "cuda" else 64)
+
+    def predict(x: torch.Tensor, t: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        with autocast("auto" if device.type == "cuda" else "fp32", device):
+            if labels is None:
+                predicted: torch.Tensor = network(x, t).sample
+            else:
+                predicted = guided(network, x, t, own, network.config.num_class_embeds - 1, guidance)
+        return predicted.float()
+
+    recorded = Recorded(predict, device)
 
     def batch(images: slice) -> torch.Tensor:
         x, own = noise[images].to(device), classes[images]
@@ -66,24 +79,23 @@ def sample(
         for t in solver.timesteps:
             if t < 0 and scheduler in ("ddim", "ddpm"):
                 continue  # diffusers' rounding adds it to some numbers of steps; it means pure noise
-            if labels is None:
-                predicted = network(x, t).sample
-            else:
-                predicted = guided(network, x, t, own, network.config.num_class_embeds - 1, guidance)
+            predicted = recorded(x, t.to(device), own).clone()  # which solvers remember
             x = solver.step(predicted, t, x, **added).prev_sample
         if autoencoder is not None:
             x = decode(autoencoder, x)
         return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
-    while (start := sum(map(len, done))) < count:
-        try:
-            done.append(batch(slice(start, start + batch_size)))
-            continue
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-        batch_size //= 2  # what the batch held is gone here, not before
-        torch.cuda.empty_cache()
+    with side_stream(device):
+        while (start := sum(map(len, done))) < count:
+            try:
+                done.append(batch(slice(start, start + batch_size)))
+                continue
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+            batch_size //= 2  # what the batch held is gone here, not before
+            recorded = Recorded(predict, device)
+            torch.cuda.empty_cache()
     drawn: Images = torch.cat(done).numpy()
     return drawn
 

@@ -178,6 +178,10 @@ class Train:
         "of the forward pass; auto: bf16 where the processor or GPU is faster in it",
         choices=("auto", "fp32", "bf16"),
     )
+    compile: bool = key(
+        False,
+        "on a GPU, fuse the network's operations (torch.compile), after a minute or more of compiling in each process",
+    )
     max_seconds: float = key(
         0.0, "a node stops after this time and sends what it has (then runs are not repeatable); 0: no limit", low=0
     )

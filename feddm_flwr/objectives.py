@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +22,7 @@ from feddm_flwr.data import Labels
 from feddm_flwr.images import Images
 from feddm_flwr.latents import Latents, at_hand
 from feddm_flwr.perceptual import VGG16
+from feddm_flwr.precision import autocast
 
 Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
 
@@ -51,27 +50,6 @@ class Objective(Protocol):
 
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
         """The network on at most `limit` of the examples, as those of node `name`; always the same way."""
-
-
-@lru_cache
-def _computes_in_bf16() -> bool:
-    """Whether this processor is faster in bf16. Intel's without tiles are not, whatever instructions they have:
-    measured, a convolutional U-Net trained at 0.7 times the speed of float32."""
-    info = Path("/proc/cpuinfo")
-    amd = info.is_file() and "AuthenticAMD" in info.read_text()
-    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
-
-
-def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 autocast where asked for, or where `auto` finds hardware that computes in bf16."""
-    if config.train.precision == "auto":
-        if device.type == "cuda":
-            enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            enabled = _computes_in_bf16()
-    else:
-        enabled = config.train.precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 class Pixels:
@@ -132,7 +110,7 @@ class Denoising:
         x0, t, noise, labels = drawn
         abar = self._abar[t]
         classes = labels if self._config.model.class_conditional else None
-        with autocast(self._config, self._device):
+        with _autocast(self._config, self._device):
             prediction: Tensor = network(diffusion.add_noise(x0, noise, abar), t, classes).sample
         goal = diffusion.target(self._config.diffusion.prediction, x0, noise, abar)
         return (prediction.float() - goal).square().flatten(1).mean(1)
@@ -184,7 +162,7 @@ class Reconstruction:
     def losses(self, network: Any, drawn: Drawn) -> Tensor:
         """Error of the reconstruction from a sampled latent, plus the weighted KL term."""
         x, noise = drawn
-        with autocast(self._config, self._device):
+        with _autocast(self._config, self._device):
             latents = network.encode(x).latent_dist
             decoded = network.decode(latents.mean + latents.std * noise).sample
             looks = self._looks(decoded, x) if self._looks else 0.0
@@ -205,10 +183,14 @@ class Reconstruction:
         step = self._config.train.micro_batch or self._config.train.batch_size
         for index in torch.arange(size, device=self._device).split(step):
             x = self._examples.fixed(index)
-            with autocast(self._config, self._device):
+            with _autocast(self._config, self._device):
                 latents = network.encode(x).latent_dist
                 decoded = network.decode(latents.mean).sample
             errors.append((decoded.float() - x).square().flatten(1).mean(1))
             # Of what a latent model is trained on, which is drawn from the distributions.
             powers.append((latents.mean.square() + latents.var).float().flatten(1).mean(1))
         return HeldOut(float(torch.cat(errors).double().mean()), [], float(torch.cat(powers).double().mean()))
+
+
+def _autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[None]:
+    return autocast(config.train.precision, device, config.train.compile)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sys
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.model import Vector, load_vector, trainable
-from feddm_flwr.objectives import Drawn, Objective
-
-log = logging.getLogger("feddm")
+from feddm_flwr.objectives import Objective
+from feddm_flwr.recording import side_stream
+from feddm_flwr.step import Step
 
 #: torch's own choice: the cores that this process may use.
 _CORES = torch.get_num_threads()
@@ -69,15 +68,6 @@ def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) 
     return t.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * done))
 
 
-@torch.no_grad()
-def add_proximal_gradient(parameters: list[Tensor], received: list[Tensor], mu: float) -> None:
-    """Add mu * (w - w_t) to the gradients: the gradient of mu/2 * ||w - w_t||^2
-    (Li et al. 2020, FedProx, eq. 2), with w_t the received weights."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    assert len(gradients) == len(parameters)
-    torch._foreach_add_(gradients, torch._foreach_sub(parameters, received), alpha=mu)
-
-
 def train(
     model: nn.Module,
     objective: Objective,
@@ -96,72 +86,31 @@ def train(
         torch.OutOfMemoryError: not even one image fits into memory.
     """
     t = config.train
-    if device.type == "cuda":
+    if device.type == "cuda" and t.compile:  # otherwise each GroupNorm would copy its input to and fro
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     parameters: list[Tensor] = [*trainable(model)]
     received = [p.detach().clone() for p in parameters] if t.mu > 0 else []
     if start is not None:
         load_vector(model, start)
-    optimizer = _optimizer(config, parameters)
+    take_step = Step(model, objective, config, parameters, received)
     steps = local_steps(config, len(objective))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0
-    micro = t.micro_batch or t.batch_size
     deadline = time.monotonic() + (t.max_seconds or math.inf)
-    with _seeded_dropout(config, name, progress, device):
+    with _seeded_dropout(config, name, progress, device), side_stream(device):
         for step, batch in zip(range(steps), _batches(len(objective), t.batch_size, random), strict=False):
-            optimizer.param_groups[0]["lr"] = learning_rate(config, progress, step, steps)
-            loss, micro = _backward(model, objective, objective.draw(batch, random), micro, optimizer)
-            if t.mu > 0:
-                add_proximal_gradient(parameters, received, t.mu)
-            torch.nn.utils.clip_grad_norm_(parameters, t.max_grad_norm, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = take_step(objective.draw(batch, random), learning_rate(config, progress, step, steps))
             total += loss
             done += 1
+            if t.max_seconds and device.type == "cuda":
+                torch.cuda.synchronize()  # the clock is to tell of steps that were done, not launched
             if time.monotonic() > deadline:
                 break
     mean = float(total) / done  # the one synchronization with the device; NaN and inf survive the sum
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
     return Trained(mean, done)
-
-
-def _optimizer(config: RunConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    t = config.train
-    if t.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            parameters, t.learning_rate, weight_decay=t.weight_decay
-        )
-        return eight_bit
-    return torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
-
-
-def _backward(
-    model: nn.Module, objective: Objective, drawn: Drawn, micro: int, optimizer: torch.optim.Optimizer
-) -> tuple[Tensor, int]:
-    """Leave the gradients of the mean loss in the parameters, from pieces of `micro` images, or of half as many
-    where memory runs out; returns that loss and the size of the pieces."""
-    size = len(drawn[0])
-    while True:
-        loss = torch.zeros((), device=drawn[0].device)
-        try:
-            for piece in zip(*(tensor.split(micro) for tensor in drawn), strict=True):
-                part = objective.losses(model, piece).sum() / size
-                part.backward()
-                loss += part.detach()
-            return loss, micro
-        except torch.OutOfMemoryError:
-            if micro == 1:
-                raise
-            part = loss  # the graph of the piece that failed is held by nothing then
-            micro = (min(micro, size) + 1) // 2
-            log.warning("out of memory: from here on %d images at a time; gradients are accumulated", micro)
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

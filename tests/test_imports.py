@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipelines": {"architecture", "assets", "class_pipeline", "config", "diffusion"},
     "model": set(),
     "latents": {"array_cache", "assets", "data", "images"},
-    "objectives": {"config", "data", "diffusion", "images", "latents", "perceptual"},
+    "objectives": {"config", "data", "diffusion", "images", "latents", "perceptual", "precision"},
     "costs": {"config", "exchange", "parts"},
     "exchange": {"codec", "config", "wire"},
     "broadcast": {"config", "exchange"},
@@ -65,8 +65,11 @@ ALLOWED: dict[str, set[str]] = {
         *("parts", "perceptual", "pipelines", "training"),
     },
     "worker": {"config", "node_config", "node_evaluation", "node_round"},
-    "training": {"config", "model", "objectives"},
-    "evaluation": {"class_pipeline", "config", "images", "latents"},
+    "precision": set(),
+    "recording": set(),
+    "step": {"config", "objectives", "recording"},
+    "training": {"config", "model", "objectives", "recording", "step"},
+    "evaluation": {"class_pipeline", "config", "images", "latents", "precision", "recording"},
     "features": {"array_cache", "assets", "config", "images"},
     "reference": set(),
     "gauges": set(),
@@ -147,7 +150,7 @@ MODELS = {
 ABOUT_TENSORS = (
     CODING
     | MODELS
-    | {"training", "evaluation", "features", "node_round", "scores"}
+    | {"precision", "recording", "step", "training", "evaluation", "features", "node_round", "scores"}
     | {
         *("drawing", "finished", "gauges", "judge", "node_evaluation", "reference"),
     }

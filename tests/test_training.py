@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from feddm_flwr import architecture, model, training
+from feddm_flwr import architecture, model, step, training
 from feddm_flwr.config import RunConfig, parse
 from feddm_flwr.data import NodeData, load_node
 from feddm_flwr.images import Images
@@ -52,7 +52,7 @@ def test_the_proximal_gradient_is_that_of_the_objective() -> None:
     objective = sum((p**3).sum() for p in w) + mu / 2 * distance
     expected = torch.autograd.grad(objective, w)
     sum((p**3).sum() for p in w).backward()
-    training.add_proximal_gradient(w, received, mu)
+    step.add_proximal_gradient(w, received, mu)
     for p, gradient in zip(w, expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
 
@@ -230,3 +230,43 @@ def test_what_a_piece_held_is_gone_when_smaller_ones_are_tried(monkeypatch: pyte
     monkeypatch.setattr(Denoising, "losses", backward_fails)
     trained(config(train__precision="fp32", **{"train__local-steps": 1}))
     assert alive == [False, False]
+
+
+@pytest.mark.parametrize("micro", [0, 5])
+def test_a_compiled_network_trains_like_the_one_that_it_was_compiled_from(
+    micro: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    c = config(train__precision="fp32", **{"train__micro-batch": micro})
+    expected = trained(c)[0]
+    compiler = torch.compile(dynamic=False, backend="aot_eager")  # all of it but the making of kernels
+    monkeypatch.setattr(step, "_compiled", lambda network, *_: compiler(network))
+    np.testing.assert_allclose(trained(c)[0], expected, atol=2e-4)
+    assert "train.compile" not in caplog.text
+
+
+def test_a_network_that_cannot_be_compiled_or_not_well_is_trained_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    c = config(train__precision="fp32")
+    expected = trained(c)[0]
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no C compiler")
+
+    def wrong(network: torch.nn.Module) -> Any:
+        """Its gradients below the last convolution are 0, as torch 2.13 has them on a CPU below the upsampling."""
+        last = network.get_submodule("conv_out")
+
+        def forward(*inputs: Any) -> Any:
+            hook = last.register_forward_pre_hook(lambda _, x: tuple(one.detach() for one in x))
+            try:
+                return network(*inputs)
+            finally:
+                hook.remove()
+
+        return forward
+
+    for compiled, why in ((lambda _: broken, "no C compiler"), (wrong, "times what they should be")):
+        monkeypatch.setattr(step, "_compiled", lambda network, *_, make=compiled: make(network))
+        np.testing.assert_array_equal(trained(c)[0], expected)
+        assert why in caplog.text

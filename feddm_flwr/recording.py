@@ -1,0 +1,81 @@
+"""Work of a GPU that is launched at once, as a CUDA graph.
+
+A U-Net is some thousand small kernels. A GPU has done most of them before Python has launched the next, so that it
+idles half of the time, and more with small batches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("feddm")
+
+_BEFORE = 1  # calls: memory that runs out is found in them, and what is made at first use is there
+
+
+class Recorded:
+    """A function of tensors that is called again and again. On a GPU it is recorded after the first calls, and replayed
+    for all inputs of the shapes of the first. It must be called within `side_stream`, do its work on the GPU only,
+    and may read and change other tensors if these stay where they are."""
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device, may: bool = True) -> None:
+        """`may`: whether it can be recorded."""
+        self._function, self._left = function, _BEFORE if may and device.type == "cuda" else -1
+        self._shapes: list[torch.Size] = []
+        self._inputs: tuple[Tensor, ...] = ()
+        self._output = torch.zeros(())
+        self._graph: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What the function returns, which the next call may overwrite."""
+        shapes = [tensor.shape for tensor in inputs]
+        self._shapes = self._shapes or shapes
+        if self._left < 0 or shapes != self._shapes:
+            return self._function(*inputs)
+        if self._left > 0:
+            self._left -= 1
+            return self._function(*inputs)
+        if self._graph is None and not self._record(inputs):
+            return self._function(*inputs)
+        torch._foreach_copy_(self._inputs, inputs)
+        self._graph.replay()
+        return self._output
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Record the function, which does not run it."""
+        self._inputs, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self._output = self._function(*self._inputs)
+        except RuntimeError as error:  # memory that runs out among them
+            log.warning("this GPU is told every step anew, which is slower: %s", error)
+            self._left, self._inputs = -1, ()
+            return False
+        self._graph = graph
+        return True
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Work on a stream of its own: there is no recording on the usual one."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def is_recording(device: torch.device) -> bool:
+    """Whether what is done now is recorded."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,115 @@
+"""What can be seen on a GPU only."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from feddm_flwr import architecture, evaluation, model, pipelines, precision, recording, training
+from feddm_flwr.config import RunConfig, parse
+from feddm_flwr.objectives import Denoising, Pixels
+from feddm_flwr.training import Progress
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SMALL = {
+    "data.name": "none",
+    "data.image-size": 32,
+    "data.channels": 3,
+    "model.preset": "cifar10-32-small",
+    "model.dropout": 0.1,
+    "train.local-steps": 30,
+    "train.batch-size": 32,
+    "train.deterministic": True,
+}
+
+
+def config(**keys: object) -> RunConfig:
+    return parse({**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}})
+
+
+def trained(c: RunConfig, images: int = 150) -> tuple[model.Vector, training.Trained]:
+    device = training.prepare_process(c)
+    network = architecture.build(c, {}).to(device)
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 3, 32, 32), np.uint8)
+    objective = Denoising(c, Pixels(pixels, True, device), np.zeros(images, np.int64), device)
+    result = training.train(network, objective, c, "node", Progress(1, 0), device)
+    return model.to_vector(network), result
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"train.precision": "fp32"},
+        {"strategy": "feddm-prox", "train.mu": 0.1},
+        {"train.micro-batch": 10},
+        {"train.checkpointing": True},
+    ],
+    ids=str,
+)
+def test_recorded_steps_give_the_bits_of_those_that_are_launched_one_by_one(
+    keys: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, again = trained(config(**keys)), trained(config(**keys))
+    monkeypatch.setattr(recording, "_BEFORE", 1000)
+    launched = trained(config(**keys))
+    assert recorded[0].tobytes() == again[0].tobytes() == launched[0].tobytes()
+    assert recorded[1] == launched[1]
+
+
+def test_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(Denoising, "losses", lambda self, *a, old=Denoising.losses: seen.append(1) or old(self, *a))
+    trained(config(), images=320)
+    assert len(seen) == recording._BEFORE + 1
+
+
+def test_group_norms_are_done_in_bf16_and_do_little_harm() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(4, 32, 8, 8, device=device) * 3 + 1
+    norm = torch.nn.GroupNorm(8, 32).to(device)
+    with precision.autocast("bf16", device):
+        low = norm(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), norm(x), atol=0.05, rtol=0.02)
+    with precision.autocast("bf16", device, compiled=True):
+        assert norm(x.bfloat16()).dtype == torch.float32
+
+
+def test_a_compiled_network_trains_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    c = config(**{"train.deterministic": False, "model.dropout": 0.0})
+    plain = trained(c)[1].loss
+    fused = trained(parse({**SMALL, "train.deterministic": False, "model.dropout": 0.0, "train.compile": True}))[1].loss
+    assert "train.compile" not in caplog.text
+    assert fused == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "ddim", "ddpm"])
+def test_samples_are_those_of_a_cpu(scheduler: str) -> None:
+    """Up to the rounding of bf16, of a network that was trained a little; also in batches that are recorded."""
+    c = config()
+    training.prepare_process(c)
+    network = architecture.build(c, {})
+    process = pipelines.noise_scheduler(c).config
+    on_cpu = evaluation.sample(network, process, 6, 10, seed=1, scheduler=scheduler)
+    on_gpu = evaluation.sample(network.cuda(), process, 6, 10, seed=1, scheduler=scheduler, batch_size=4)
+    assert np.abs(on_cpu.astype(int) - on_gpu).mean() < 4
+
+
+def test_a_share_of_the_memory_is_kept_to_and_a_step_is_cut_to_fit(caplog: pytest.LogCaptureFixture) -> None:
+    share, total = 0.02, torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        with caplog.at_level(logging.WARNING, "feddm"):
+            result = trained(config(**{"train.batch-size": 2048, "train.local-steps": 6}), images=4096)[1]
+        assert result.steps == 6
+        assert "out of memory" in caplog.text
+        assert torch.cuda.max_memory_reserved() <= share * total
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
