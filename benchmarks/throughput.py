@@ -88,6 +88,8 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     pixels = objectives.Pixels(images, False, device)
     ours = {"ours": config}
+    if device.type == "cuda":
+        ours["launched one by one"] = replace(config, train=replace(config.train, cuda_graph=False))
     if options.compile:
         ours["compiled"] = replace(config, train=replace(config.train, compile=True))
     bf16 = precision.in_bf16(options.precision, device)

@@ -19,7 +19,7 @@ from feddm_flwr.config import derive_seed
 from feddm_flwr.images import Images
 from feddm_flwr.latents import decode
 from feddm_flwr.precision import autocast
-from feddm_flwr.recording import Recorded, side_stream
+from feddm_flwr.recording import Recording, side_stream
 
 _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -69,7 +69,7 @@ def sample(
                 predicted = guided(network, x, t, own, network.config.num_class_embeds - 1, guidance)
         return predicted.float()
 
-    recorded = Recorded(predict, device)
+    recording = Recording(device)
 
     def batch(images: slice) -> torch.Tensor:
         x, own = noise[images].to(device), classes[images]
@@ -79,7 +79,7 @@ def sample(
         for t in solver.timesteps:
             if t < 0 and scheduler in ("ddim", "ddpm"):
                 continue  # diffusers' rounding adds it to some numbers of steps; it means pure noise
-            predicted = recorded(x, t.to(device), own).clone()  # which solvers remember
+            predicted = recording(predict, x, t.to(device), own).clone()  # which solvers remember
             x = solver.step(predicted, t, x, **added).prev_sample
         if autoencoder is not None:
             x = decode(autoencoder, x)
@@ -94,7 +94,7 @@ def sample(
                 if batch_size == 1:
                     raise
             batch_size //= 2  # what the batch held is gone here, not before
-            recorded = Recorded(predict, device)
+            recording = Recording(device)
             torch.cuda.empty_cache()
     drawn: Images = torch.cat(done).numpy()
     return drawn

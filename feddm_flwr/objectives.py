@@ -193,4 +193,5 @@ class Reconstruction:
 
 
 def _autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[None]:
-    return autocast(config.train.precision, device, config.train.compile)
+    # What is compiled keeps it out of memory itself; checkpointing computes anew without what autocast is given here.
+    return autocast(config.train.precision, device, norms=not (config.train.compile or config.train.checkpointing))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -32,12 +32,12 @@ def in_bf16(precision: str, device: torch.device) -> bool:
 
 
 @contextmanager
-def autocast(precision: str, device: torch.device, compiled: bool = False) -> Iterator[None]:
-    """torch's autocast to bf16 where the precision means that; then, on a GPU, GroupNorm is done in bf16 too, unless
-    the network is compiled: torch would give its output, the largest there is in a U-Net, in float32."""
+def autocast(precision: str, device: torch.device, norms: bool = True) -> Iterator[None]:
+    """torch's autocast to bf16 where the precision means that; then, on a GPU, the `norms` are done in bf16 too, where
+    torch would give the output of GroupNorm, which there is much of in a U-Net, in float32."""
     enabled = in_bf16(precision, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-        if enabled and device.type == "cuda" and not compiled:
+        if enabled and device.type == "cuda" and norms:
             with _NormsInBf16():
                 yield
         else:
@@ -54,8 +54,11 @@ class _NormsInBf16(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if function is not nn.functional.group_norm:
-            return function(*args, **kwargs or {})
-        x, groups, weight, bias, eps = args
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+        if function is nn.functional.group_norm:
+            return _group_norm(*args, **kwargs or {})
+        return function(*args, **kwargs or {})
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)

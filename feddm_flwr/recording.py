@@ -6,6 +6,7 @@ idles half of the time, and more with small batches.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,44 +20,51 @@ log = logging.getLogger("feddm")
 _BEFORE = 1  # calls: memory that runs out is found in them, and what is made at first use is there
 
 
-class Recorded:
-    """A function of tensors that is called again and again. On a GPU it is recorded after the first calls, and replayed
-    for all inputs of the shapes of the first. It must be called within `side_stream`, do its work on the GPU only,
-    and may read and change other tensors if these stay where they are."""
+class Recording:
+    """Of a function of tensors that is called again and again. On a GPU it is recorded after the first calls, and
+    replayed for all inputs of the shapes of the first. It must be called within `side_stream`, do its work on the GPU
+    only, and may read and change other tensors if these stay where they are."""
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device, may: bool = True) -> None:
+    def __init__(self, device: torch.device, may: bool = True) -> None:
         """`may`: whether it can be recorded."""
-        self._function, self._left = function, _BEFORE if may and device.type == "cuda" else -1
+        self._left = _BEFORE if may and device.type == "cuda" else -1
         self._shapes: list[torch.Size] = []
         self._inputs: tuple[Tensor, ...] = ()
         self._output = torch.zeros(())
         self._graph: Any = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the function returns, which the next call may overwrite."""
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What the function, always the same, returns, which the next call may overwrite."""
         shapes = [tensor.shape for tensor in inputs]
         self._shapes = self._shapes or shapes
         if self._left < 0 or shapes != self._shapes:
-            return self._function(*inputs)
+            return function(*inputs)
         if self._left > 0:
             self._left -= 1
-            return self._function(*inputs)
-        if self._graph is None and not self._record(inputs):
-            return self._function(*inputs)
+            return function(*inputs)
+        if self._graph is None and not self._record(function, inputs):
+            return function(*inputs)
         torch._foreach_copy_(self._inputs, inputs)
         self._graph.replay()
         return self._output
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> bool:
+    def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> bool:
         """Record the function, which does not run it."""
         self._inputs, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
+        stream, collects = torch.cuda.current_stream(), gc.isenabled()
+        gc.disable()  # an earlier graph that is garbage would be freed, which spoils the recording
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self._output = self._function(*self._inputs)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._output = function(*self._inputs)
         except RuntimeError as error:  # memory that runs out among them
-            log.warning("this GPU is told every step anew, which is slower: %s", error)
+            log.warning("no CUDA graph, which is slower (train.cuda-graph = false says this is meant): %s", error)
             self._left, self._inputs = -1, ()
+            random = torch.cuda.default_generators[stream.device_index]
+            random.graphsafe_set_state(random.clone_state())  # or it would go on as if it were recorded
             return False
+        finally:
+            if collects:
+                gc.enable()
         self._graph = graph
         return True
 

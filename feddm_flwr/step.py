@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from feddm_flwr.config import RunConfig
 from feddm_flwr.objectives import Drawn, Objective
-from feddm_flwr.recording import Recorded, is_recording
+from feddm_flwr.recording import Recording, is_recording
 
 log = logging.getLogger("feddm")
 
@@ -34,14 +34,14 @@ class Step:
         self._model, self._objective, self._config = model, objective, config
         self._parameters, self._received = parameters, received
         self._micro = t.micro_batch or t.batch_size
+        ours = self._device.type == "cuda" and t.optimizer == "adamw"
         # A graph reads the learning rate from the GPU's memory.
-        self._rate = torch.tensor(t.learning_rate, device=self._device) if self._device.type == "cuda" else None
+        self._rate = torch.tensor(t.learning_rate, device=self._device) if ours else None
         self._optimizer = _optimizer(config, parameters, self._rate)
         self._compiled = _compiled(model, config, self._device)
         self._checked = self._compiled is None
-        # Checkpointing asks for the state of the random numbers, and the 8 bits are not ours to record.
-        may = not t.checkpointing and t.optimizer == "adamw"
-        self._take = Recorded(self._step, self._device, may)
+        # Checkpointing asks for the state of the random numbers, which a recording must not.
+        self._recording = Recording(self._device, ours and t.cuda_graph and not t.checkpointing)
 
     def __call__(self, drawn: Drawn, rate: float) -> Tensor:
         """One step with this learning rate; its mean loss, on the device, which the next step may overwrite.
@@ -55,7 +55,7 @@ class Step:
             self._rate.fill_(rate)
         if not self._checked:
             self._check(drawn)
-        return self._take(*drawn)
+        return self._recording(self._step, *drawn)
 
     def _step(self, *drawn: Tensor) -> Tensor:
         t = self._config.train

@@ -86,8 +86,6 @@ def train(
         torch.OutOfMemoryError: not even one image fits into memory.
     """
     t = config.train
-    if device.type == "cuda" and t.compile:  # otherwise each GroupNorm would copy its input to and fro
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     parameters: list[Tensor] = [*trainable(model)]
     received = [p.detach().clone() for p in parameters] if t.mu > 0 else []

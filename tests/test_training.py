@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 import weakref
@@ -230,6 +231,24 @@ def test_what_a_piece_held_is_gone_when_smaller_ones_are_tried(monkeypatch: pyte
     monkeypatch.setattr(Denoising, "losses", backward_fails)
     trained(config(train__precision="fp32", **{"train__local-steps": 1}))
     assert alive == [False, False]
+
+
+def test_what_a_training_held_is_gone_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when garbage is collected: on a GPU it is a graph, and the memory of a whole step."""
+    held: list[weakref.ref[Any]] = []
+    before = step.Step.__init__
+
+    def init(self: step.Step, *inputs: Any) -> None:
+        before(self, *inputs)
+        held.extend([weakref.ref(self), weakref.ref(self._recording)])
+
+    monkeypatch.setattr(step.Step, "__init__", init)
+    gc.disable()
+    try:
+        trained(config())
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("micro", [0, 5])
