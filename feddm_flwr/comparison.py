@@ -31,7 +31,7 @@ from typing import Any
 import tomli_w
 
 from feddm_flwr.config import PARTITION_OF, ConfigError, flatten, nodes_asked, parse
-from feddm_flwr.tracking import flat, nest, read_metrics, status_of, total_bytes
+from feddm_flwr.tracking import flat, nest, read_metrics, status_of, total_bytes, without_places
 from feddm_flwr.whole_file import whole_file
 
 Keys = dict[str, Any]
@@ -257,6 +257,5 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
         "samples": config.eval.samples,
         "features": known.get("features"),
         "real": [known.get("images"), len(known.get("classes", []))],  # images and classes that were compared with
-        # A path is nobody else's business.
-        "keys": {**cell.keys, **({"data.name": Path(name).name} if (name := cell.keys.get("data.name")) else {})},
+        "keys": without_places(cell.keys),
     }
