@@ -175,6 +175,7 @@ def flops_of_a_step(network: Any, objective: objectives.Denoising) -> int:
 def matmul_rate(device: torch.device, bf16: bool) -> float:
     """FLOP/s of a large matrix product: the machine's limit."""
     size = 8192 if device.type == "cuda" else 2048
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions do
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     times = []
     for _ in range(6):

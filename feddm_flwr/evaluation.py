@@ -19,7 +19,7 @@ from feddm_flwr.config import derive_seed
 from feddm_flwr.images import Images
 from feddm_flwr.latents import decode
 from feddm_flwr.precision import autocast
-from feddm_flwr.recording import Recording, side_stream
+from feddm_flwr.recording import Recording, release_memory, side_stream
 
 _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -52,6 +52,7 @@ def sample(
     embedding of its is for no class. A latent one needs its autoencoder. On a GPU the network computes in bf16.
     """
     solver = _SCHEDULERS[scheduler].from_config(scheduler_config)
+    steps = _without_negative(solver, steps)
     device = next(network.parameters()).device
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
     random = torch.Generator().manual_seed(seed)
@@ -71,19 +72,18 @@ def sample(
 
     recording = Recording(device)
 
+    def pixels(x: torch.Tensor) -> torch.Tensor:
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
     def batch(images: slice) -> torch.Tensor:
         x, own = noise[images].to(device), classes[images]
         solver.set_timesteps(steps)  # and forget the batch before
         random = [_noise_of(seed, i) for i in range(count)[images]]
         added = {"generator": random} if scheduler == "ddpm" else {}
         for t in solver.timesteps:
-            if t < 0 and scheduler in ("ddim", "ddpm"):
-                continue  # diffusers' rounding adds it to some numbers of steps; it means pure noise
             predicted = recording(predict, x, t.to(device), own).clone()  # which solvers remember
             x = solver.step(predicted, t, x, **added).prev_sample
-        if autoencoder is not None:
-            x = decode(autoencoder, x)
-        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+        return x if autoencoder is not None else pixels(x)
 
     with side_stream(device):
         while (start := sum(map(len, done))) < count:
@@ -94,10 +94,25 @@ def sample(
                 if batch_size == 1:
                     raise
             batch_size //= 2  # what the batch held is gone here, not before
+            recording.drop()
             recording = Recording(device)
-            torch.cuda.empty_cache()
+            release_memory()
+    recording.drop()
+    release_memory()
+    if autoencoder is not None:
+        done = [pixels(decode(autoencoder, x)) for x in done]
     drawn: Images = torch.cat(done).numpy()
     return drawn
+
+
+def _without_negative(solver: Any, steps: int) -> int:
+    """That many steps, or the next fewer without one below 0: diffusers' rounding adds it to some numbers of trailing
+    steps. It would stand for pure noise, and UniPC divides by its distance from step 0."""
+    while True:
+        solver.set_timesteps(steps)
+        if steps == 1 or solver.timesteps.min() >= 0:
+            return steps
+        steps -= 1
 
 
 def _noise_of(seed: int, image: int) -> torch.Generator:

@@ -178,7 +178,7 @@ class Train:
         "of the forward pass; auto: bf16 where the processor or GPU is faster in it",
         choices=("auto", "fp32", "bf16"),
     )
-    cuda_graph: bool = key(True, "on a GPU, record a step as a CUDA graph and replay it: the same bits, sooner")
+    cuda_graph: bool = key(True, "on a GPU, record a step as a CUDA graph and replay it: the same steps, sooner")
     compile: bool = key(
         False,
         "on a GPU, fuse the network's operations (torch.compile), after a minute or more of compiling in each process",

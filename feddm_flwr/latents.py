@@ -21,6 +21,7 @@ from feddm_flwr.array_cache import array, cached, new_array, write_facts
 from feddm_flwr.assets import config_of, load_autoencoder
 from feddm_flwr.data import NodeData
 from feddm_flwr.images import Images
+from feddm_flwr.recording import release_memory
 
 log = logging.getLogger("feddm")
 
@@ -127,7 +128,7 @@ def decode(model: Any, latents: Tensor) -> Tensor:
                 if tile < _SMALLEST_TILE:
                     raise
             log.info("out of memory: images are decoded in tiles of %d latents from here on", tile)
-            torch.cuda.empty_cache()
+            release_memory()
             model.enable_tiling()
             model.tile_sample_min_size, model.tile_latent_min_size = tile * stride_of(model), tile
     return torch.cat(images)

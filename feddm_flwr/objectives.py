@@ -8,7 +8,6 @@ cut.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -110,7 +109,7 @@ class Denoising:
         x0, t, noise, labels = drawn
         abar = self._abar[t]
         classes = labels if self._config.model.class_conditional else None
-        with _autocast(self._config, self._device):
+        with autocast(self._config.train.precision, self._device):
             prediction: Tensor = network(diffusion.add_noise(x0, noise, abar), t, classes).sample
         goal = diffusion.target(self._config.diffusion.prediction, x0, noise, abar)
         return (prediction.float() - goal).square().flatten(1).mean(1)
@@ -162,7 +161,7 @@ class Reconstruction:
     def losses(self, network: Any, drawn: Drawn) -> Tensor:
         """Error of the reconstruction from a sampled latent, plus the weighted KL term."""
         x, noise = drawn
-        with _autocast(self._config, self._device):
+        with autocast(self._config.train.precision, self._device):
             latents = network.encode(x).latent_dist
             decoded = network.decode(latents.mean + latents.std * noise).sample
             looks = self._looks(decoded, x) if self._looks else 0.0
@@ -183,15 +182,10 @@ class Reconstruction:
         step = self._config.train.micro_batch or self._config.train.batch_size
         for index in torch.arange(size, device=self._device).split(step):
             x = self._examples.fixed(index)
-            with _autocast(self._config, self._device):
+            with autocast(self._config.train.precision, self._device):
                 latents = network.encode(x).latent_dist
                 decoded = network.decode(latents.mean).sample
             errors.append((decoded.float() - x).square().flatten(1).mean(1))
             # Of what a latent model is trained on, which is drawn from the distributions.
             powers.append((latents.mean.square() + latents.var).float().flatten(1).mean(1))
         return HeldOut(float(torch.cat(errors).double().mean()), [], float(torch.cat(powers).double().mean()))
-
-
-def _autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[None]:
-    # What is compiled keeps it out of memory itself; checkpointing computes anew without what autocast is given here.
-    return autocast(config.train.precision, device, norms=not (config.train.compile or config.train.checkpointing))

@@ -18,6 +18,9 @@ _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 class VGG16(nn.Module):
     """VGG16's convolutions, frozen."""
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         """`tensors` by torchvision's and timm's names, `features.0.weight` and so on; others are passed over.
 
@@ -39,12 +42,13 @@ class VGG16(nn.Module):
                 if name not in tensors or tensors[name].shape != value.shape:
                     raise ValueError(f"{name} of shape {tuple(value.shape)} is not there")
             self.load_state_dict({name: tensors[name] for name in own})
+        for name, values in (("_mean", _MEAN), ("_std", _STD)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The distances of images in [-1, 1], (B, 1 or 3, H, W), to others: shape (B,)."""
-        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (_MEAN, _STD))
-        z = (torch.cat([x, y]).expand(-1, 3, -1, -1) - mean) / std
+        z = (torch.cat([x, y]).expand(-1, 3, -1, -1) - self._mean) / self._std
         distance = torch.zeros(len(x), device=x.device)
         for layer in self.features:
             if isinstance(layer, nn.Identity):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 log = logging.getLogger("feddm")
 
 _BEFORE = 1  # calls: memory that runs out is found in them, and what is made at first use is there
+_failed: list[str] = []  # recordings in this process, which is left alone then
 
 
 class Recording:
@@ -27,7 +29,7 @@ class Recording:
 
     def __init__(self, device: torch.device, may: bool = True) -> None:
         """`may`: whether it can be recorded."""
-        self._left = _BEFORE if may and device.type == "cuda" else -1
+        self._left = _BEFORE if may and device.type == "cuda" and not _failed else -1
         self._shapes: list[torch.Size] = []
         self._inputs: tuple[Tensor, ...] = ()
         self._output = torch.zeros(())
@@ -50,17 +52,19 @@ class Recording:
 
     def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> bool:
         """Record the function, which does not run it."""
-        self._inputs, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
-        stream, collects = torch.cuda.current_stream(), gc.isenabled()
+        graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
         gc.disable()  # an earlier graph that is garbage would be freed, which spoils the recording
         try:
+            self._inputs = tuple(tensor.clone() for tensor in inputs)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._output = function(*self._inputs)
-        except RuntimeError as error:  # memory that runs out among them
-            log.warning("no CUDA graph, which is slower (train.cuda-graph = false says this is meant): %s", error)
-            self._left, self._inputs = -1, ()
-            random = torch.cuda.default_generators[stream.device_index]
-            random.graphsafe_set_state(random.clone_state())  # or it would go on as if it were recorded
+        except RuntimeError as error:
+            log.warning("no CUDA graph, which is slower: %s", str(error.__context__ or error).partition("\n")[0])
+            self.drop()
+            if not isinstance(error, torch.OutOfMemoryError):  # which is cleared away; anything else may not be
+                _failed.append(str(error))
+                random = torch.cuda.default_generators[stream.device_index]
+                random.graphsafe_set_state(random.clone_state())  # or it would go on as if it were recorded
             return False
         finally:
             if collects:
@@ -68,14 +72,20 @@ class Recording:
         self._graph = graph
         return True
 
+    def drop(self) -> bool:
+        """Give the memory back, and record nothing any more; returns whether something was recorded."""
+        held, self._left = self._graph is not None, -1
+        self._graph, self._inputs, self._output = None, (), torch.zeros(())
+        return held
+
 
 @contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
+def side_stream(device: torch.device, wanted: bool = True) -> Iterator[None]:
     """Work on a stream of its own: there is no recording on the usual one."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not wanted:
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
@@ -84,6 +94,18 @@ def side_stream(device: torch.device) -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
+@lru_cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all of the process: with each, cuBLAS keeps memory for ever."""
+    return torch.cuda.Stream(device)
+
+
 def is_recording(device: torch.device) -> bool:
     """Whether what is done now is recorded."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def release_memory() -> None:
+    """Leave a GPU's memory that is not in use to other processes."""
+    with suppress(RuntimeError):  # after a recording that failed, some versions of torch refuse
+        torch.cuda.empty_cache()  # nothing where there is no GPU

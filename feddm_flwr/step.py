@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from feddm_flwr.config import RunConfig
 from feddm_flwr.objectives import Drawn, Objective
-from feddm_flwr.recording import Recording, is_recording
+from feddm_flwr.recording import Recording, is_recording, release_memory
 
 log = logging.getLogger("feddm")
 
@@ -34,14 +35,15 @@ class Step:
         self._model, self._objective, self._config = model, objective, config
         self._parameters, self._received = parameters, received
         self._micro = t.micro_batch or t.batch_size
-        ours = self._device.type == "cuda" and t.optimizer == "adamw"
+        # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
+        # usual stream, whatever the current one is.
+        self.records = self._device.type == "cuda" and t.cuda_graph and t.optimizer == "adamw" and not t.checkpointing
         # A graph reads the learning rate from the GPU's memory.
-        self._rate = torch.tensor(t.learning_rate, device=self._device) if ours else None
+        self._rate = torch.tensor(t.learning_rate, device=self._device) if self.records else None
         self._optimizer = _optimizer(config, parameters, self._rate)
         self._compiled = _compiled(model, config, self._device)
         self._checked = self._compiled is None
-        # Checkpointing asks for the state of the random numbers, which a recording must not.
-        self._recording = Recording(self._device, ours and t.cuda_graph and not t.checkpointing)
+        self._recording = Recording(self._device, self.records)
 
     def __call__(self, drawn: Drawn, rate: float) -> Tensor:
         """One step with this learning rate; its mean loss, on the device, which the next step may overwrite.
@@ -59,6 +61,7 @@ class Step:
 
     def _step(self, *drawn: Tensor) -> Tensor:
         t = self._config.train
+        self._optimizer.zero_grad(set_to_none=True)  # of a recording that failed half-way
         loss = self._backward(drawn)
         if t.mu > 0:
             add_proximal_gradient(self._parameters, self._received, t.mu)
@@ -83,13 +86,20 @@ class Step:
                     loss += part.detach()
                 return loss
             except torch.OutOfMemoryError:
-                if self._micro == 1 or is_recording(self._device):
+                if is_recording(self._device):
                     raise
                 part = loss  # the graph of the piece that failed is held by nothing then
-                self._micro = (min(self._micro, size) + 1) // 2
-                log.warning("out of memory: from here on %d images at a time; gradients are accumulated", self._micro)
+                if self._recording.drop():
+                    log.warning("out of memory: from here on without a CUDA graph, which holds that of a step")
+                elif self._micro == 1:
+                    raise
+                else:
+                    self._micro = (min(self._micro, size) + 1) // 2
+                    log.warning(
+                        "out of memory: from here on %d images at a time; gradients are accumulated", self._micro
+                    )
             self._optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()  # nothing where there is no GPU
+            release_memory()
 
     def _check(self, drawn: Drawn) -> None:
         """Go on without the compiled network where it can't be had, or is wrong: on a CPU, torch 2.13's gave
@@ -101,7 +111,7 @@ class Step:
             found = self._norms(drawn)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # no compiler, for one
+        except Exception as error:  # no compiler, for one
             self._optimizer.zero_grad(set_to_none=True)
             why = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
@@ -145,6 +155,7 @@ def _optimizer(config: RunConfig, parameters: list[Tensor], rate: Tensor | None)
             parameters, t.learning_rate, weight_decay=t.weight_decay
         )
         return eight_bit
-    on_gpu = rate is not None
-    first: float | Tensor = t.learning_rate if rate is None else rate
-    return torch.optim.AdamW(parameters, first, weight_decay=t.weight_decay, fused=True, capturable=on_gpu)
+    if rate is None:
+        return torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the first is not recorded
+    return torch.optim.AdamW(parameters, rate, weight_decay=t.weight_decay, fused=True, capturable=True)

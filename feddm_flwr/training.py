@@ -96,7 +96,7 @@ def train(
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0
     deadline = time.monotonic() + (t.max_seconds or math.inf)
-    with _seeded_dropout(config, name, progress, device), side_stream(device):
+    with _seeded_dropout(config, name, progress, device), side_stream(device, take_step.records):
         for step, batch in zip(range(steps), _batches(len(objective), t.batch_size, random), strict=False):
             loss = take_step(objective.draw(batch, random), learning_rate(config, progress, step, steps))
             total += loss

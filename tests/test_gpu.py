@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from feddm_flwr import architecture, evaluation, model, pipelines, precision, recording, training
+from feddm_flwr import architecture, evaluation, model, pipelines, recording, training
 from feddm_flwr.config import RunConfig, parse
 from feddm_flwr.objectives import Denoising, Pixels
 from feddm_flwr.training import Progress
@@ -93,18 +93,6 @@ def garbage() -> Iterator[recording.Recording]:
             for _ in range(3):
                 one(torch.sin, x)
         yield one
-
-
-def test_group_norms_are_done_in_bf16_and_do_little_harm() -> None:
-    device = torch.device("cuda")
-    x = torch.randn(4, 32, 8, 8, device=device) * 3 + 1
-    norm = torch.nn.GroupNorm(8, 32).to(device)
-    with precision.autocast("bf16", device):
-        low = norm(x.bfloat16())
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), norm(x), atol=0.05, rtol=0.02)
-    with precision.autocast("bf16", device, norms=False):
-        assert norm(x.bfloat16()).dtype == torch.float32
 
 
 def test_a_compiled_network_trains_as_well(caplog: pytest.LogCaptureFixture) -> None:

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "class_pipeline": set(),
     "pipelines": {"architecture", "assets", "class_pipeline", "config", "diffusion"},
     "model": set(),
-    "latents": {"array_cache", "assets", "data", "images"},
+    "latents": {"array_cache", "assets", "data", "images", "recording"},
     "objectives": {"config", "data", "diffusion", "images", "latents", "perceptual", "precision"},
     "costs": {"config", "exchange", "parts"},
     "exchange": {"codec", "config", "wire"},
@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "node_config": {"config", "data", "state_folder"},
     "node_round": {
         *("architecture", "assets", "config", "data", "latents", "model", "node_link", "node_state", "objectives"),
-        *("parts", "perceptual", "pipelines", "training"),
+        *("parts", "perceptual", "pipelines", "recording", "training"),
     },
     "worker": {"config", "node_config", "node_evaluation", "node_round"},
     "precision": set(),
@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "finished": {*("config", "data", "evaluation", "features", "images", "pipelines", "scores", "state_folder")},
     "node_evaluation": {
         *("architecture", "assets", "config", "data", "exchange", "features", "model", "node_round", "objectives"),
-        *("reference", "training"),
+        *("recording", "reference", "training"),
     },
     "drawing": {*("assets", "config", "evaluation", "exchange", "images", "latents", "model", "pipelines")},
     "judge": {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from feddm_flwr import architecture, model, step, training
+from feddm_flwr import architecture, model, recording, step, training
 from feddm_flwr.config import RunConfig, parse
 from feddm_flwr.data import NodeData, load_node
 from feddm_flwr.images import Images
@@ -249,6 +249,43 @@ def test_what_a_training_held_is_gone_when_it_ends(monkeypatch: pytest.MonkeyPat
         assert [one() for one in held] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_recording_that_fails_half_way_leaves_no_gradients_to_the_step_that_is_done_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    c = config(train__precision="fp32", **{"train__local-steps": 3, "train__micro-batch": 8})
+    expected, take = trained(c)[0], recording.Recording.__call__
+
+    def fails(self: recording.Recording, function: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        own = function.__self__
+        own._objective.losses(own._model, inputs).sum().backward()  # what was recorded until then
+        return take(self, function, *inputs)
+
+    monkeypatch.setattr(recording.Recording, "__call__", fails)
+    np.testing.assert_array_equal(trained(c)[0], expected)
+
+
+def test_memory_that_a_recording_holds_is_given_up_before_a_batch_is_cut(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    c, losses, held = config(train__precision="fp32"), Denoising.losses, [True]
+    expected = trained(c)[0]
+
+    def full(self: Denoising, network: torch.nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if held[0]:
+            raise torch.OutOfMemoryError
+        return losses(self, network, drawn)
+
+    def drop(_: recording.Recording) -> bool:
+        was, held[0] = held[0], False
+        return was
+
+    monkeypatch.setattr(Denoising, "losses", full)
+    monkeypatch.setattr(recording.Recording, "drop", drop)
+    np.testing.assert_array_equal(trained(c)[0], expected)
+    assert "without a CUDA graph" in caplog.text
+    assert "images at a time" not in caplog.text
 
 
 @pytest.mark.parametrize("micro", [0, 5])
