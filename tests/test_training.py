@@ -288,11 +288,10 @@ def test_memory_that_a_recording_holds_is_given_up_before_a_batch_is_cut(
     assert "images at a time" not in caplog.text
 
 
-@pytest.mark.parametrize("micro", [0, 5])
 def test_a_compiled_network_trains_like_the_one_that_it_was_compiled_from(
-    micro: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    c = config(train__precision="fp32", **{"train__micro-batch": micro})
+    c = config(train__precision="fp32", **{"train__micro-batch": 5})  # and a piece of 1, which is not compiled
     expected = trained(c)[0]
     compiler = torch.compile(dynamic=False, backend="aot_eager")  # all of it but the making of kernels
     monkeypatch.setattr(step, "_compiled", lambda network, *_: compiler(network))
