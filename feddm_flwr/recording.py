@@ -60,7 +60,7 @@ class Recording:
                 self._output = function(*self._inputs)
         except RuntimeError as error:
             log.warning("no CUDA graph, which is slower: %s", str(error.__context__ or error).partition("\n")[0])
-            self.drop()
+            self._stop()
             if not isinstance(error, torch.OutOfMemoryError):  # which is cleared away; anything else may not be
                 _failed.append(str(error))
                 random = torch.cuda.default_generators[stream.device_index]
@@ -73,10 +73,14 @@ class Recording:
         return True
 
     def drop(self) -> bool:
-        """Give the memory back, and record nothing any more; returns whether something was recorded."""
-        held, self._left = self._graph is not None, -1
-        self._graph, self._inputs, self._output = None, (), torch.zeros(())
-        return held
+        """Give up what is recorded, and its memory, for good; returns False where nothing is."""
+        if self._graph is None:
+            return False
+        self._stop()
+        return True
+
+    def _stop(self) -> None:
+        self._left, self._graph, self._inputs, self._output = -1, None, (), torch.zeros(())
 
 
 @contextmanager

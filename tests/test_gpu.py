@@ -69,6 +69,20 @@ def test_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == recording._BEFORE + 1
 
 
+def test_a_batch_that_was_cut_is_recorded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, losses = [], Denoising.losses
+
+    def little_memory(self: Denoising, network: torch.nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        seen.append(len(drawn[0]))
+        if len(drawn[0]) > 16:
+            raise torch.OutOfMemoryError
+        return losses(self, network, drawn)
+
+    monkeypatch.setattr(Denoising, "losses", little_memory)
+    trained(config(), images=320)
+    assert seen == [32, 16, 16, 16, 16]  # one that fails, one step, one recording
+
+
 def test_garbage_of_earlier_steps_spoils_no_recording(caplog: pytest.LogCaptureFixture) -> None:
     """As the cyclic garbage collector frees it, whenever it likes."""
     threshold = gc.get_threshold()

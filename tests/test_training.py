@@ -266,6 +266,14 @@ def test_a_recording_that_fails_half_way_leaves_no_gradients_to_the_step_that_is
     np.testing.assert_array_equal(trained(c)[0], expected)
 
 
+def test_what_was_not_recorded_yet_is_not_given_up() -> None:
+    """Memory that runs out in the first step must not cost the recording of the others."""
+    one = recording.Recording(CPU)
+    one._left = 1
+    assert not one.drop()
+    assert one._left == 1
+
+
 def test_memory_that_a_recording_holds_is_given_up_before_a_batch_is_cut(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
