@@ -22,4 +22,6 @@ def kind() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    # Some virtual machines call all generations of a processor the same.
+    wide = " with AVX-512" if any(line.startswith("flags") and "avx512f" in line for line in lines) else ""
+    return names[0] + wide if names else platform.processor() or platform.machine()
