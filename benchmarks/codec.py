@@ -32,15 +32,17 @@ def one_core() -> None:
     psutil.Process().cpu_affinity([psutil.Process().cpu_affinity()[0]])
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """The time of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
     """The median time of a call, after one that does not count."""
     work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds(work) for _ in range(repeats))
 
 
 def main() -> None:

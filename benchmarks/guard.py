@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 import machine
 import numpy as np
 import torch
-from codec import one_core
+from codec import one_core, seconds
 from throughput import measure
 
 from feddm_flwr.aggregation import StreamingMean
@@ -77,13 +76,6 @@ def coding() -> dict[str, float]:
             lambda o=one, f=frame, m=mean: m.add(o.decode(f, "delta", 1), 100)
         )
     return found
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """That it takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

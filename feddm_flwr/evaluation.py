@@ -94,8 +94,7 @@ def sample(
                 if batch_size == 1:
                     raise
             batch_size //= 2  # what the batch held is gone here, not before
-            recording.drop()
-            recording = Recording(device)
+            recording = Recording(device)  # the other's memory is free then
             release_memory()
     recording.drop()
     release_memory()

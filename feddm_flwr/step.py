@@ -61,7 +61,6 @@ class Step:
 
     def _step(self, *drawn: Tensor) -> Tensor:
         t = self._config.train
-        self._optimizer.zero_grad(set_to_none=True)  # of a recording that failed half-way
         loss = self._backward(drawn)
         if t.mu > 0:
             add_proximal_gradient(self._parameters, self._received, t.mu)
@@ -71,8 +70,9 @@ class Step:
         return loss
 
     def _backward(self, drawn: Drawn) -> Tensor:
-        """Leave the gradients of the mean loss in the parameters, from pieces of so many images as fit into memory;
-        returns that loss."""
+        """Leave the gradients of the mean loss in the parameters, whatever was there, from pieces of so many images as
+        fit into memory; returns that loss."""
+        self._optimizer.zero_grad(set_to_none=True)  # of a recording that failed half-way, or a check
         size = len(drawn[0])
         while True:
             loss = torch.zeros((), device=self._device)
@@ -112,7 +112,6 @@ class Step:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, for one
-            self._optimizer.zero_grad(set_to_none=True)
             why = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             large = expected > _LEAST * expected.max()
@@ -124,12 +123,10 @@ class Step:
         self._compiled = None
 
     def _norms(self, drawn: Drawn) -> Tensor:
-        """Of the gradient of every parameter, which then are forgotten."""
+        """Of the gradient of every parameter."""
         self._backward(drawn)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        self._optimizer.zero_grad(set_to_none=True)
-        return norms
+        return torch.stack(torch._foreach_norm(gradients))
 
 
 def _compiled(model: nn.Module, config: RunConfig, device: torch.device) -> Any:

@@ -30,7 +30,7 @@ SMALL = {
 
 
 def config(**keys: object) -> RunConfig:
-    return parse({**SMALL, **{k.replace("__", "."): v for k, v in keys.items()}})
+    return parse({**SMALL, **keys})
 
 
 def trained(c: RunConfig, images: int = 150) -> tuple[model.Vector, training.Trained]:
@@ -110,16 +110,16 @@ def garbage() -> Iterator[recording.Recording]:
 
 
 def test_a_compiled_network_trains_as_well(caplog: pytest.LogCaptureFixture) -> None:
-    c = config(**{"train.deterministic": False, "model.dropout": 0.0})
-    plain = trained(c)[1].loss
-    fused = trained(parse({**SMALL, "train.deterministic": False, "model.dropout": 0.0, "train.compile": True}))[1].loss
+    keys = {"train.deterministic": False, "model.dropout": 0.0}
+    plain = trained(config(**keys))[1].loss
+    fused = trained(config(**keys, **{"train.compile": True}))[1].loss
     assert "train.compile" not in caplog.text
     assert fused == pytest.approx(plain, rel=0.05)
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "ddim", "ddpm"])
 def test_samples_are_those_of_a_cpu(scheduler: str) -> None:
-    """Up to the rounding of bf16, of a network that was trained a little; also in batches that are recorded."""
+    """Up to the rounding of bf16; the steps of the first batch are recorded."""
     c = config()
     training.prepare_process(c)
     network = architecture.build(c, {})
