@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from feddm_flwr.config import ConfigError, RunConfig, expanded, local_path, nodes_asked, parse
+from feddm_flwr.config import ConfigError, RunConfig, expanded, least_replies, local_path, nodes_asked, parse
 from feddm_flwr.options import parser
 
 
@@ -128,9 +128,11 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         raise ConfigError(f"run-name = {config.run_name!r} with resume = true: there is no {folder}")
     if config.min_nodes > nodes:
         raise ConfigError(f"min-nodes = {config.min_nodes} is not allowed: must be at most --num-supernodes = {nodes}")
-    if config.min_replies > (asked := nodes_asked(config, nodes)):
+    if (least := least_replies(config)) > (asked := nodes_asked(config, nodes)):
+        rule = f"server.aggregation = {config.server.aggregation!r} needs {least} replies: they"
         raise ConfigError(
-            f"min-replies = {config.min_replies} is not allowed: must be at most {asked}, the nodes of a round "
+            (f"min-replies = {least} is not allowed:" if config.min_replies else rule)
+            + f" must be at most {asked}, the nodes of a round "
             f"(fraction-train = {config.fraction_train} of --num-supernodes = {nodes})"
         )
     before = _nodes_before(folder) if config.resume else nodes

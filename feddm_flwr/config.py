@@ -43,6 +43,7 @@ __all__ = [
     "derive_seed",
     "expanded",
     "flatten",
+    "least_replies",
     "local_path",
     "local_steps",
     "nodes_asked",
@@ -130,6 +131,11 @@ def local_steps(config: RunConfig, images: int) -> int:
 def nodes_asked(config: RunConfig, online: int) -> int:
     """How many of the online nodes train in a round."""
     return max(1, round(config.fraction_train * online))
+
+
+def least_replies(config: RunConfig, asked: int = 0) -> int:
+    """How many good replies a round needs of those that are asked: a rule that leaves out extremes can't of two."""
+    return config.min_replies or max(3 if config.server.aggregation != "mean" else 1, asked // 2 + 1)
 
 
 def local_path(name: str) -> Path | None:

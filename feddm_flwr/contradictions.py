@@ -80,6 +80,16 @@ def contradictions(c: RunConfig) -> Iterator[str]:
             f"server.aggregation = {c.server.aggregation!r} with codec.uplink = {c.codec.uplink!r}: must be mean; "
             "most values of such an update are 0, and so would be the median"
         )
+    if c.server.aggregation != "mean" and c.exchange.parts == "usplit":
+        yield (
+            f"server.aggregation = {c.server.aggregation!r} with exchange.parts = 'usplit': must be mean; "
+            "of the few replies with a part, nothing could be left out"
+        )
+    if c.server.aggregation != "mean" and c.min_replies in (1, 2):
+        yield (
+            f"min-replies = {c.min_replies} with server.aggregation = {c.server.aggregation!r}: must be 0 or at least "
+            "3; of two replies none can be left out"
+        )
     yield from _without_effect(c)
     yield from _about_models(c)
     if c.sample.steps > c.diffusion.timesteps:

@@ -42,6 +42,20 @@ _AUDITED = 256  # samples that nodes compare with their images
 _SAME = ("eval.features", "eval.features-from", "eval.min-images", "eval.samples", "sample.scheduler", "sample.steps")
 
 
+def check_reference(config: RunConfig, run: Path) -> None:
+    """Compare the configuration of a run that is resumed with what its figures were made by.
+
+    Raises:
+        ConfigError: later figures could not be set beside the earlier ones.
+    """
+    facts = run / "reference" / "facts.json"
+    if config.eval.features == "none" or not facts.exists():
+        return
+    for key, was in json.loads(facts.read_text(encoding="utf-8"))["keys"].items():
+        if (value := flatten(config)[key]) != was:
+            raise ConfigError(f"{key} = {value!r}: was {was!r} in the run to resume, and must stay so")
+
+
 class Judge:
     """Judges a run's models; what it takes for that lies in the run's folder."""
 
@@ -72,7 +86,6 @@ class Judge:
         """Have the nodes sum the features of their images, once for a run: the reference."""
         kept, facts = self._folder / "sums", self._folder / "facts.json"
         config, size = self._model.config, self._size()
-        keys = {key: value for key, value in flatten(config).items() if key in _SAME}
         if not kept.exists():
             real, left_out = _gather(feddm, grid, self.recipe, size, config.eval.min_images)
             counts = Counter[str]()
@@ -83,18 +96,13 @@ class Judge:
                 "features": self._network.name,
                 "images": real.count,
                 "without": left_out,
-                "keys": keys,
+                "keys": {key: value for key, value in flatten(config).items() if key in _SAME},
             }
             with whole_file(facts) as file:
                 file.write(json.dumps(about, indent=1).encode())
             with whole_file(kept) as file:
                 file.write(real.pack())
         said = json.loads(facts.read_text(encoding="utf-8"))
-        for key, value in keys.items():
-            if said["keys"][key] != value:
-                raise ConfigError(
-                    f"{key} = {value!r}: was {said['keys'][key]!r} in the run to resume, and must stay so"
-                )
         self._counts = said["classes"]
         self._real = reference.unpack(kept.read_bytes(), size, [*self._counts])
         without = f" without {', '.join(said['without'])}" if said["without"] else ""

@@ -248,7 +248,8 @@ class Server:
     aggregation: str = key(
         "mean",
         "how updates become one: `mean`, weighted by images; coordinate by coordinate, each node alike, `trimmed-mean` "
-        "or `median`, which a few broken or hostile nodes cannot move far (not with `topk` and `budget`)",
+        "or `median`, which a few broken or hostile nodes cannot move far, and which take three replies (not with "
+        "`topk`, `budget` and `usplit`)",
         choices=("mean", "trimmed-mean", "median"),
     )
     trim_share: float = key(
@@ -339,7 +340,11 @@ class RunConfig:
     keep_checkpoints: int = key(2, "checkpoints that are kept, of the newest rounds", low=1)
     fraction_train: float = key(1.0, "share of the nodes that train in a round", above=0, high=1)
     min_nodes: int = key(2, "nodes that must be connected before a round starts", low=1)
-    min_replies: int = key(0, "good replies that a round needs; 0: more than half of the nodes that were asked", low=0)
+    min_replies: int = key(
+        0,
+        "good replies that a round needs; 0: more than half of the nodes that were asked, three under a robust rule",
+        low=0,
+    )
     max_round_retries: int = key(2, "times a round with too few good replies is repeated", low=0)
     round_timeout: float = key(3600.0, "seconds after which a round ends without its stragglers", above=0)
     tracker: str = key(

@@ -81,6 +81,7 @@ inflatable_class_registry[Array.__name__] = _Array
 
 
 _TOO_LARGE = "a reply of more than"
+_FEW, _LEAST_CHUNK = 100, 1_000_000  # objects that an honest reply has beside chunks of its arrays; bytes of a chunk
 
 
 class _IncompleteError(Exception):
@@ -97,6 +98,9 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes])
     reply: _Reply | None = getattr(_pulling, "reply", None)
     if reply is None:
         return pull_objects(object_ids, pull_object_fn)
+    # Flower sets up something for each of them before the first is fetched.
+    if len(object_ids) > (most := _FEW + reply.most // _LEAST_CHUNK):
+        raise ObjectPullError(object_ids[0], f"{_TOO_LARGE} {most} objects")
 
     def fetch(*, patient: bool, keep: bool) -> dict[str, bytes]:
         size, lock = 0, Lock()

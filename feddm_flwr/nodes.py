@@ -7,12 +7,14 @@ import logging
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig, nodes_asked
+from feddm_flwr.config import NODE_NAME, ConfigError, RunConfig, least_replies, nodes_asked
 from feddm_flwr.messages import Failure, Replies, clean, push
 from feddm_flwr.probes import Patience, ask, process_of
 
@@ -67,12 +69,14 @@ class Roster:
         self.nodes: dict[str, Node] = {}
         self._ids: dict[int, str] = {}
         self._left_out: dict[int, str] = {}  # id -> why
-        self._problems: dict[str, set[str]] = {}  # problem -> names of the nodes that have it
+        self._problems: dict[int, tuple[str, str]] = {}  # id -> name, and what it found wrong
+        self._activated: dict[int, str] = {}  # id -> when it came last
         self._tries: Counter[int] = Counter()
         self._queries: dict[str, int] = {}  # message id -> node id, unanswered
         self._patience = Patience()
         self._claims: dict[int, _Claim] = {}  # by the id of one that has the name of another
-        self._was: dict[int, str] = {}  # names of those that are asked again what they have
+        self._was: dict[int, str] = {}  # names of those that were asked again what they have
+        self._awaited: set[int] = set()  # of these: those that the next round waits for
         self._replies: Replies | None = None
         self._expected: set[str] = set()  # those that took part before the run was resumed
         self.connected = 0  # nodes that Flower had when the last round began, whatever they said of themselves
@@ -95,13 +99,13 @@ class Roster:
         before: list[int] = []
         said = ""
         while True:
-            registered = {node.node_id: node.name for node in grid.get_nodes()}
+            registered = {node.node_id: node for node in grid.get_nodes()}
             ids = sorted(registered)
             self._introduce(grid, registered, first=first)
             online = {self._ids[i]: i for i in ids if i in self._ids}
             absent = sorted(self._expected - {*online}) if first else []
             claimed = any(claim.is_young() for claim in self._claims.values())
-            silent = [i for i in self._queries.values() if first or i in self._was]
+            silent = [i for i in self._queries.values() if first or i in self._awaited]
             settled = not (claimed or silent) and (not first or (ids == before and not absent))
             few = len(online) < self._needed()
             longer = first and silent and (few or absent)
@@ -109,7 +113,7 @@ class Roster:
             over = now > deadline
             late = now > deadline + (self.config.round_timeout if longer else 0)
             if first and (settled or over) and self._problems and not self._expected:
-                raise ConfigError("\n".join(f"{_list(names)}: {text}" for text, names in self._problems.items()))
+                raise ConfigError(_told(self._problems.values()))
             if (settled or late) and not few:
                 if absent:
                     log.warning("the run goes on without %s", _list({*absent}, 20))
@@ -119,6 +123,7 @@ class Roster:
                     images = sum(node.images for node in self.nodes.values())
                     log.info("%d more nodes; %d images in all, see nodes.json", self._said - _SAID, images)
                 self._said = 0
+                self._awaited.clear()
                 self.connected = len(ids)
                 return online
             hopeless = first and settled and ids and all(i in self._left_out for i in ids)
@@ -142,13 +147,15 @@ class Roster:
     def introduce_again(self, name: str) -> None:
         """Ask a node anew what it has, before its next round: it is not what it said."""
         log.warning("node %s has other images than it said", name)
-        self._was |= {i: name for i, known in self._ids.items() if known == name}
+        again = {i: name for i, known in self._ids.items() if known == name}
+        self._was |= again
+        self._awaited |= {*again}
         self._ids = {i: known for i, known in self._ids.items() if known != name}
 
     def _needed(self) -> int:
         """The least number of online nodes for a round."""
         needed = self.config.min_nodes
-        while nodes_asked(self.config, needed) < self.config.min_replies:
+        while nodes_asked(self.config, needed) < least_replies(self.config):
             needed += 1
         return needed
 
@@ -157,22 +164,29 @@ class Roster:
         return (
             f"{online} usable nodes of {len(ids)} connected, {self._needed()} are needed "
             f"(min-nodes = {self.config.min_nodes}, min-replies = {self.config.min_replies}, "
+            f"server.aggregation = {self.config.server.aggregation!r}, "
             f"wait-timeout = {self.config.wait_timeout:g} s)"
             + (f"; {len(self._queries)} have not answered" if self._queries else "")
             + "".join(f"; left out: {r}" for r in reasons)
         )
 
-    def _introduce(self, grid: Grid, registered: dict[int, str], *, first: bool) -> None:
-        """Ask whoever is new, and take in the answers that are there. `registered`: the connected ids, and the names
-        that their keys were registered under, "" for none."""
+    def _introduce(self, grid: Grid, registered: Mapping[int, NodeInfo], *, first: bool) -> None:
+        """Ask whoever is new, and take in the answers that are there. `registered`: those that are connected, by id,
+        with the names that their keys were registered under, "" for none."""
         ids = sorted(registered)
-        self._queries = {message: i for message, i in self._queries.items() if i in registered}
-        self._claims = {i: claim for i, claim in self._claims.items() if i in registered}
+        names = {node.name for node in registered.values()}
+        # One that went away may come back, with what was wrong put right, and with its key under the same id: while a
+        # round ran, say. What it was asked is lost.
+        activated = {i: node.last_activated_at for i, node in registered.items()}
+        stayed = {i for i, since in activated.items() if self._activated.get(i, since) == since}
+        self._activated = activated
+        self._queries = {message: i for message, i in self._queries.items() if i in stayed}
+        self._claims = {i: claim for i, claim in self._claims.items() if i in stayed}
+        self._left_out = {i: why for i, why in self._left_out.items() if i in stayed}
+        self._problems = {i: problem for i, problem in self._problems.items() if i in stayed}
+        self._tries = Counter({i: tries for i, tries in self._tries.items() if i in stayed})
         self._replies = self._replies or Replies(grid)
         self._replies.forget_all_but({*self._queries, *(claim.question for claim in self._claims.values())})
-        # One that went away may come back, with what was wrong put right.
-        self._left_out = {i: why for i, why in self._left_out.items() if i in registered}
-        self._tries = Counter({i: tries for i, tries in self._tries.items() if i in registered})
         known = {*self._ids, *self._left_out, *self._queries.values(), *self._claims}
         for i in ids:
             if i in known:
@@ -200,7 +214,7 @@ class Roster:
             namesakes = [other for other in ids if self._ids.get(other) == node.name]
             if (was := self._was.get(i, node.name)) != node.name:
                 problem = f"this node was {was} before"
-            if (bound := registered[i]) != node.name and (bound or node.name in registered.values()):
+            if (bound := registered[i].name) != node.name and (bound or node.name in names):
                 problem = (
                     f"the node is registered as {clean(bound)!r}" if bound else "another node is registered as this"
                 )
@@ -208,8 +222,7 @@ class Roster:
             if first and namesakes and not problem:
                 problem = "two nodes have this name; give each its own node-name, or wait until a restarted one is gone"
             if problem:
-                for line in problem.splitlines():
-                    self._problems.setdefault(line, set()).add(node.name)
+                self._problems[i] = node.name, problem
                 # It ends a new run, and is said there; one that is resumed goes on without the node.
                 self._leave_out(i, f"{node.name}: {problem}", quiet=first and not self._expected)
                 self._expected.discard(node.name)
@@ -289,6 +302,15 @@ def _introduction(reply: RecordDict) -> tuple[Node, str] | Failure:
     sizes = clean(str(said.get("sizes", "")), 50)
     node = Node(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}, skipped, sizes)
     return node, problem
+
+
+def _told(problems: Iterable[tuple[str, str]]) -> str:
+    """What nodes found wrong, one line for each, with the names of those that have it."""
+    names: dict[str, set[str]] = {}
+    for name, text in problems:
+        for line in text.splitlines():
+            names.setdefault(line, set()).add(name)
+    return "\n".join(f"{_list(of)}: {line}" for line, of in names.items())
 
 
 def _list(names: set[str], shown: int = 3) -> str:

@@ -22,7 +22,7 @@ from feddm_flwr.collection import simulated
 from feddm_flwr.config import ConfigError, RunConfig, expanded, flatten, parse
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.exchange import Values
-from feddm_flwr.judge import Judge, final
+from feddm_flwr.judge import Judge, check_reference, final
 from feddm_flwr.nodes import RunFailedError
 from feddm_flwr.parts import Parts, parts_of
 from feddm_flwr.resume import check_same_run
@@ -45,8 +45,9 @@ def main(grid: Grid, context: Context) -> None:
     found = checkpoint.newest(run.checkpoints) if config.resume else None
     if found:
         check_same_run(config, found.facts["config"], found.round)
+        check_reference(config, run.path)
         log.info("resumed after round %d", found.round)
-    with _accounted(run), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
+    with _accounted(run, new=found is None), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
         run.begin(flatten(kept), found.round if found else None, config.tracker, simulated=simulated(grid))
         files = assets.fetch(config, run.path / "assets")
         network = architecture.build(config, files)
@@ -101,15 +102,15 @@ def main(grid: Grid, context: Context) -> None:
 
 
 @contextmanager
-def _accounted(run: RunDirectory) -> Iterator[None]:
-    """Whatever happens, the run's folder says what went wrong, and has a report; unless the configuration is wrong and
-    nothing was done, which leaves nothing."""
+def _accounted(run: RunDirectory, *, new: bool) -> Iterator[None]:
+    """Whatever happens, the run's folder says what went wrong, and has a report; unless the configuration of a new run
+    is wrong and nothing was done, which leaves nothing."""
     try:
         yield
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide what went wrong
             run.finish("failed", f"{type(error).__name__}: {error}")
-        if isinstance(error, ConfigError) and not (run.path / "metrics.jsonl").exists():
+        if new and isinstance(error, ConfigError) and not (run.path / "metrics.jsonl").exists():
             shutil.rmtree(run.path, ignore_errors=True)
         raise
     finally:

@@ -30,7 +30,7 @@ from feddm_flwr.aggregation import Aggregate, StreamingMean, ema_factor, ema_upd
 from feddm_flwr.broadcast import Broadcast
 from feddm_flwr.checkpoint import Checkpoint
 from feddm_flwr.collection import Traffic, collect, most_bytes
-from feddm_flwr.config import RunConfig, derive_seed, expanded, local_steps, nodes_asked
+from feddm_flwr.config import RunConfig, derive_seed, expanded, least_replies, local_steps, nodes_asked
 from feddm_flwr.exchange import FrameError, Values, channel
 from feddm_flwr.messages import Failure, clean, frame_of
 from feddm_flwr.nodes import Node, Roster, RunFailedError
@@ -145,7 +145,7 @@ class FedDM:
                 chosen = {online[name]: name for name in self._sample(sorted(online), number, attempt)}
                 tally = self._attempt(grid, number, chosen, received)
                 earlier.add(tally.traffic)
-                needed = self.config.min_replies or len(chosen) // 2 + 1
+                needed = least_replies(self.config, len(chosen))
                 if tally.count >= needed:
                     break
                 reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(tally.traffic.failures.items()))

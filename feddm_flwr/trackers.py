@@ -44,7 +44,7 @@ class TensorBoard:
         """Events of rounds later than `after`, which are made again, are forgotten."""
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
-        if after:
+        if after is not None:
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=after + 1, wall_time=time.time(), session_log=start))
 

@@ -47,6 +47,7 @@ class LocalGrid(InProcessGrid):
         super().__init__()
         self.handlers, self.backwards = handlers, backwards
         self.registered: dict[int, str] = {}
+        self.activated: dict[int, str] = {}  # when nodes came last
         self.messages: dict[str, Message] = {}
         self.replies: dict[str, Message | None] = {}
         self.one_at_a_time = threading.Lock()
@@ -55,7 +56,8 @@ class LocalGrid(InProcessGrid):
         return list(self.handlers)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=i, name=self.registered.get(i)) for i in self.handlers]
+        registered, activated = self.registered, self.activated
+        return [NodeInfo(node_id=i, name=registered.get(i), last_activated_at=activated.get(i)) for i in self.handlers]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
@@ -103,13 +105,13 @@ def run(c: RunConfig, handlers: dict[int, Handler] | None = None, *, backwards: 
     return list(feddm(c).run(LocalGrid(handlers or nodes(c), backwards=backwards)))
 
 
-def run_server(c: RunConfig, count: int = 4) -> None:
+def run_server(c: RunConfig, handlers: dict[int, Handler] | None = None) -> None:
     """A whole run of the server app, with nodes in this process."""
     log = logging.getLogger("feddm")
     before = log.handlers, log.propagate, log.level
     try:
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(c))
-        server_app.main(LocalGrid(nodes(c, count)), context)
+        server_app.main(LocalGrid(handlers or nodes(c)), context)
     finally:
         log.handlers, log.propagate = before[:2]
         log.setLevel(before[2])

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from feddm_flwr import checkpoint, server_run
 from feddm_flwr.checkpoint import FORMAT, Checkpoint, NoCheckpointError, newest, save
 from feddm_flwr.config import ConfigError, RunConfig, flatten
+from feddm_flwr.nodes import RunFailedError
 from feddm_flwr.resume import check_same_run
 from feddm_flwr.tally import Round
 from feddm_flwr.tracking import read_metrics, status_of
@@ -217,7 +218,8 @@ def train(c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = Fa
         {"strategy": "feddm-quant"},
         {"strategy": "feddm-lean"},
         {"strategy": "feddm-slow-link", "fraction_train": 0.75, "server__clip_norm": 1.0},
-        {"strategy": "feddm-lean", "exchange__parts": "usplit", "server__aggregation": "median"},
+        {"strategy": "feddm-lean", "exchange__parts": "usplit"},
+        {"strategy": "feddm-lean", "server__aggregation": "median"},
         {"strategy": "feddm-lean", "exchange__parts": "udec"},
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
@@ -232,6 +234,22 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(keys: dict[str, An
         assert one.ema.tobytes() == other.ema.tobytes()
         timeless = [{k: v for k, v in o.figures().items() if k != "seconds"} for o in (one, other)]
         assert json.dumps(timeless[0]) == json.dumps(timeless[1])  # NaN is not equal to itself
+
+
+def test_the_folder_of_a_run_that_is_resumed_stays_whatever_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = config(run_name="kept", out_dir=str(tmp_path), max_round_retries=0, server__aggregation="median")
+    with pytest.raises(RunFailedError, match="0 of 4 nodes gave a good reply, 3 are needed"):
+        run_server(c, {i: on_train(handle, lambda *_: None) for i, handle in nodes(c).items()})
+
+    def wrong(*_: object) -> None:
+        raise ConfigError("tracker = 'wandb': no service")
+
+    monkeypatch.setattr("feddm_flwr.trackers.make", wrong)
+    with pytest.raises(ConfigError, match="no service"):
+        run_server(replace(c, resume=True))
+    assert list((tmp_path / "kept" / "checkpoints").iterdir())
 
 
 def test_a_node_whose_reply_was_dropped_still_has_what_the_last_durable_checkpoint_needs(tmp_path: Path) -> None:

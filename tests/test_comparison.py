@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_grid import run_server
+from local_grid import nodes, run_server
 
 from feddm_flwr import cli, comparison, comparison_tables
 from feddm_flwr.config import ConfigError, parse
@@ -36,7 +36,8 @@ def in_process(arguments: list[str]) -> int:
     keys = cli._overrides(chosen.run_config)
     if chosen.resume:
         keys = cli._resumed(chosen) | keys
-    run_server(parse(keys), chosen.num_supernodes)
+    config = parse(keys)
+    run_server(config, nodes(config, chosen.num_supernodes))
     return 0
 
 

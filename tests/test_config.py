@@ -169,6 +169,11 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"strategy": "feddm-lean", "codec__topk_share": 0.5}, "'int2': acts with 'topk' only"),
         ({"sample__guidance": 7.0}, "sample.guidance = 7.0 with model.class-conditional = false: acts with true only"),
         ({"server__momentum": 0.9}, "server.momentum = 0.9 with server.optimizer = 'averaging': must be 0"),
+        ({"server__aggregation": "median", "min_replies": 2}, "least 3; of two replies none"),
+        (
+            {"server__aggregation": "median", "exchange__parts": "usplit"},
+            "must be mean; of the few replies with a part",
+        ),
         ({"server__trim_share": 0.1}, "with server.aggregation = 'mean': acts with 'trimmed-mean' only"),
         ({"diffusion__prediction": "epsilon"}, "with diffusion.schedule = 'cosine': its noisiest level magnifies"),
         ({"data__channels": 2}, "must be 1 (grey) or 3 (RGB)"),

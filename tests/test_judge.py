@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from local_grid import Handler, LocalGrid, config, nodes
+from local_grid import Handler, LocalGrid, config, nodes, run_server
 from torch import nn
 
 from feddm_flwr import architecture, features, gauges, model, reference
@@ -19,7 +19,7 @@ from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data import load_all
 from feddm_flwr.drawing import GlobalModel
 from feddm_flwr.evaluation import labels_like
-from feddm_flwr.judge import Judge, final
+from feddm_flwr.judge import Judge, check_reference, final
 from feddm_flwr.node_evaluation import near_by_chance, near_copies, separability
 from feddm_flwr.node_report import levels_of
 from feddm_flwr.parts import parts_of
@@ -81,7 +81,19 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     ):
         other = config(**{"eval__features": kind, "eval__samples": 32, "sample__steps": 3} | keys)
         with pytest.raises(ConfigError, match=said):
-            Judge(GlobalModel(of.network, other, {}), tmp_path).refer(feddm, LocalGrid({}))
+            check_reference(other, tmp_path)
+
+
+def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    c = config(
+        num_server_rounds=1, run_name="judged", out_dir=str(tmp_path), eval__features="random", eval__samples=16,
+        eval__audit=True, sample__steps=2, sample__count=1,
+    )  # fmt: skip
+    run_server(c)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"eval.samples = 17: was 16 in the run to resume"):
+        run_server(replace(c, resume=True, eval=replace(c.eval, samples=17)))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_sum_does_not_depend_on_who_answers_first_and_bad_sums_cost_their_node(tmp_path: Path) -> None:

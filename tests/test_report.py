@@ -188,13 +188,14 @@ def events(folder: Path) -> list[Event]:
     return found
 
 
+@pytest.mark.parametrize("after", [0, 3])
 def test_tensorboard_has_every_figure_and_a_full_disk_does_not_hang_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (board,) = trackers.make("none", tmp_path, "x", {}, 3)
+    (board,) = trackers.make("none", tmp_path, "x", {}, after)
     board.log({"loss": 0.5, "fid": 40.0}, 4)
     written = events(tmp_path / "tensorboard")
-    assert [e.step for e in written if e.HasField("session_log")] == [4]  # later ones of before are forgotten
+    assert [e.step for e in written if e.HasField("session_log")] == [after + 1]  # later ones of before are forgotten
     assert [(e.step, v.tag, v.simple_value) for e in written for v in e.summary.value] == [
         *((4, "loss", 0.5), (4, "fid", 40.0))
     ]

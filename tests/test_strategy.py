@@ -272,7 +272,15 @@ def test_a_run_with_too_few_replies_fails_loudly(broken: int) -> None:
         run(config(max_round_retries=1), failing(broken, 99))
 
 
-@pytest.mark.parametrize("keys", [{"min_replies": 5}, {"min_nodes": 5}, {"fraction_train": 0.5, "min_replies": 3}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"min_replies": 5},
+        {"min_nodes": 5},
+        {"fraction_train": 0.5, "min_replies": 3},
+        {"fraction_train": 0.5, "server__aggregation": "median"},
+    ],
+)
 def test_too_few_nodes_end_the_run_after_the_waiting_time(keys: dict[str, Any]) -> None:
     with pytest.raises(RunFailedError, match=r"4 usable nodes of 4 connected, [56] are needed .*wait-timeout = 1 s"):
         run(config(wait_timeout=1.0, **keys))
@@ -421,6 +429,45 @@ def test_a_node_that_is_asked_again_keeps_its_name(caplog: pytest.LogCaptureFixt
     assert "left out: north: this node was node-0 before" in caplog.messages
 
 
+def test_a_node_that_was_restarted_while_nobody_looked_is_asked_anew() -> None:
+    handlers: dict[int, Handler] = {**nodes(C), 997: on_query(node(C, 3), images=0)}
+    grid, roster = LocalGrid(handlers), Roster(C)
+    assert len(roster.wait(grid, first=True)) == 3  # without node-3
+    handlers[5] = lambda _: None  # is killed while it reads its images
+    for _ in range(5):
+        assert len(roster.wait(grid, first=False)) == 3
+    handlers |= {997: node(C, 3), 5: node(C, 4, 5)}  # both are well now, and have the ids that they had
+    grid.activated = {997: "later", 5: "later"}
+    for _ in range(10):
+        online = roster.wait(grid, first=False)
+    assert {**online, "node-3": 997, "node-4": 5} == online
+
+
+def test_a_problem_that_was_put_right_does_not_end_the_run() -> None:
+    def once_wrong(message: Message) -> Message:
+        handle = node(C, 0) if 1000 in grid.activated else on_query(node(C, 0), problem="no such folder")
+        grid.activated[1000] = "later"
+        reply = handle(message)
+        assert reply
+        return reply
+
+    c = config(wait_timeout=2.0, round_timeout=1.0)
+    grid = LocalGrid({**nodes(c), 1000: once_wrong, 999: lambda _: None})  # one reads its images for long
+    assert {*Roster(c).wait(grid, first=True)} == {"node-0", "node-2", "node-3"}
+
+
+def test_one_round_waits_for_a_node_that_is_asked_again_and_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    c = config(wait_timeout=1.0)
+    roster, handlers = Roster(c), nodes(c)
+    grid = LocalGrid(handlers)
+    online = roster.wait(grid, first=True)
+    roster.introduce_again("node-0")
+    handlers[online["node-0"]] = lambda _: None
+    for _ in range(3):
+        assert {*roster.wait(grid, first=False)} == {"node-1", "node-2", "node-3"}
+    assert len([line for line in caplog.messages if "the round begins without 1 nodes" in line]) == 1
+
+
 def test_a_second_node_of_a_name_does_not_oust_the_one_that_works(caplog: pytest.LogCaptureFixture) -> None:
     c = config(num_server_rounds=3)
     handlers = nodes(c)
@@ -527,8 +574,12 @@ def test_a_reply_of_a_real_node_that_is_too_large_is_not_fetched_to_its_end(monk
     assert len(pull(object_ids=[str(i) for i in range(10)], pull_object_fn=fetch)) == 10  # as Flower calls it
     fetched.clear()
     with pytest.raises(ObjectPullError, match="a reply of more than 1000 bytes"):
-        pull(object_ids=[str(i) for i in range(500)], pull_object_fn=fetch)
+        pull(object_ids=[str(i) for i in range(100)], pull_object_fn=fetch)
     assert len(fetched) < 50
+    fetched.clear()
+    with pytest.raises(ObjectPullError, match="a reply of more than 100 objects"):
+        pull(object_ids=[str(i) for i in range(101)], pull_object_fn=fetch)
+    assert not fetched
 
 
 def test_a_reply_that_names_one_frame_often_is_counted_once() -> None:
