@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from feddm_flwr import worker
-from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.node_config import check_state, node_data, node_name, wants_worker
 
 app = ClientApp()
@@ -32,10 +32,7 @@ def introduce(message: Message, context: Context) -> Message:
         report["name"] = node_name(context.node_config)
         config = parse(context.run_config)
         wants_worker(context.node_config)
-        if config.train.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
-            raise ConfigError(
-                "train.optimizer = 'adamw8bit': bitsandbytes is not installed: pip install 'feddm-flwr[8bit]'"
-            )
+        _check_installed(config)
         data = node_data(config, context.node_config)
         if config.keeps_state:
             check_state(context.node_config)
@@ -48,6 +45,23 @@ def introduce(message: Message, context: Context) -> Message:
         log.exception("this node cannot take part")
         report["problem"] = f"{type(error).__name__}; the node's own log says more"  # it may name a file
     return Message(RecordDict({"report": report}), reply_to=message)
+
+
+def _check_installed(config: RunConfig) -> None:
+    """Find out whether the packages are here that only some runs need.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    features = f"eval.features = {config.eval.features!r}"
+    for asked, setting, package, extra in (
+        (config.train.optimizer == "adamw8bit", "train.optimizer = 'adamw8bit'", "bitsandbytes", "8bit"),
+        (config.model.lora_rank > 0, f"model.lora-rank = {config.model.lora_rank}", "peft", "lora"),
+        (config.eval.features == "dinov2", features, "transformers", "dinov2"),
+        (config.eval.features == "inception", features, "torch_fidelity", "fid"),
+    ):
+        if asked and not find_spec(package):
+            raise ConfigError(f"{setting}: {package} is not installed: pip install 'feddm-flwr[{extra}]'")
 
 
 @app.evaluate()

@@ -60,7 +60,14 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
     data = config.data if not data_path else replace(config.data, name="own")
     essence = replace(parse({}), data=data, seed=config.seed)
     load = _load_own if data_path else _load_node
-    return load(essence, partition, data_path, origin, stamp_of(data_path or config.data.name, origin), root)
+    return load(
+        essence,
+        None if data_path else partition,
+        data_path,
+        origin,
+        stamp_of(data_path or config.data.name, origin),
+        root,
+    )
 
 
 @lru_cache(maxsize=1024)  # a process has several simulated nodes
@@ -89,9 +96,7 @@ def _load_node(
         source = open_here(scratch := folder / "scratch")
         if source.streamed:
             source = _kept(config, source, name, root)
-        rows = (
-            partition_rows(config, source, *partition) if partition and not data_path else [*range(len(source.table))]
-        )
+        rows = partition_rows(config, source, *partition) if partition else [*range(len(source.table))]
         # By name, or by row: what is held out stays so when images are added or removed.
         names = source.names or range(len(source.table))
         rows = sorted(rows, key=lambda row: derive_seed(config.seed, "held out", partition, names[row]))
@@ -192,7 +197,7 @@ def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
     def fill(folder: Path) -> None:
         decoded = source.decode(range(shape[0]), new_array(folder, "images", shape, np.uint8))
         sizes = [[*size, n] for size, n in decoded.sizes.items()]
-        write_facts(folder, {"kept": decoded.kept, "sizes": sizes, "modes": decoded.modes})
+        write_facts(folder, {"kept": decoded.kept, "sizes": sizes})
 
     folder = cached(root, {"format": _FORMAT, "stream": chosen}, f"{source.version} {shape}", fill)
     found, images = facts(folder), array(folder, "images")
@@ -200,7 +205,7 @@ def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
 
     def copy(rows: Sequence[int], out: Images) -> Decoded:
         sizes = Counter({(width, height): n for width, height, n in found["sizes"]})
-        decoded = Decoded([i for i, row in enumerate(rows) if row in place], {}, sizes, Counter(found["modes"]))
+        decoded = Decoded([i for i, row in enumerate(rows) if row in place], {}, sizes)
         for to, i in enumerate(decoded.kept):
             out[to] = images[place[rows[i]]]
         return decoded

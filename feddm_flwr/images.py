@@ -101,18 +101,19 @@ def decode(
     """
     found = Decoded()
 
-    def one(file: bytes | Path | str | None) -> tuple[Images, tuple[int, int], str] | str:
+    def one(named: tuple[str, bytes | Path | str | None]) -> tuple[Images, tuple[int, int], str] | str:
+        name, file = named
         try:
             if file is None:
                 raise ValueError("no image")
             with _opened(file) as opened, Image.open(opened) as image:
                 return fit(data, image), image.size, image.mode
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-            log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else "an image", error)
+            log.warning("%s: %s cannot be read: %s", origin, file if isinstance(file, Path) else name, error)
             return type(error).__name__
 
     said = time.monotonic()
-    waiting = iter(files)
+    waiting = zip(names, files, strict=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         batches = iter(lambda: [*islice(waiting, _AT_A_TIME)], [])
         for i, result in enumerate(chain.from_iterable(pool.map(one, batch) for batch in batches)):

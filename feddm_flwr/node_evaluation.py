@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddm_flwr import architecture, features, model, recording, training
+from feddm_flwr import architecture, features, model, training
 from feddm_flwr.assets import FEATURES, Assets
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data import NodeData
@@ -53,7 +53,6 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
         return Outcome(report, statistics(seen, data.classes, config.eval.min_images // _PER_CLASS).pack())
     report |= _final(config, name, data, assets, root, frames, device)
-    recording.release_memory()  # of a GPU: other nodes of a simulation, and the server, need it next
     return Outcome(report, b"done")
 
 

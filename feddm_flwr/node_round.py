@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from feddm_flwr import architecture, latents, model, objectives, pipelines, recording, training
+from feddm_flwr import architecture, latents, model, objectives, pipelines, training
 from feddm_flwr.assets import AUTOENCODER, PERCEPTUAL, Assets, kept, tensors_of
 from feddm_flwr.config import RunConfig
 from feddm_flwr.data import NodeData
@@ -79,7 +79,6 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Report, f
         "coding-error": sent.error,
         "state-lost": link.state_lost,
     }
-    recording.release_memory()  # of a GPU: other nodes of a simulation, and the server, need it next
     return Outcome(report, sent.frame)
 
 

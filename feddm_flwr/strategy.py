@@ -277,7 +277,7 @@ class FedDM:
         except ValueError as error:
             return Failure("bad-update", str(error))
         tally.norms.setdefault(part, []).append((norm, said.steps))
-        tally.add(name, said, norm * scale, node.images, node.held_out if self.config.eval.images else 0)
+        tally.add(name, said, norm * scale, node.images, node.held_out)
         self._held[name] = number
         if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", number, name)

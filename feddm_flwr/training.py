@@ -47,8 +47,8 @@ def prepare_process(config: RunConfig) -> torch.device:
     ray = sys.modules.get("ray")
     simulated = ray is not None and ray.is_initialized()
     torch.set_num_threads(config.train.threads or (1 if simulated else _CORES))
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Read once by a process, which may do another run later that asks for it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if ray is not None and simulated and torch.cuda.is_available():
         # Ray's shares of a GPU are bookkeeping: without this, one node could take the memory of all.
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)

@@ -90,12 +90,13 @@ def told(error: Exception) -> str:
 
 
 def _do_here(job: Job) -> Result:
-    from feddm_flwr import node_evaluation, node_round
+    from feddm_flwr import node_evaluation, node_round, recording
 
     config, own = parse(job.run_config), job.node_config
     data = node_data(config, own)
     do_task = node_evaluation.do if "kind" in job.task else node_round.do
     outcome = do_task(config, node_name(own), data, node_state_root(own), job.task, job.frames)
+    recording.release_memory()  # of a GPU: other nodes of a simulation, and the server, need it next
     return outcome.report, outcome.frame
 
 

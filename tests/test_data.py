@@ -387,7 +387,9 @@ def write_parquet(path: Path, count: int, broken: int) -> None:
     Dataset.from_dict({"image": cells, "label": [i % 3 for i in range(count)]}, features=features).to_parquet(path)
 
 
-def test_a_stream_gives_every_node_the_images_that_a_table_does(tmp_path: Path) -> None:
+def test_a_stream_gives_every_node_the_images_that_a_table_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "some.parquet"
     write_parquet(file, 30, broken=7)
     keys = {"data.name": str(file), "data.image-size": 8, "data.channels": 1, "data.max-broken": 0.1}
@@ -399,6 +401,7 @@ def test_a_stream_gives_every_node_the_images_that_a_table_does(tmp_path: Path) 
             assert both(table) == both(stream)
             assert table.class_counts == stream.class_counts
             assert table.skipped == stream.skipped
+    assert "row 7 cannot be read: cannot identify image file" in caplog.text
     unlabelled = {**keys, "data.label-column": "none", "data.streaming": True}
     assert len(load(parse(unlabelled), (0, 3), None).train) == 9
 
@@ -447,7 +450,8 @@ def pictures(folder: Path, names: list[str]) -> None:
 
 def test_linked_classes_are_read_and_what_is_hidden_is_not(tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    pictures(site, ["cats/a.png", "cats/.thumbnails/a.png", ".Trash-1000/files/old.png"])
+    pictures(site, ["cats/a.png", "cats/.thumbnails/a.png", ".Trash-1000/files/old.png", "$RECYCLE.BIN/old.png"])
+    pictures(site, ["#recycle/old.png", "@eaDir/a.png", "cats/@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg"])
     pictures(elsewhere, ["b.png", "c.png"])
     (site / "dogs").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(site)
@@ -455,6 +459,21 @@ def test_linked_classes_are_read_and_what_is_hidden_is_not(tmp_path: Path) -> No
     before = sources.stamp_of(str(site), "")
     pictures(elsewhere, ["d.png"])
     assert sources.stamp_of(str(site), "") != before
+
+
+def test_a_split_beside_what_a_disk_has_of_its_own_is_one_and_beside_images_is_not(tmp_path: Path) -> None:
+    disk, mixed = tmp_path / "disk", tmp_path / "mixed"
+    pictures(disk, ["train/cat/a.png", "train/dog/b.png", "$RECYCLE.BIN/c.png", "lost+found/d.png"])
+    assert load(of_classes("cat,dog"), None, str(disk)).class_counts == {"cat": 1, "dog": 1}
+    pictures(mixed, ["a.png", "b.png", "c.png", "train/d.png"])
+    data = load(OWN, None, str(mixed))
+    assert len(data.train) + len(data.held_out) == 4
+
+
+def test_which_images_of_its_own_a_node_holds_out_does_not_depend_on_its_number(tmp_path: Path) -> None:
+    pictures(tmp_path, [f"{i}.png" for i in range(20)])
+    one, other = (load(OWN, partition, str(tmp_path)) for partition in ((0, 2), (1, 3)))
+    assert both(one) == both(other)
 
 
 def test_what_is_held_out_stays_so_when_images_come_and_go(tmp_path: Path) -> None:

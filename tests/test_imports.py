@@ -62,9 +62,9 @@ ALLOWED: dict[str, set[str]] = {
     "node_config": {"config", "data", "state_folder"},
     "node_round": {
         *("architecture", "assets", "config", "data", "latents", "model", "node_link", "node_state", "objectives"),
-        *("parts", "perceptual", "pipelines", "recording", "training"),
+        *("parts", "perceptual", "pipelines", "training"),
     },
-    "worker": {"config", "node_config", "node_evaluation", "node_round"},
+    "worker": {"config", "node_config", "node_evaluation", "node_round", "recording"},
     "precision": set(),
     "recording": set(),
     "step": {"config", "objectives", "recording"},
@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "finished": {*("config", "data", "evaluation", "features", "images", "pipelines", "scores", "state_folder")},
     "node_evaluation": {
         *("architecture", "assets", "config", "data", "exchange", "features", "model", "node_round", "objectives"),
-        *("recording", "reference", "training"),
+        *("reference", "training"),
     },
     "drawing": {*("assets", "config", "evaluation", "exchange", "images", "latents", "model", "pipelines")},
     "judge": {

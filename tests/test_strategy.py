@@ -443,6 +443,23 @@ def test_a_node_that_was_restarted_while_nobody_looked_is_asked_anew() -> None:
     assert {**online, "node-3": 997, "node-4": 5} == online
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"train__optimizer": "adamw8bit"}, "train.optimizer = 'adamw8bit': bitsandbytes is not installed"),
+        ({"model__lora_rank": 4, "model__init_from": "x"}, "model.lora-rank = 4: peft is not installed"),
+        ({"eval__features": "dinov2"}, "eval.features = 'dinov2': transformers is not installed"),
+        ({"eval__features": "inception"}, "eval.features = 'inception': torch_fidelity is not installed"),
+    ],
+)
+def test_a_node_without_what_the_run_needs_says_so_before_it_begins(
+    keys: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("feddm_flwr.client_app.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=said):
+        Roster(config(**keys)).wait(LocalGrid(nodes(config(**keys))), first=True)
+
+
 def test_a_problem_that_was_put_right_does_not_end_the_run() -> None:
     def once_wrong(message: Message) -> Message:
         handle = node(C, 0) if 1000 in grid.activated else on_query(node(C, 0), problem="no such folder")
