@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def main() -> None:
     searched = {f"{name}, clip search": name for name in ("int8", "int4", "int3")}
     for title, name in {**dict.fromkeys(CODECS), **searched}.items():
         name = name or title
-        codec = channel(name, parse({"codec.clip-search": title in searched}).codec, "benchmark", size)
+        codec = channel(name, replace(parse({}).codec, clip_search=title in searched), "benchmark", size)
         frame = codec.encode(vector, "delta", 1)
         error = float((torch.from_numpy(codec.decode(frame, "delta", 1)) - vector.cpu()).norm() / vector.norm())
         megabytes = 4 * size / 1e6

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="settings to run, separated by semicolons; default: all")
     parser.add_argument("--setting", action="append", default=[], help="another one: 'name: key=value …'")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/exchange.json"), help="also .md and .png beside it"
+        "--out", type=Path, default=Path("benchmarks/results/exchange.json"), help="also a .png beside it"
     )
     options = parser.parse_args()
     logging.getLogger("feddm").setLevel(logging.WARNING)
@@ -261,9 +261,7 @@ def main() -> None:
                 )
     beside = options.out.parent / "codec.json"
     measured = json.loads(beside.read_text())["rows"] if beside.exists() else []
-    text = table(results, {row["codec"]: row for row in measured})
-    print(text)
-    options.out.with_suffix(".md").write_text(text)
+    print(table(results, {row["codec"]: row for row in measured}))
     plot(results, options.out.with_suffix(".png"))
 
 

@@ -4,8 +4,7 @@
 
 RUN is the folder of a run without classes; its samples are compared with its images, or those that -c names, by the
 features of a classifier. All schedulers start from the same noise. The change against the first case, which is DDPM
-unless --without-ddpm, is that of the KID, which does not depend on the number of samples, beside its standard
-deviation over subsets: less is not measurable.
+unless --without-ddpm, is that of the KID, which does not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -67,9 +66,10 @@ def main() -> None:
         row = {"scheduler": scheduler, "steps": steps, "images_per_second": rate}
         rows.append(row | {key: found[key] for key in ("fid", "kid", "kid_std", "coverage") if key in found})
         first, last = rows[0], rows[-1]
+        spread = f" ± {last['kid_std']:.3f}" if last["kid_std"] is not None else ""
         print(
             f"{scheduler:12s} {steps:5d} steps {rate:8.2f} images/s ({rate / first['images_per_second']:6.1f}x)"
-            f"   FID {last['fid']:8.3f}   KID {last['kid']:8.3f} ± {last['kid_std']:.3f}"
+            f"   FID {last['fid']:8.3f}   KID {last['kid']:8.3f}{spread}"
             f"   change {last['kid'] - first['kid']:+.3f}",
             flush=True,
         )

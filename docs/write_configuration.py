@@ -10,7 +10,7 @@ from feddm_flwr.schema import PRESET, KeySpec, sections
 
 TARGET = Path(__file__).parent / "configuration.md"
 
-HEAD = """<!-- written by `make docs` from feddm_flwr/config.py -->
+HEAD = """<!-- written by `make docs` from feddm_flwr/keys.py -->
 # Configuration
 
 Every run-config key, its default and what is allowed. Set keys with `-c`:

@@ -1,7 +1,8 @@
 """Write docs/results.md and its plots from the committed figures: `python docs/write_results.py`.
 
 The figures are `results.json` of the comparison, as `feddm compare benchmarks/fashionmnist.toml` writes it, and, of
-some of its runs, what `feddm evaluate RUN --samples 10000 --steps 25 -o x.json` wrote, in one list.
+some of its runs, what `feddm evaluate RUN --samples 10000 --steps 25 -o x.json` wrote, in one list, each with the
+"condition" and "run" that it is of.
 """
 
 from __future__ import annotations

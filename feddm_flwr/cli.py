@@ -1,4 +1,4 @@
-"""`feddm`: run, sample, evaluate, data, report, certs. Heavy libraries are imported by the command that needs them."""
+"""`feddm`: run, sample, evaluate, data, report, compare, certs. A command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def _run(options: argparse.Namespace) -> int:
         tracking.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
     if code and (folder / "checkpoints").is_dir():
-        print("  to go on:", *filter(None, ["feddm run", options.superlink]), "--resume", shlex.quote(str(folder)))
+        # What the simulation's rounds tell as soon as there is one.
+        nodes = f" --num-supernodes {options.num_supernodes}" if local and not _nodes_before(folder) else ""
+        command = " ".join(filter(None, ["feddm run", options.superlink, "--resume", shlex.quote(str(folder))]))
+        print(f"  to go on: {command}{nodes}")
     return code
 
 

@@ -132,7 +132,8 @@ def _centralized(result: dict[str, Any]) -> bool:
 
 def _setting(result: dict[str, Any]) -> str:
     """What FIDs must have in common to be divided: real images, samples, how these are drawn, features."""
-    chosen = [result["keys"].get(key, KEYS[key].default) for key in ("sample.scheduler", "sample.steps", "data.split")]
+    keys = ("data.name", "data.split", "data.image-size", "data.channels", "sample.scheduler", "sample.steps")
+    chosen = [result["keys"].get(key, KEYS[key].default) for key in keys]
     return repr([*(result.get(key) for key in ("real", "samples", "features")), *chosen])
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from feddm_flwr.keys import KEYS, PARTITION_OF, RunConfig
 
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
+_CLIPPED = ("int8", "int4", "int3")
+_GRIDS = (*_CLIPPED, "int2", "sign")
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 
 
@@ -116,15 +118,20 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
             )
             for name, kind in PARTITION_OF.items()
         ),
+        ("codec.clip-search", c.codec.clip_search, bool(coded & {*_CLIPPED}), codecs, "int8, int4 or int3"),
+        ("codec.stochastic-rounding", c.codec.stochastic_rounding, bool(coded & {*_GRIDS}), codecs, "int8 to sign"),
+        ("codec.block-size", c.codec.block_size, bool(coded & {*_GRIDS, "topk"}), codecs, "int8 to sign, or topk,"),
         ("codec.topk-share", c.codec.topk_share, "topk" in coded, codecs, "'topk'"),
         ("codec.topk-bits", c.codec.topk_bits, "topk" in coded, codecs, "'topk'"),
         ("codec.budget-ratio", c.codec.budget_ratio, "budget" in coded, codecs, "'budget'"),
+        ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "more"),
         ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
         ("sample.guidance", c.sample.guidance, taught, classes, "true"),
         ("server.trim-share", c.server.trim_share, c.server.aggregation == "trimmed-mean", rule, "'trimmed-mean'"),
     ):
         if not acts and given != KEYS[name].default:
-            yield f"{name} = {given!r} with {state}: acts with {where} only"
+            shown = str(given).lower() if isinstance(given, bool) else repr(given)
+            yield f"{name} = {shown} with {state}: acts with {where} only"
     if c.server.momentum and c.server.optimizer == "averaging":
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
 

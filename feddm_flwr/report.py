@@ -77,15 +77,17 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     configs = {run.name: _config(run) for run in runs}
     keys = [k for k in configs[names[0]] if k not in ("strategy", *OF_THE_FOLDER)]
     differing = [k for k in keys if len({str(c.get(k)) for c in configs.values()}) > 1]
+    nodes = {name: simulated_nodes(own) for name, own in rows.items()}
     figures = {name: _figures(own) for name, own in rows.items()}
     heads = list(dict.fromkeys(h for f in figures.values() for h in f))
     judged = {run.name: _judged(run, rows[run.name]) for run in runs}
     settings: dict[str, list[str]] = {}
     for name, found in judged.items():
         if found:
-            own = configs[name]
-            how = f"{own['sample.steps']} steps of {own['sample.scheduler']}"
-            text = f"features: {found['features']}; {own['eval.samples']} samples by {how}; {found['images']:,} images"
+            own, drawn = without_places(configs[name]), found["keys"]
+            how = f"{drawn['sample.steps']} steps of {drawn['sample.scheduler']}"
+            real = f"{found['images']:,} images of {own['data.name']} at {own['data.image-size']}"
+            text = f"features: {found['features']}; {drawn['eval.samples']} samples by {how}; {real}"
             settings.setdefault(text, []).append(name)
     notes = [f"{text} ({', '.join(of)})" if len(settings) > 1 else text for text, of in settings.items()]
     if len(settings) > 1:
@@ -94,7 +96,10 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         {
             "name": run.name,
             "config": configs[run.name],
-            "differs": ", ".join(f"{k}={_toml(configs[run.name].get(k))}" for k in differing)
+            "differs": ", ".join(
+                [f"{nodes[run.name]} nodes"] * (len({*nodes.values()}) > 1)
+                + [f"{k}={_toml(configs[run.name].get(k))}" for k in differing]
+            )
             or "the same configuration",
             "cells": [figures[run.name].get(head, "–") for head in heads],
             "grid": next((_grid(*last) for last in reversed(grid_files(run).items())), None),
@@ -135,8 +140,9 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
     key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
     ends = {}
     for name, own in rows.items():
-        if points := charts.points(own, key):
-            total = total_bytes([r for r in own if r["round"] <= points[-1][0]])
+        points = charts.held_out(own) if key == "eval_loss" else charts.points(own, key)
+        if until := [r for r in own if points and r["round"] <= points[-1][0]]:
+            total = total_bytes(until)
             ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, points[-1][1])]
     if len(ends) > 1:
         found.append(
@@ -153,7 +159,7 @@ def _judged(run: Path, rows: list[Row]) -> dict[str, Any]:
     last: Row = next((row for row in reversed(rows) if row.get("fid") is not None), {})
     if not last:
         return {}
-    facts = _read_json(run / "reference" / "facts.json", {"features": "?", "images": 0})
+    facts = _read_json(run / "reference" / "facts.json", {"features": "?", "images": 0, "keys": _config(run)})
     return {**facts, "coverage": last.get("coverage_by_class")}
 
 
@@ -182,13 +188,13 @@ def _render(template: str, **values: Any) -> str:
     return page.render(**values)
 
 
-def model_card(config: Mapping[str, object], rounds: int, nodes: int) -> str:
+def model_card(config: Mapping[str, object], rounds: int, nodes: int, *, simulated: bool) -> str:
     """The README.md of a pipeline folder."""
     size = config["data.image-size"]
     keys = (
         "strategy",
         "data.name",
-        "data.partition",
+        *(["data.partition"] if simulated else []),
         "train.local-steps",
         "train.local-epochs",
         "train.learning-rate",

@@ -55,7 +55,7 @@ PAGE = (
 <main>
 <h1>{{ name }} <span class="badge {{ status.status }}">{{ status.status }}</span></h1>
 <p class="soft">{{ config.strategy }} · {{ config["data.name"] }} at {{ config["data.image-size"] }}×{{ config["data.image-size"] }}
- · {{ config["data.partition"] }} · uplink {{ config["codec.uplink"] }}, downlink {{ config["codec.downlink"] }} · seed {{ config.seed }}</p>
+{% if status.simulated is not false %} · {{ config["data.partition"] }}{% endif %} · uplink {{ config["codec.uplink"] }}, downlink {{ config["codec.downlink"] }} · seed {{ config.seed }}</p>
 {% if status.reason %}<p class="reason {{ status.status }}">{{ status.reason }}</p>{% endif %}
 <section class="tiles">
 {% for value, label, note in tiles %}
@@ -78,8 +78,8 @@ PAGE = (
 <div class="row">{% for title, chart in charts %}<div class="card"><h3>{{ title }}</h3>{{ chart }}</div>{% endfor %}</div>
 <p class="soft">Held-out loss: denoising error on images kept from training, fixed noise, of the global weights after the round;
  bytes are the coded payloads, measured. Lost by coding: norm of what the uplink lost over that of what was to be sent.
- {% if judged %}FID, KID and coverage: {{ config["eval.samples"] }} samples of the averaged weights against the {{ "{:,}".format(judged.images) }} images of the nodes,
- which stayed there; features of {{ judged.features }}. {% if config["eval.samples"] < 10000 %}FID of so few samples depends on their number. {% endif %}{% endif %}
+ {% if judged %}FID, KID and coverage: {{ judged["keys"]["eval.samples"] }} samples of the averaged weights against the {{ "{:,}".format(judged.images) }} images of the nodes,
+ which stayed there; features of {{ judged.features }}. {% if judged["keys"]["eval.samples"] < 10000 %}FID of so few samples depends on their number. {% endif %}{% endif %}
  Drift: spread of the nodes' updates over the norm of their mean. Contraction: this round's step over the last one's; below 1 the steps shrink.
  These are gauges, not proofs: the paper shows convergence for a contraction with a Lipschitz denoiser.</p>
 {% endif %}

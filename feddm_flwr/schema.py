@@ -1,6 +1,6 @@
 """Typed configuration keys: a dataclass field that knows its documentation, bounds and raw default.
 
-The machinery only; the keys themselves are in `config`.
+The machinery only; the keys themselves are in `keys`.
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The figures as they are printed."""
     spread = " (no spread: too few samples)" if result["kid_std"] is None else f" ± {result['kid_std']:.5f}"
     floor = f"   (as many real images: {result['fid_floor']:.3f})" if "fid_floor" in result else ""
+    guidance = f"guidance {result['guidance']:g}, " if result["guidance"] != 1 else ""
     said = [
         f"FID        {result['fid']:.3f}{floor}",
         f"KID        {result['kid']:.5f}{spread}",
@@ -133,7 +134,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         *_coverage_lines(result),
         f"features   {result['features']}; resized: {result['resize']}",
         f"samples    {result['samples']} (seed {result['seed']}, {result['steps']} steps of {result['scheduler']}, "
-        f"{result['weights']} weights)",
+        f"{guidance}{result['weights']} weights)",
         f"real       {result['real']} of {result['data']}, split {result['split']}",
     ]
     if result["samples"] < FEW:

@@ -228,7 +228,7 @@ def _write_model(
     run: RunDirectory, model_of: GlobalModel, feddm: FedDM, name: str, latent_power: float | None = None
 ) -> None:
     """A diffusers pipeline, or an autoencoder, with the weights that the model has now, and its card."""
-    card = report.model_card(flatten(model_of.config), feddm.round, len(feddm.nodes))
+    card = report.model_card(flatten(model_of.config), feddm.round, len(feddm.nodes), simulated=run.simulated)
     with whole_folder(run.path / name) as folder:
         pipelines.save(model_of.network, model_of.config, model_of.files, folder, card, latent_power)
 

@@ -40,6 +40,7 @@ class RunDirectory:
         """
         self.path, self.checkpoints = path, path / "checkpoints"
         self._trackers: list[trackers.Tracker] = []
+        self.simulated = True  # whether the nodes are
         if not resume:
             path.mkdir(parents=True)
         elif not (path / "config.toml").is_file():
@@ -83,6 +84,7 @@ class RunDirectory:
                 for row in read_metrics(self.path):
                     if row["round"] <= after:
                         file.write(_line(row))
+        self.simulated = simulated
         write_status(self.path, "running", resumed_after=resumed, simulated=simulated)
 
     def log_nodes(self, nodes: list[Row]) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from local_grid import config, run_server
 from tensorboardX.proto.event_pb2 import Event
 
 from feddm_flwr import cli, report, server_run, trackers
-from feddm_flwr.config import ConfigError
+from feddm_flwr.config import ConfigError, flatten, parse
 from feddm_flwr.judge import Judge
-from feddm_flwr.tracking import read_metrics, status_of
+from feddm_flwr.tally import Round
+from feddm_flwr.tracking import RunDirectory, read_metrics, status_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -107,12 +109,18 @@ def test_a_run_goes_on_with_nodes_of_the_kind_that_it_had_only(
 ) -> None:
     monkeypatch.setattr(server_run, "simulated", lambda grid: True)
     path = run(tmp_path, run_name="x", num_server_rounds=1)
-    assert "feddm run --num-supernodes 4 -c" in (path / "report.html").read_text()
+    text = (path / "report.html").read_text()
+    assert "feddm run --num-supernodes 4 -c" in text
+    assert "· iid ·" in text
+    assert "data.partition" in (path / "model" / "README.md").read_text()
     monkeypatch.setattr(server_run, "simulated", lambda grid: False)
     with pytest.raises(ConfigError, match="was a simulation, and cannot go on otherwise: feddm run local --resume"):
         run(tmp_path, run_name="x", num_server_rounds=1, resume=True)
     path = run(tmp_path, run_name="y", num_server_rounds=1)
-    assert "feddm run SUPERLINK -c" in (path / "report.html").read_text()
+    text = (path / "report.html").read_text()
+    assert "feddm run SUPERLINK -c" in text
+    assert "· iid ·" not in text  # their images are what they are
+    assert "data.partition" not in (path / "model" / "README.md").read_text()
     assert cli.main(["run", "--resume", str(path)]) == 2
     assert "was one of real nodes, and cannot go on otherwise: feddm run SUPERLINK" in capsys.readouterr().err
 
@@ -207,6 +215,31 @@ def test_tensorboard_has_every_figure_and_a_full_disk_does_not_hang_it(
     for number in (5, 6):
         board.log({f"figure-{i}": 1.0 for i in range(40)}, number)
     assert caplog.text.count("tracker = 'tensorboard': OSError: [Errno 28] No space left on device") == 2
+
+
+def test_runs_that_differ_in_their_nodes_are_not_the_same_and_a_loss_is_set_beside_the_bytes_that_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {}
+    for name, count in (("few", 2), ("many", 3)):
+        own = RunDirectory(tmp_path / name)
+        own.begin(flatten(parse({})), None)
+        row: dict[str, Any] = {f.name: 1 for f in fields(Round) if f.name not in ("weights", "ema", "eval_losses")}
+        row |= {"connected": count, "eval_levels": [], "failures": {}, "nodes": {}, "bytes_up": 1e6, "bytes_down": 1e6}
+        for number in (1, 2, 3):
+            own.log_round(row | {"round": number})
+        own.finish("completed")
+        rows[name] = read_metrics(own.path)
+    text = report.write_comparison([tmp_path / "few", tmp_path / "many"], tmp_path / "both.html").read_text()
+    assert "2 nodes" in text
+    assert "3 nodes" in text
+    assert "the same configuration" not in text
+    drawn = []
+    monkeypatch.setattr(report.charts, "dots", lambda *arguments: drawn.append(arguments[0]))
+    report._compared(rows)
+    assert drawn == [{"few": [(4.0, 1)], "many": [(4.0, 1)]}]  # of two rounds: the third evaluated what they came to
+    report._compared({name: own[:1] for name, own in rows.items()})
+    assert len(drawn) == 1
 
 
 def test_a_line_that_a_killed_run_was_writing_is_passed_over_and_a_damaged_one_is_named(tmp_path: Path) -> None:
