@@ -132,10 +132,9 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
     if config.min_nodes > nodes:
         raise ConfigError(f"min-nodes = {config.min_nodes} is not allowed: must be at most --num-supernodes = {nodes}")
     if (least := least_replies(config)) > (asked := nodes_asked(config, nodes)):
-        rule = f"server.aggregation = {config.server.aggregation!r} needs {least} replies: they"
+        rule = f"min-replies = {least}" if config.min_replies else f"server.aggregation = {config.server.aggregation!r}"
         raise ConfigError(
-            (f"min-replies = {least} is not allowed:" if config.min_replies else rule)
-            + f" must be at most {asked}, the nodes of a round "
+            f"{rule} is not allowed: a round needs {least} replies and asks {asked} nodes "
             f"(fraction-train = {config.fraction_train} of --num-supernodes = {nodes})"
         )
     before = _nodes_before(folder) if config.resume else nodes

@@ -48,17 +48,14 @@ def introduce(message: Message, context: Context) -> Message:
 
 
 def _check_installed(config: RunConfig) -> None:
-    """Find out whether the packages are here that only some runs need.
+    """Find out whether the packages are here that only some runs need to train.
 
     Raises:
         ConfigError: one is not.
     """
-    features = f"eval.features = {config.eval.features!r}"
     for asked, setting, package, extra in (
         (config.train.optimizer == "adamw8bit", "train.optimizer = 'adamw8bit'", "bitsandbytes", "8bit"),
         (config.model.lora_rank > 0, f"model.lora-rank = {config.model.lora_rank}", "peft", "lora"),
-        (config.eval.features == "dinov2", features, "transformers", "dinov2"),
-        (config.eval.features == "inception", features, "torch_fidelity", "fid"),
     ):
         if asked and not find_spec(package):
             raise ConfigError(f"{setting}: {package} is not installed: pip install 'feddm-flwr[{extra}]'")

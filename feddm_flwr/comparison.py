@@ -177,7 +177,8 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
         if config.train.local_epochs:
             raise ConfigError(f"run {run!r}: centralized = true needs train.local-steps, not train.local-epochs")
         asked = nodes_asked(config, nodes)
-        keys = {key: value for key, value in keys.items() if key not in PARTITION_OF}
+        of_many = (*PARTITION_OF, "server.aggregation", "server.trim-share")
+        keys = {key: value for key, value in keys.items() if key not in of_many}
         keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
         keys |= {"train.local-steps": asked * config.train.local_steps, "train.max-seconds": 0.0}
         keys["round-timeout"] = asked * config.round_timeout

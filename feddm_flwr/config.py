@@ -134,8 +134,9 @@ def nodes_asked(config: RunConfig, online: int) -> int:
 
 
 def least_replies(config: RunConfig, asked: int = 0) -> int:
-    """How many good replies a round needs of those that are asked: a rule that leaves out extremes can't of two."""
-    return config.min_replies or max(3 if config.server.aggregation != "mean" else 1, asked // 2 + 1)
+    """How many good replies a round needs of those that are `asked`, or at the least. Of two, a robust rule has none to
+    leave out."""
+    return config.min_replies or max(3 if config.server.robust else 1, asked // 2 + 1)
 
 
 def local_path(name: str) -> Path | None:

@@ -77,17 +77,17 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield "data.natural-column = '' with data.partition = 'natural': must name a column"
     if c.resume and not c.run_name:
         yield "run-name = '' with resume = true: must name the run to go on with"
-    if c.server.aggregation != "mean" and c.codec.uplink in ("topk", "budget"):
+    if c.server.robust and c.codec.uplink in ("topk", "budget"):
         yield (
             f"server.aggregation = {c.server.aggregation!r} with codec.uplink = {c.codec.uplink!r}: must be mean; "
             "most values of such an update are 0, and so would be the median"
         )
-    if c.server.aggregation != "mean" and c.exchange.parts == "usplit":
+    if c.server.robust and c.exchange.parts == "usplit":
         yield (
             f"server.aggregation = {c.server.aggregation!r} with exchange.parts = 'usplit': must be mean; "
             "of the few replies with a part, nothing could be left out"
         )
-    if c.server.aggregation != "mean" and c.min_replies in (1, 2):
+    if c.server.robust and c.min_replies in (1, 2):
         yield (
             f"min-replies = {c.min_replies} with server.aggregation = {c.server.aggregation!r}: must be 0 or at least "
             "3; of two replies none can be left out"
@@ -120,11 +120,11 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ),
         ("codec.clip-search", c.codec.clip_search, bool(coded & {*_CLIPPED}), codecs, "int8, int4 or int3"),
         ("codec.stochastic-rounding", c.codec.stochastic_rounding, bool(coded & {*_GRIDS}), codecs, "int8 to sign"),
-        ("codec.block-size", c.codec.block_size, bool(coded & {*_GRIDS, "topk"}), codecs, "int8 to sign, or topk,"),
+        ("codec.block-size", c.codec.block_size, bool(coded & {*_GRIDS, "topk"}), codecs, "int8 to sign, and topk,"),
         ("codec.topk-share", c.codec.topk_share, "topk" in coded, codecs, "'topk'"),
         ("codec.topk-bits", c.codec.topk_bits, "topk" in coded, codecs, "'topk'"),
         ("codec.budget-ratio", c.codec.budget_ratio, "budget" in coded, codecs, "'budget'"),
-        ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "more"),
+        ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "a rank above 0"),
         ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
         ("sample.guidance", c.sample.guidance, taught, classes, "true"),
         ("server.trim-share", c.server.trim_share, c.server.aggregation == "trimmed-mean", rule, "'trimmed-mean'"),

@@ -268,6 +268,11 @@ class Server:
         0.999, "decay per local step of the averaged weights that are sampled and shipped", low=0, below=1
     )
 
+    @property
+    def robust(self) -> bool:
+        """Whether a few nodes cannot move the result far."""
+        return self.aggregation != "mean"
+
 
 @dataclass(frozen=True)
 class Eval:
@@ -342,7 +347,7 @@ class RunConfig:
     min_nodes: int = key(2, "nodes that must be connected before a round starts", low=1)
     min_replies: int = key(
         0,
-        "good replies that a round needs; 0: more than half of the nodes that were asked, three under a robust rule",
+        "good replies that a round needs; 0: from more than half of those asked, and three under a robust rule",
         low=0,
     )
     max_round_retries: int = key(2, "times a round with too few good replies is repeated", low=0)

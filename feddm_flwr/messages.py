@@ -81,7 +81,8 @@ inflatable_class_registry[Array.__name__] = _Array
 
 
 _TOO_LARGE = "a reply of more than"
-_FEW, _LEAST_CHUNK = 100, 1_000_000  # objects that an honest reply has beside chunks of its arrays; bytes of a chunk
+_FEW = 100  # objects that an honest reply has beside the chunks of its arrays, and many more
+_LEAST_CHUNK = 1 << 18  # bytes of a chunk; 5 MiB where a node does not set FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 
 class _IncompleteError(Exception):

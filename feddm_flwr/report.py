@@ -131,16 +131,19 @@ def _figures(rows: list[Row]) -> dict[str, str]:
 
 def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
     """Curves of several runs in one chart each."""
+
+    def curve(own: list[Row], key: str) -> list[tuple[float, float]]:
+        return charts.held_out(own) if key == "eval_loss" else charts.points(own, key)
+
     found = []
     for key, title in (("train_loss", "Training loss"), ("eval_loss", "Held-out loss"), ("fid", "FID"), ("kid", "KID")):
-        every = {n: charts.held_out(own) if key == "eval_loss" else charts.points(own, key) for n, own in rows.items()}
-        series = {name: points for name, points in every.items() if points}
+        series = {name: points for name, own in rows.items() if (points := curve(own, key))}
         if any(len(points) > 1 for points in series.values()):
             found.append((f"{title} by round", charts.lines(series, colours=[*rows])))
     key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
     ends = {}
     for name, own in rows.items():
-        points = charts.held_out(own) if key == "eval_loss" else charts.points(own, key)
+        points = curve(own, key)
         if until := [r for r in own if points and r["round"] <= points[-1][0]]:
             total = total_bytes(until)
             ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, points[-1][1])]
@@ -159,8 +162,9 @@ def _judged(run: Path, rows: list[Row]) -> dict[str, Any]:
     last: Row = next((row for row in reversed(rows) if row.get("fid") is not None), {})
     if not last:
         return {}
-    facts = _read_json(run / "reference" / "facts.json", {"features": "?", "images": 0, "keys": _config(run)})
-    return {**facts, "coverage": last.get("coverage_by_class")}
+    facts = _read_json(run / "reference" / "facts.json", {})
+    unknown = {"features": "?", "images": 0, "keys": _config(run)}
+    return {**unknown, **facts, "coverage": last.get("coverage_by_class")}
 
 
 def _faults(rows: list[Row], status: Row) -> list[str]:

@@ -22,7 +22,9 @@ def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -
         ConfigError: one line for each key that is not the same and decides what the weights become, or fewer rounds
             are asked for.
     """
-    now, before = flatten(config), flatten(parse(before))  # keys that are newer than the run have their defaults
+    now = flatten(config)
+    # Keys that are newer than the run have their defaults.
+    before = flatten(parse({**before, **{name: now[name] for name in _FREE}}))
     # A cosine schedule is made for its number of rounds, but a run may end where it is.
     endless = config.train.lr_schedule == "constant" or config.num_server_rounds == done
     free = _FREE | ({"num-server-rounds"} if endless else set())

@@ -47,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         check_same_run(config, found.facts["config"], found.round)
         check_reference(config, run.path)
         log.info("resumed after round %d", found.round)
-    with _accounted(run, new=found is None), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
+    with _accounted(run, new=not config.resume), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
         run.begin(flatten(kept), found.round if found else None, config.tracker, simulated=simulated(grid))
         files = assets.fetch(config, run.path / "assets")
         network = architecture.build(config, files)

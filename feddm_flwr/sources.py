@@ -89,7 +89,7 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
 def _pictures(path: Path) -> Iterator[Path]:
     """The image files below a path."""
     for folder, names in _walk(path):
-        yield from (Path(folder, name) for name in names if Path(name).suffix.lower() in ENDINGS)
+        yield from (Path(folder, name) for name in names if name.lower().endswith(ENDINGS))
 
 
 def stamp_of(name: str, origin: str) -> str:
@@ -166,8 +166,11 @@ def _open(config: RunConfig, name: str, origin: str, scratch: Path | None, stamp
         return _digits(config, origin)
     path = expanded(name)
     if path.is_dir() and not sorted(path.glob(_PARQUET)):
-        places = (picture.relative_to(path).parts for picture in _pictures(path))
-        first = {parts[0] if len(parts) > 1 else "" for parts in places}  # "": images beside the folders
+        first = {  # folders with images; "": there are some beside them
+            (*Path(folder).relative_to(path).parts, "")[0]
+            for folder, names in _walk(path)
+            if any(name.lower().endswith(ENDINGS) for name in names)
+        }
         below = _split({folder: [path / folder] for folder in sorted(first)}, config.data.split, origin)
         return _folder(config, below[0] if below else path, origin, own, stamp)
     if not path.exists() and (own or local_path(name) or path.suffix == ".parquet"):

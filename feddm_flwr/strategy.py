@@ -190,7 +190,7 @@ class FedDM:
     def _aggregate(self, part: str, total: int, number: int, received: Values) -> Aggregate:
         """The running aggregate of a part, by `server.aggregation`."""
         s, size = self.config.server, self._parts.sent[part].layout.size
-        if s.aggregation == "mean":
+        if not s.robust:
             return StreamingMean(size, total)
 
         base_of_all = cache(lambda: self._base(part, received))  # one copy, made when it is needed
@@ -306,7 +306,7 @@ class FedDM:
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
         self._step_norm = step
         # One node's number of images, which it may have made up, decides nothing where the rule is a robust one.
-        robust = self.config.server.aggregation != "mean"
+        robust = self.config.server.robust
         steps = round(median(s for _, s, _ in tally.steps) if robust else weighted(tally.steps))
         factor = ema_factor(self.config.server.ema_decay, self._steps, steps)
         self.round, self.weights, self._state = number, weights, state

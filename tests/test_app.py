@@ -245,11 +245,11 @@ def test_a_second_run_of_a_process_can_be_stopped_as_the_first() -> None:
         ),
         (
             ["run", "-c", "fraction-train=0.5 min-replies=4"],
-            "min-replies = 4 is not allowed: must be at most 2, the nodes of a round (fraction-train = 0.5",
+            "min-replies = 4 is not allowed: a round needs 4 replies and asks 2 nodes (fraction-train = 0.5",
         ),
         (
             ["run", "--num-supernodes", "2", "-c", 'server.aggregation="median"'],
-            "server.aggregation = 'median' needs 3 replies: they must be at most 2, the nodes of a round",
+            "server.aggregation = 'median' is not allowed: a round needs 3 replies and asks 2 nodes",
         ),
         (["run", "-c", 'out-dir="~nobody-at-all/x"'], "'~nobody-at-all/x': '~nobody-at-all' is nobody's home folder"),
     ],

@@ -272,6 +272,8 @@ def test_a_configuration_that_contradicts_the_checkpoint_is_refused_with_the_dif
         "train.local-steps = 9: was 3 in the run to resume, and must stay so",
     ]
     check_same_run(config(num_server_rounds=1), before, 1)  # it ends there
+    robust = config(server__aggregation="median", min_replies=3)
+    check_same_run(robust, flatten(robust) | {"min-replies": 2}, 1)  # as was allowed once
     steady = {"train__lr_schedule": "constant"}
     check_same_run(config(num_server_rounds=7, **steady), flatten(config(**steady)), 2)
     with pytest.raises(ConfigError, match="num-server-rounds = 3: must be at least 5, which are done"):

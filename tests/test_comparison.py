@@ -27,6 +27,7 @@ centralized = true
 data.partition = "dirichlet"
 data.alpha = 0.1
 """
+ROBUST = {"server.aggregation": "median"}
 QUICK = {"eval.features": "random", "eval.samples": 16, "sample.steps": 2, "sample.count": 1, "sample.every": 0}
 
 
@@ -188,6 +189,11 @@ def test_a_run_of_unknown_keys_is_nobodys_result(kept: str | None, tmp_path: Pat
         (tmp_path / f"{cell.name}.json").write_text(kept)
     with pytest.raises(ConfigError, match=rf"{cell.name}.json, the keys that it was run with, is missing or damaged"):
         comparison.do(cell, tmp_path, lambda arguments: 0)
+
+
+def test_one_node_has_nothing_to_leave_out() -> None:
+    rules = {c.run: c.keys.get("server.aggregation") for c in comparison.cells("paper", ROBUST, 4, 1)}
+    assert rules == {name: None if name == "centralized" else "median" for name in rules}
 
 
 def test_means_are_over_seeds() -> None:

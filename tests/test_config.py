@@ -167,8 +167,11 @@ def test_every_problem_is_reported_at_once() -> None:
         ),
         ({"codec__clip_search": True}, "codec.clip-search = true with codec.uplink = 'none', codec.downlink = 'none'"),
         ({"strategy": "feddm-lean", "codec__clip_search": True}, "'int2': acts with int8, int4 or int3 only"),
-        ({"codec__block_size": 128}, "'none': acts with int8 to sign, or topk, only"),
-        ({"model__lora_targets": "to_q"}, "model.lora-targets = 'to_q' with model.lora-rank = 0: acts with more only"),
+        ({"codec__block_size": 128}, "'none': acts with int8 to sign, and topk, only"),
+        (
+            {"model__lora_targets": "to_q"},
+            "with model.lora-rank = 0: acts with a rank above 0 only",
+        ),
         ({"codec__budget_ratio": 200}, "codec.budget-ratio = 200 with codec.uplink = 'none', codec.downlink = 'none'"),
         ({"strategy": "feddm-lean", "codec__topk_share": 0.5}, "'int2': acts with 'topk' only"),
         ({"sample__guidance": 7.0}, "sample.guidance = 7.0 with model.class-conditional = false: acts with true only"),

@@ -448,8 +448,6 @@ def test_a_node_that_was_restarted_while_nobody_looked_is_asked_anew() -> None:
     [
         ({"train__optimizer": "adamw8bit"}, "train.optimizer = 'adamw8bit': bitsandbytes is not installed"),
         ({"model__lora_rank": 4, "model__init_from": "x"}, "model.lora-rank = 4: peft is not installed"),
-        ({"eval__features": "dinov2"}, "eval.features = 'dinov2': transformers is not installed"),
-        ({"eval__features": "inception"}, "eval.features = 'inception': torch_fidelity is not installed"),
     ],
 )
 def test_a_node_without_what_the_run_needs_says_so_before_it_begins(

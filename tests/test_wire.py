@@ -6,6 +6,7 @@ import random
 import resource
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ BLOCKS = -(-SIZE // 64)
 
 
 def make(name: str, layout: str = LAYOUT, size: int = SIZE, block: int = 64) -> Channel:
-    return channel(name, parse({"codec.block-size": block}).codec, layout, size)
+    return channel(name, replace(parse({}).codec, block_size=block), layout, size)
 
 
 CHANNEL = make("int8")

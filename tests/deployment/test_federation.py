@@ -11,6 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import psutil
 import pytest
@@ -52,16 +55,16 @@ def test_nodes_train_on_their_own_images_and_bytes_are_counted_as_flower_counts_
     assert sorted(path.name.split("-")[0] for path in state.iterdir()) == ["north", "shadow", "shadow"]
 
 
-@pytest.fixture
-def gateway(federation: Federation) -> Iterator[int]:
-    """nginx with docker/gateway.conf before the SuperLink; its port."""
+@contextmanager
+def gateway(federation: Federation, name: str, superlink: str) -> Iterator[int]:
+    """nginx with docker/gateway.conf before a SuperLink; its port."""
     if not shutil.which("nginx"):
         pytest.skip("nginx is not installed")
-    port, folder = free_port(), federation.folder / "gateway"
+    port, folder = free_port(), federation.folder / name
     text = (DOCKER / "gateway.conf").read_text()
     paths = {
         " /tmp/": f" {folder}/",
-        "superlink:8000": federation.address,
+        "superlink:8000": superlink,
         "8443": str(port),
         "/run/secrets": str(federation.keys),
     }
@@ -70,15 +73,20 @@ def gateway(federation: Federation) -> Iterator[int]:
         text = text.replace(path, here)
     folder.mkdir()
     (folder / "nginx.conf").write_text(text)
-    federation.spawn("gateway", "nginx", "-c", folder / "nginx.conf", "-p", folder, "-g", "daemon off;")
-    wait(lambda: psutil.Process(federation.processes["gateway"].pid).children(), "nginx", 20)
+    federation.spawn(name, "nginx", "-c", folder / "nginx.conf", "-p", folder, "-g", "daemon off;")
+    wait(lambda: psutil.Process(federation.processes[name].pid).children(), "nginx", 20)
     yield port
-    federation.kill("gateway")
+    federation.kill(name)
 
 
-def test_the_gateway_lets_nodes_through_and_nobody_else(federation: Federation, gateway: int) -> None:
+def test_the_gateway_lets_nodes_through_and_nobody_else(federation: Federation) -> None:
+    with gateway(federation, "gateway", federation.address) as port:
+        lets_nodes_through_and_nobody_else(federation, port)
+
+
+def lets_nodes_through_and_nobody_else(federation: Federation, port: int) -> None:
     federation.kill("south")
-    federation.start_node("south", port=gateway)
+    federation.start_node("south", port=port)
     code, said = federation.run(run_name="through-the-gateway", num_server_rounds=1, min_nodes=2, min_replies=2)
     assert code == 0, said
     federation.processes["superlink"].kill()
@@ -89,13 +97,33 @@ def test_the_gateway_lets_nodes_through_and_nobody_else(federation: Federation, 
     trusted = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
     for path in ("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/pull-task-input", "/", "/health"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(f"https://127.0.0.1:{gateway}{path}", data=b"", context=trusted, timeout=10)
-    outside = f'[superlink.outside]\naddress = "127.0.0.1:{gateway}"\nroot-certificates = "{federation.keys}/ca.crt"\n'
+            urllib.request.urlopen(f"https://127.0.0.1:{port}{path}", data=b"", context=trusted, timeout=10)
+    outside = f'[superlink.outside]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{federation.keys}/ca.crt"\n'
     with (federation.home / "config.toml").open("a") as file:
         file.write(outside)
     line = ["flwr", "run", str(ROOT), "outside"]
     done = subprocess.run(line, env=federation.environment, capture_output=True, text=True, timeout=120, check=False)
     assert "Successfully started run" not in done.stdout + done.stderr
+
+
+def test_nodes_are_told_to_try_again_where_the_superlink_fails(federation: Federation) -> None:
+    """Such as with a full disk: any other error but "unavailable" ends a SuperNode, which goes on running."""
+
+    class Failing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(500 if self.path.endswith("heartbeat") else 412)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own.load_cert_chain(federation.keys / "server.pem", federation.keys / "server.key")
+    server.socket = own.wrap_socket(server.socket, server_side=True)
+    Thread(target=server.serve_forever, daemon=True).start()
+    trusted = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
+    with gateway(federation, "gateway-of-one-that-fails", f"127.0.0.1:{server.server_port}") as port:
+        for path, code in (("heartbeat", "503"), ("activate", "412")):
+            with pytest.raises(urllib.error.HTTPError, match=code):
+                urllib.request.urlopen(f"https://127.0.0.1:{port}/v1/fleet/{path}", b"", context=trusted, timeout=10)
+    server.shutdown()
 
 
 def test_what_runs_in_a_container_is_shut_in() -> None:
@@ -106,4 +134,4 @@ def test_what_runs_in_a_container_is_shut_in() -> None:
             assert service["security_opt"] == ["no-new-privileges:true"], name
             assert service["user"].startswith("${FEDDM_USER"), name
             assert not any("insecure" in part for part in service.get("command", [])), name
-            assert all(re.match(r"127\.0\.0\.1:|8443:", port) for port in service.get("ports", [])), name
+            assert all(re.match(r"8443:", port) for port in service.get("ports", [])), name
