@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 from hypothesis import given
 from hypothesis import strategies as st
 from local_grid import LocalGrid, config, feddm, nodes, on_train, run_server
@@ -239,9 +239,12 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(keys: dict[str, An
 def test_the_folder_of_a_run_that_is_resumed_stays_whatever_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(message: Message, _: Message) -> Message:
+        return Message(Error(2, "broken"), reply_to=message)
+
     c = config(run_name="kept", out_dir=str(tmp_path), max_round_retries=0, server__aggregation="median")
     with pytest.raises(RunFailedError, match="0 of 4 nodes gave a good reply, 3 are needed"):
-        run_server(c, {i: on_train(handle, lambda *_: None) for i, handle in nodes(c).items()})
+        run_server(c, {i: on_train(handle, fail) for i, handle in nodes(c).items()})
 
     def wrong(*_: object) -> None:
         raise ConfigError("tracker = 'wandb': no service")

@@ -120,7 +120,7 @@ def test_small_nodes_give_no_sums(tmp_path: Path) -> None:
 
 
 def test_a_classifier_needs_images_on_the_server(tmp_path: Path) -> None:
-    own = {"data__name": "xrays", "data__image_size": 8, "data__channels": 1}
+    own = {"data__name": "/xrays", "data__image_size": 8, "data__channels": 1}
     of, _ = federation(config(eval__features="classifier", **own))
     with pytest.raises(ConfigError, match=r"eval.features = 'classifier': the server has no images to train it on"):
         Judge(of, tmp_path)

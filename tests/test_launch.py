@@ -34,7 +34,7 @@ def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatc
     def hang_up() -> None:
         followed.wait()
         monkeypatch.setattr(Display, "print", closed)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which waits for the next line
 
     threading.Thread(target=hang_up, daemon=True).start()
     remote = launch.Remote(argparse.Namespace(superlink="site"), {"PATH": f"{tmp_path}:/usr/bin:/bin"})
