@@ -238,7 +238,7 @@ class Uploads(LocalGrid):
 
 def test_slow_uploads_hold_up_nobody_and_end_with_the_round() -> None:
     """Flower's pull does not return before the reply is whole."""
-    c = config(num_server_rounds=1, round_timeout=20.0, min_replies=2)
+    c = config(num_server_rounds=1, round_timeout=12.0, min_replies=2)
     slow = [f"node-{i}" for i in range(12) if i not in (8, 9)]  # these are the last that are asked
     (done,) = feddm(c).run(Uploads({i: node(c, i, 12) for i in range(12)}, slow))
     assert (done.clients_ok, done.failures) == (2, {"timeout": 10})
