@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from feddm_flwr.keys import KEYS, PARTITION_OF, RunConfig
 
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
-_CLIPPED = ("int8", "int4", "int3")
-_GRIDS = (*_CLIPPED, "int2", "sign")
+_CLIPPED = {"int8", "int4", "int3"}
+_GRIDS = _CLIPPED | {"int2", "sign"}
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 
 
@@ -118,9 +118,9 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
             )
             for name, kind in PARTITION_OF.items()
         ),
-        ("codec.clip-search", c.codec.clip_search, bool(coded & {*_CLIPPED}), codecs, "int8, int4 or int3"),
-        ("codec.stochastic-rounding", c.codec.stochastic_rounding, bool(coded & {*_GRIDS}), codecs, "int8 to sign"),
-        ("codec.block-size", c.codec.block_size, bool(coded & {*_GRIDS, "topk"}), codecs, "int8 to sign, and topk,"),
+        ("codec.clip-search", c.codec.clip_search, bool(coded & _CLIPPED), codecs, "int8, int4 or int3"),
+        ("codec.stochastic-rounding", c.codec.stochastic_rounding, bool(coded & _GRIDS), codecs, "int8 to sign"),
+        ("codec.block-size", c.codec.block_size, bool(coded & (_GRIDS | {"topk"})), codecs, "int8 to sign, and topk,"),
         ("codec.topk-share", c.codec.topk_share, "topk" in coded, codecs, "'topk'"),
         ("codec.topk-bits", c.codec.topk_bits, "topk" in coded, codecs, "'topk'"),
         ("codec.budget-ratio", c.codec.budget_ratio, "budget" in coded, codecs, "'budget'"),

@@ -60,14 +60,8 @@ def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: s
     data = config.data if not data_path else replace(config.data, name="own")
     essence = replace(parse({}), data=data, seed=config.seed)
     load = _load_own if data_path else _load_node
-    return load(
-        essence,
-        None if data_path else partition,
-        data_path,
-        origin,
-        stamp_of(data_path or config.data.name, origin),
-        root,
-    )
+    partition = None if data_path else partition
+    return load(essence, partition, data_path, origin, stamp_of(data_path or config.data.name, origin), root)
 
 
 @lru_cache(maxsize=1024)  # a process has several simulated nodes

@@ -51,8 +51,9 @@ def check_reference(config: RunConfig, run: Path) -> None:
     facts = run / "reference" / "facts.json"
     if config.eval.features == "none" or not facts.exists():
         return
+    now = flatten(config)
     for key, was in json.loads(facts.read_text(encoding="utf-8"))["keys"].items():
-        if (value := flatten(config)[key]) != was:
+        if (value := now[key]) != was:
             raise ConfigError(f"{key} = {value!r}: was {was!r} in the run to resume, and must stay so")
 
 

@@ -81,7 +81,7 @@ inflatable_class_registry[Array.__name__] = _Array
 
 
 _TOO_LARGE = "a reply of more than"
-_FEW = 100  # objects that an honest reply has beside the chunks of its arrays, and many more
+_FEW = 100  # objects beside the chunks of its arrays: far more than an honest reply has
 _LEAST_CHUNK = 1 << 18  # bytes of a chunk; 5 MiB where a node does not set FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 

@@ -39,16 +39,17 @@ def main(grid: Grid, context: Context) -> None:
     _log_to_stdout()
     config = parse(context.run_config)
     name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunDirectory(expanded(config.out_dir).resolve() / name, resume=config.resume)
+    path = expanded(config.out_dir).resolve() / name
+    run = RunDirectory(path, resume=config.resume, simulated=simulated(grid))
     kept = replace(config, run_name="", resume=False)  # as another run would be started with it
-    check_kind(run.path, simulated=simulated(grid))
+    check_kind(run.path, simulated=run.simulated)
     found = checkpoint.newest(run.checkpoints) if config.resume else None
     if found:
         check_same_run(config, found.facts["config"], found.round)
         check_reference(config, run.path)
         log.info("resumed after round %d", found.round)
     with _accounted(run, new=not config.resume), checkpoint.Writer(run.checkpoints, config.keep_checkpoints) as writer:
-        run.begin(flatten(kept), found.round if found else None, config.tracker, simulated=simulated(grid))
+        run.begin(flatten(kept), found.round if found else None, config.tracker)
         files = assets.fetch(config, run.path / "assets")
         network = architecture.build(config, files)
         layout = model.layout(network)
@@ -94,7 +95,7 @@ def main(grid: Grid, context: Context) -> None:
                 _audit(run, model_of, feddm, grid, judge.recipe)
         for line in report.traffic(run.path):
             log.info("%s", line)
-        if simulated(grid) and not config.keeps_personal:
+        if run.simulated and not config.keeps_personal:
             forget_run(state_root(None), run_uuid)
         run.finish("completed", incomplete)
     written = {"model": run.path / "model", "report": run.path / "report.html"}

@@ -30,8 +30,9 @@ class RunInUseError(RuntimeError):
 class RunDirectory:
     """`<out-dir>/<run-name>/`; everything that a run leaves behind is in here."""
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
-        """Create the folder, or take over that of a run to resume; nothing in it is changed yet.
+    def __init__(self, path: Path, *, resume: bool = False, simulated: bool = True) -> None:
+        """Create the folder, or take over that of a run to resume; nothing in it is changed yet. `simulated`: whether
+        the nodes are.
 
         Raises:
             FileExistsError: the folder exists; a run never writes over another.
@@ -39,8 +40,8 @@ class RunDirectory:
             RunInUseError: the run still goes on.
         """
         self.path, self.checkpoints = path, path / "checkpoints"
+        self.simulated = simulated
         self._trackers: list[trackers.Tracker] = []
-        self.simulated = True  # whether the nodes are
         if not resume:
             path.mkdir(parents=True)
         elif not (path / "config.toml").is_file():
@@ -53,12 +54,9 @@ class RunDirectory:
         for folder in (path, self.checkpoints, path / "samples", path / "reference", path / "assets"):
             forget_unfinished(folder)
 
-    def begin(
-        self, config: Mapping[str, object], after: int | None, tracker: str = "none", *, simulated: bool = True
-    ) -> None:
+    def begin(self, config: Mapping[str, object], after: int | None, tracker: str = "none") -> None:
         """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
         forget the figures and grids of later ones, which are made again. The `tracker` gets them beside the folder.
-        `simulated`: whether the nodes are.
 
         Raises:
             ConfigError: the tracker cannot be had.
@@ -84,8 +82,7 @@ class RunDirectory:
                 for row in read_metrics(self.path):
                     if row["round"] <= after:
                         file.write(_line(row))
-        self.simulated = simulated
-        write_status(self.path, "running", resumed_after=resumed, simulated=simulated)
+        write_status(self.path, "running", resumed_after=resumed, simulated=self.simulated)
 
     def log_nodes(self, nodes: list[Row]) -> None:
         """Write `nodes.json`: name, images, held_out, class_counts of each node."""

@@ -10,6 +10,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -115,6 +116,12 @@ def run_server(c: RunConfig, handlers: dict[int, Handler] | None = None) -> None
     finally:
         log.handlers, log.propagate = before[:2]
         log.setLevel(before[2])
+
+
+def row(number: int, **figures: Any) -> dict[str, Any]:
+    """A line of `metrics.jsonl`, of zeros but for some figures."""
+    zeros = {f.name: 0 for f in fields(Round) if f.name not in ("weights", "ema", "eval_losses")}
+    return {**zeros, "eval_levels": [], "failures": {}, "nodes": {}, **figures, "round": number}
 
 
 def on_train(handle: Handler, change: Callable[[Message, Message], Message | None]) -> Handler:

@@ -13,20 +13,20 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from local_grid import row
 from PIL import Image
 
 from feddm_flwr import cli, launch
 from feddm_flwr.config import ConfigError, flatten, parse
 from feddm_flwr.nodes import Node
 from feddm_flwr.options import parser
-from feddm_flwr.tally import Round
 from feddm_flwr.tracking import RunDirectory, status_of, write_status
 
 ROOT = Path(__file__).parent.parent
@@ -287,8 +287,7 @@ def test_what_was_over_stays_so_when_its_resumption_is_stopped(
     run = RunDirectory(tmp_path / "run")
     run.begin(flatten(parse({})), None)
     run.log_nodes([asdict(Node(f"node-{i}", 9, 1, {})) for i in range(3)])  # one did not introduce itself
-    row: dict[str, Any] = {f.name: 0 for f in fields(Round) if f.name not in ("weights", "ema", "eval_losses")}
-    run.log_round(row | {"round": 1, "connected": 4, "eval_levels": [], "failures": {}, "nodes": {}})
+    run.log_round(row(1, connected=4))
     monkeypatch.setattr(launch.Simulation, "_wait", lambda self, port: signal.raise_signal(signal.SIGINT))
     for before in ("running", "completed", "failed"):
         if before != "running":  # then another process, this one, has it open

@@ -27,7 +27,6 @@ centralized = true
 data.partition = "dirichlet"
 data.alpha = 0.1
 """
-ROBUST = {"server.aggregation": "median"}
 QUICK = {"eval.features": "random", "eval.samples": 16, "sample.steps": 2, "sample.count": 1, "sample.every": 0}
 
 
@@ -192,7 +191,8 @@ def test_a_run_of_unknown_keys_is_nobodys_result(kept: str | None, tmp_path: Pat
 
 
 def test_one_node_has_nothing_to_leave_out() -> None:
-    rules = {c.run: c.keys.get("server.aggregation") for c in comparison.cells("paper", ROBUST, 4, 1)}
+    cells = comparison.cells("paper", {"server.aggregation": "median"}, 4, 1)
+    rules = {cell.run: cell.keys.get("server.aggregation") for cell in cells}
     assert rules == {name: None if name == "centralized" else "median" for name in rules}
 
 

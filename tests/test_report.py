@@ -7,19 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from local_grid import config, run_server
+from local_grid import config, row, run_server
 from tensorboardX.proto.event_pb2 import Event
 
 from feddm_flwr import cli, report, server_run, trackers
 from feddm_flwr.config import ConfigError, flatten, parse
 from feddm_flwr.judge import Judge
-from feddm_flwr.tally import Round
 from feddm_flwr.tracking import RunDirectory, read_metrics, status_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -224,10 +222,8 @@ def test_runs_that_differ_in_their_nodes_are_not_the_same_and_a_loss_is_set_besi
     for name, count in (("few", 2), ("many", 3)):
         own = RunDirectory(tmp_path / name)
         own.begin(flatten(parse({})), None)
-        row: dict[str, Any] = {f.name: 1 for f in fields(Round) if f.name not in ("weights", "ema", "eval_losses")}
-        row |= {"connected": count, "eval_levels": [], "failures": {}, "nodes": {}, "bytes_up": 1e6, "bytes_down": 1e6}
         for number in (1, 2, 3):
-            own.log_round(row | {"round": number})
+            own.log_round(row(number, connected=count, eval_loss=1, bytes_up=1e6, bytes_down=1e6))
         own.finish("completed")
         rows[name] = read_metrics(own.path)
     text = report.write_comparison([tmp_path / "few", tmp_path / "many"], tmp_path / "both.html").read_text()

@@ -56,7 +56,7 @@ def test_nodes_train_on_their_own_images_and_bytes_are_counted_as_flower_counts_
 
 
 @contextmanager
-def gateway(federation: Federation, name: str, superlink: str) -> Iterator[int]:
+def nginx(federation: Federation, name: str, superlink: str) -> Iterator[int]:
     """nginx with docker/gateway.conf before a SuperLink; its port."""
     if not shutil.which("nginx"):
         pytest.skip("nginx is not installed")
@@ -79,14 +79,16 @@ def gateway(federation: Federation, name: str, superlink: str) -> Iterator[int]:
     federation.kill(name)
 
 
-def test_the_gateway_lets_nodes_through_and_nobody_else(federation: Federation) -> None:
-    with gateway(federation, "gateway", federation.address) as port:
-        lets_nodes_through_and_nobody_else(federation, port)
+@pytest.fixture
+def gateway(federation: Federation) -> Iterator[int]:
+    """The port of one before the federation's SuperLink."""
+    with nginx(federation, "gateway", federation.address) as port:
+        yield port
 
 
-def lets_nodes_through_and_nobody_else(federation: Federation, port: int) -> None:
+def test_the_gateway_lets_nodes_through_and_nobody_else(federation: Federation, gateway: int) -> None:
     federation.kill("south")
-    federation.start_node("south", port=port)
+    federation.start_node("south", port=gateway)
     code, said = federation.run(run_name="through-the-gateway", num_server_rounds=1, min_nodes=2, min_replies=2)
     assert code == 0, said
     federation.processes["superlink"].kill()
@@ -97,8 +99,8 @@ def lets_nodes_through_and_nobody_else(federation: Federation, port: int) -> Non
     trusted = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
     for path in ("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/pull-task-input", "/", "/health"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(f"https://127.0.0.1:{port}{path}", data=b"", context=trusted, timeout=10)
-    outside = f'[superlink.outside]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{federation.keys}/ca.crt"\n'
+            urllib.request.urlopen(f"https://127.0.0.1:{gateway}{path}", data=b"", context=trusted, timeout=10)
+    outside = f'[superlink.outside]\naddress = "127.0.0.1:{gateway}"\nroot-certificates = "{federation.keys}/ca.crt"\n'
     with (federation.home / "config.toml").open("a") as file:
         file.write(outside)
     line = ["flwr", "run", str(ROOT), "outside"]
@@ -119,7 +121,7 @@ def test_nodes_are_told_to_try_again_where_the_superlink_fails(federation: Feder
     server.socket = own.wrap_socket(server.socket, server_side=True)
     Thread(target=server.serve_forever, daemon=True).start()
     trusted = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
-    with gateway(federation, "gateway-of-one-that-fails", f"127.0.0.1:{server.server_port}") as port:
+    with nginx(federation, "gateway-of-one-that-fails", f"127.0.0.1:{server.server_port}") as port:
         for path, code in (("heartbeat", "503"), ("activate", "412")):
             with pytest.raises(urllib.error.HTTPError, match=code):
                 urllib.request.urlopen(f"https://127.0.0.1:{port}/v1/fleet/{path}", b"", context=trusted, timeout=10)
