@@ -35,12 +35,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from feddm_flwr import checkpoint
 from feddm_flwr.config import parse
-from feddm_flwr.exchange import channel
-from feddm_flwr.model import Layout
-from feddm_flwr.parts import ALL, Part, Parts
-from feddm_flwr.strategy import FedDM
+from feddm_flwr.exchange.channel import channel
+from feddm_flwr.exchange.partial import ALL, Split, Subset
+from feddm_flwr.server.strategy import FedDM
+from feddm_flwr.storage import checkpoint
+from feddm_flwr.vector import Layout
 
 CONFIG = parse({"strategy": "feddm-quant", "codec.target": "delta", "codec.downlink": "int8", "wait-timeout": 120})
 
@@ -79,7 +79,7 @@ class Pause:
 def feddm(size: int, rounds: int, seconds: list[float], pauses: list[float]) -> tuple[ServerApp, ClientApp]:
     """Our server and nodes that do not train."""
     layout = Layout(("weights",), ((size,),))
-    whole = Part(layout, (slice(0, size),))
+    whole = Subset(layout, (slice(0, size),))
     client, server = ClientApp(), ServerApp()
 
     @client.query()
@@ -100,7 +100,7 @@ def feddm(size: int, rounds: int, seconds: list[float], pauses: list[float]) -> 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         config = replace(CONFIG, num_server_rounds=rounds)
-        parts = Parts(whole, Part(Layout((), ()), ()), {ALL: whole})
+        parts = Split(whole, Subset(Layout((), ()), ()), {ALL: whole})
         with tempfile.TemporaryDirectory() as folder:
             run, pause = FedDM(config, update(size, -1 % 2**32), parts, "0" * 32), Pause(grid)
             with checkpoint.Writer(Path(folder) / "checkpoints", keep=1) as writer:

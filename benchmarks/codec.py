@@ -22,9 +22,9 @@ import machine
 import psutil
 import torch
 
-from feddm_flwr.aggregation import StreamingMean
+from feddm_flwr.aggregation.mean import StreamingMean
 from feddm_flwr.config import CODECS, parse
-from feddm_flwr.exchange import channel
+from feddm_flwr.exchange.channel import channel
 
 
 def one_core() -> None:

@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
 from feddm_flwr.config import parse
-from feddm_flwr.data import Images, load_all
+from feddm_flwr.data.node_data import Images, load_all
 
 
 def score(samples: Images) -> dict[str, float | list[int]]:

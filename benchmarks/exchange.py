@@ -29,13 +29,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from pool_grid import PoolGrid, pool
 
-from feddm_flwr import architecture, model
 from feddm_flwr.config import RunConfig, parse
-from feddm_flwr.data import load_all
-from feddm_flwr.objectives import Denoising, Pixels
-from feddm_flwr.parts import parts_of
-from feddm_flwr.state_folder import forget_run, state_root
-from feddm_flwr.strategy import FedDM
+from feddm_flwr.data.node_data import load_all
+from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.models import networks, parameters
+from feddm_flwr.server.strategy import FedDM
+from feddm_flwr.storage.state_folder import forget_run, state_root
+from feddm_flwr.training.examples import Pixels
+from feddm_flwr.training.objectives import Denoising
 
 JOB: dict[str, Any] = {
     "data.image-size": 28,
@@ -106,8 +107,8 @@ def _value(text: str) -> Any:
 
 def final_loss(config: RunConfig, weights: np.ndarray, images: np.ndarray) -> float:
     """Denoising loss on images that no node has."""
-    network = architecture.build(config, {})
-    model.load_vector(network, weights)
+    network = networks.build(config, {})
+    parameters.load_vector(network, weights)
     larger = replace(config, train=replace(config.train, batch_size=128))
     cpu = torch.device("cpu")
     objective = Denoising(larger, Pixels(images, False, cpu), np.zeros(len(images), np.int64), cpu)
@@ -116,9 +117,9 @@ def final_loss(config: RunConfig, weights: np.ndarray, images: np.ndarray) -> fl
 
 def run(config: RunConfig, processes: ProcessPoolExecutor, nodes: int, images: np.ndarray) -> dict[str, Any]:
     """Train once; what it cost and how good it became."""
-    network = architecture.build(config, {})
+    network = networks.build(config, {})
     run_uuid, start = uuid.uuid4().hex, time.monotonic()
-    feddm = FedDM(config, model.to_vector(network), parts_of(model.layout(network), config), run_uuid)
+    feddm = FedDM(config, parameters.to_vector(network), split_of(parameters.layout(network), config), run_uuid)
     rounds = list(feddm.run(PoolGrid(processes, config, nodes)))
     forget_run(state_root(None), run_uuid)
     total = {k: sum(getattr(r, k) for r in rounds) for k in ("bytes_up", "bytes_down", "bytes_full")}
@@ -236,7 +237,7 @@ def main() -> None:
         "--out", type=Path, default=Path("benchmarks/results/exchange.json"), help="also a .png beside it"
     )
     options = parser.parse_args()
-    logging.getLogger("feddm").setLevel(logging.WARNING)
+    logging.getLogger("feddm_flwr").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     job = {**JOB, "data.name": options.train}
     images, _, _ = load_all(parse({**job, "data.name": options.test, "data.partition": "iid"}))

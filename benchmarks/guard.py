@@ -22,9 +22,9 @@ import torch
 from codec import one_core, seconds
 from throughput import measure
 
-from feddm_flwr.aggregation import StreamingMean
+from feddm_flwr.aggregation.mean import StreamingMean
 from feddm_flwr.config import parse
-from feddm_flwr.exchange import channel
+from feddm_flwr.exchange.channel import channel
 
 KEPT = Path(__file__).parent / "results" / "guard.json"
 _VALUES = 4_000_000

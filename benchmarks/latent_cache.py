@@ -18,9 +18,11 @@ import machine
 import numpy as np
 import torch
 
-from feddm_flwr import architecture, latents, objectives
-from feddm_flwr.assets import AUTOENCODER, fetch, load_autoencoder
 from feddm_flwr.config import parse
+from feddm_flwr.models import networks
+from feddm_flwr.models.autoencoder import load_autoencoder
+from feddm_flwr.models.pretrained import AUTOENCODER, fetch
+from feddm_flwr.training import examples, objectives
 
 
 def main() -> None:
@@ -34,14 +36,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         keys = {"data.name": "none", "data.image-size": 256, "data.channels": 3, "model.preset": options.preset}
-        first = architecture.build(parse({**keys, "stage": "autoencoder"}), {})
+        first = networks.build(parse({**keys, "stage": "autoencoder"}), {})
         first.save_pretrained(folder)
         config = parse({**keys, "model.kind": "ldm", "model.autoencoder": folder})
         files = fetch(config, Path(folder) / "assets")
-        network = architecture.build(config, files).to(device)
+        network = networks.build(config, files).to(device)
         encoder = load_autoencoder(files[AUTOENCODER]).to(device)
     images = np.random.default_rng(0).integers(0, 256, (options.batch, 3, 256, 256), np.uint8)
-    pixels = objectives.Pixels(images, False, device)
+    pixels = examples.Pixels(images, False, device)
     random, index = torch.Generator(device).manual_seed(0), torch.arange(options.batch, device=device)
 
     def moments() -> torch.Tensor:
@@ -54,8 +56,8 @@ def main() -> None:
     for kind in [*seconds] * (options.steps + 1):
         start = time.monotonic()
         of_batch = kept if kind == "kept" else moments().cpu().numpy()
-        examples = latents.Latents(of_batch, encoder.config, device)
-        objective = objectives.Denoising(config, examples, np.zeros(options.batch, np.int64), device)
+        encoded = examples.Latents(of_batch, encoder.config, device)
+        objective = objectives.Denoising(config, encoded, np.zeros(options.batch, np.int64), device)
         objective.losses(network, objective.draw(index, random)).mean().backward()
         network.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -20,10 +20,13 @@ from typing import Any
 import machine
 import torch
 
-from feddm_flwr import cli, data, evaluation, features, finished, pipelines, scores
+from feddm_flwr.cli import arguments, trained_model
 from feddm_flwr.config import parse
-from feddm_flwr.images import Images
-from feddm_flwr.state_folder import state_root
+from feddm_flwr.data import node_data
+from feddm_flwr.data.images import Images
+from feddm_flwr.evaluation import features, sampling, scores
+from feddm_flwr.models import pipelines
+from feddm_flwr.storage.state_folder import state_root
 
 CASES = [("ddpm", 1000), ("ddim", 100), ("ddim", 50), ("ddim", 25), ("ddim", 10)] + [
     (name, steps) for name in ("dpmsolver++", "unipc") for steps in (25, 15, 10, 5)
@@ -42,11 +45,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    config = parse(cli._overrides([str(options.run / "config.toml"), *options.run_config]))
-    real, classes, _ = data.load_all(config)
+    config = parse(arguments._overrides([str(options.run / "config.toml"), *options.run_config]))
+    real, classes, _ = node_data.load_all(config)
     network = features.recipe("classifier", config.data.channels, lambda: (real, classes), state_root(None)).build()
     told, rows = network(real), list[dict[str, Any]]()
-    pipeline = pipelines.load(finished.find(options.run))
+    pipeline = pipelines.load(trained_model.find(options.run))
     if pipelines.autoencoder(pipeline) is not None or pipelines.class_names(pipeline):
         sys.exit("this benchmark is for models of pixels without classes")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +58,7 @@ def main() -> None:
     process["timestep_spacing"] = options.spacing or process["timestep_spacing"]
 
     def draw(count: int, scheduler: str, steps: int) -> Images:
-        return evaluation.sample(pipeline.unet, process, count, steps, 0, scheduler=scheduler, batch_size=128)
+        return sampling.sample(pipeline.unet, process, count, steps, 0, scheduler=scheduler, batch_size=128)
 
     for scheduler, steps in CASES[options.without_ddpm :]:
         draw(128, scheduler, 2)  # warms up

@@ -29,8 +29,11 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from feddm_flwr import architecture, objectives, pipelines, precision, training
+from feddm_flwr.compute import precision
+from feddm_flwr.compute.device import prepare_process
 from feddm_flwr.config import RunConfig, parse
+from feddm_flwr.models import networks, pipelines
+from feddm_flwr.training import examples, loop, objectives
 
 
 def main() -> None:
@@ -82,11 +85,11 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     if preset.startswith("lsun"):  # its latents, which nothing is asked of here but their shape
         config = replace(config, data=replace(config.data, channels=4))
-    device = training.prepare_process(config)
+    device = prepare_process(config)
     images = np.random.default_rng(0).integers(
         0, 256, (options.batch * options.steps, config.data.channels, size, size), np.uint8
     )
-    pixels = objectives.Pixels(images, False, device)
+    pixels = examples.Pixels(images, False, device)
     ours = {"ours": config}
     if device.type == "cuda":
         ours["launched one by one"] = replace(config, train=replace(config.train, cuda_graph=False))
@@ -95,7 +98,7 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
     bf16 = precision.in_bf16(options.precision, device)
     runs: dict[str, Callable[[int], object]] = {}
     for name, own in ours.items():
-        network = architecture.build(own, {}).to(device)
+        network = networks.build(own, {}).to(device)
         denoising = objectives.Denoising(own, pixels, np.zeros(len(images), np.int64), device)
         runs[name] = partial(ours_once, network, denoising, own, device)
     flops = flops_of_a_step(network, denoising) / options.batch
@@ -125,14 +128,14 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def ours_once(network: Any, denoising: objectives.Denoising, config: RunConfig, device: torch.device, i: int) -> None:
     """A round's training, of which recording and the check of what was compiled are part."""
-    training.train(network, denoising, config, "node", training.Progress(i, 0), device)
+    loop.train(network, denoising, config, "node", loop.Progress(i, 0), device)
 
 
 class Plain:
     """A plain loop."""
 
     def __init__(self, config: RunConfig, images: np.ndarray[Any, Any], precision: str) -> None:
-        own = dict(architecture.build(config, {}).config)
+        own = dict(networks.build(config, {}).config)
         network = UNet2DModel.from_config(own)
         optimizer = torch.optim.AdamW(network.parameters(), config.train.learning_rate, weight_decay=0.0)
         x = torch.from_numpy(images).float() / 127.5 - 1

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from feddm_flwr import config, presets
-from feddm_flwr.schema import PRESET, KeySpec, sections
+from feddm_flwr import config
+from feddm_flwr.config import presets
+from feddm_flwr.config.fields import PRESET, KeySpec, sections
 
 TARGET = Path(__file__).parent / "configuration.md"
 
-HEAD = """<!-- written by `make docs` from feddm_flwr/keys.py -->
+HEAD = """<!-- written by `make docs` from feddm_flwr/config/keys.py -->
 # Configuration
 
 Every run-config key, its default and what is allowed. Set keys with `-c`:

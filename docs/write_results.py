@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from feddm_flwr import comparison_tables
+from feddm_flwr.cli import comparison_tables
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "benchmarks" / "results" / "fashionmnist.json"

@@ -1,4 +1,4 @@
-"""The server's side of the Flower app; what a run does is told in `server_run`."""
+"""The server's side of the Flower app; what a run does is told in `server.run`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the run config to the report."""
     # Flower starts a simulation's nodes only once this module is imported: torch must not be among its imports.
-    from feddm_flwr import server_run
+    from feddm_flwr.server import run
 
-    server_run.main(grid, context)
+    run.main(grid, context)

@@ -17,12 +17,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from pool_grid import InProcessGrid
 
-from feddm_flwr import architecture, model, server_app
+from feddm_flwr import server_app
 from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
-from feddm_flwr.parts import parts_of
-from feddm_flwr.strategy import FedDM
-from feddm_flwr.tally import Round
+from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.models import networks, parameters
+from feddm_flwr.server.round import RoundResult
+from feddm_flwr.server.strategy import FedDM
 
 Handler = Callable[[Message], Message | None]
 
@@ -97,18 +98,18 @@ def nodes(c: RunConfig, count: int = 4) -> dict[int, Handler]:
 
 
 def feddm(c: RunConfig) -> FedDM:
-    network = architecture.build(c, {})
-    parts = parts_of(model.layout(network), c)
-    return FedDM(c, parts.shared.take(model.to_vector(network)), parts, uuid.uuid4().hex)
+    network = networks.build(c, {})
+    parts = split_of(parameters.layout(network), c)
+    return FedDM(c, parts.shared.take(parameters.to_vector(network)), parts, uuid.uuid4().hex)
 
 
-def run(c: RunConfig, handlers: dict[int, Handler] | None = None, *, backwards: bool = False) -> list[Round]:
+def run(c: RunConfig, handlers: dict[int, Handler] | None = None, *, backwards: bool = False) -> list[RoundResult]:
     return list(feddm(c).run(LocalGrid(handlers or nodes(c), backwards=backwards)))
 
 
 def run_server(c: RunConfig, handlers: dict[int, Handler] | None = None) -> None:
     """A whole run of the server app, with nodes in this process."""
-    log = logging.getLogger("feddm")
+    log = logging.getLogger("feddm_flwr")
     before = log.handlers, log.propagate, log.level
     try:
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(c))
@@ -120,7 +121,7 @@ def run_server(c: RunConfig, handlers: dict[int, Handler] | None = None) -> None
 
 def row(number: int, **figures: Any) -> dict[str, Any]:
     """A line of `metrics.jsonl`, of zeros but for some figures."""
-    zeros = {f.name: 0 for f in fields(Round) if f.name not in ("weights", "ema", "eval_losses")}
+    zeros = {f.name: 0 for f in fields(RoundResult) if f.name not in ("weights", "ema", "eval_losses")}
     return {**zeros, "eval_levels": [], "failures": {}, "nodes": {}, **figures, "round": number}
 
 

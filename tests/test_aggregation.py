@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feddm_flwr.aggregation import StreamingMean, Vector, ema_factor, ema_update, server_optimizer
+from feddm_flwr.aggregation.mean import StreamingMean
+from feddm_flwr.aggregation.server_optimizers import ema_factor, ema_update, server_optimizer
+from feddm_flwr.vector import Vector
 
 RANDOM = np.random.default_rng(0)
 

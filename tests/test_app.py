@@ -23,11 +23,13 @@ import pytest
 from local_grid import row
 from PIL import Image
 
-from feddm_flwr import cli, launch
+from feddm_flwr.cli import launch
+from feddm_flwr.cli.main import main
+from feddm_flwr.cli.options import parser
 from feddm_flwr.config import ConfigError, flatten, parse
-from feddm_flwr.nodes import Node
-from feddm_flwr.options import parser
-from feddm_flwr.tracking import RunDirectory, status_of, write_status
+from feddm_flwr.protocol.replies import Introduction
+from feddm_flwr.reporting.records import status_of, write_status
+from feddm_flwr.reporting.run_directory import RunDirectory
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -185,7 +187,7 @@ def test_samples_are_drawn_as_grid_folder_and_array(
     done = feddm(*drawing, "grid.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
-    assert cli.main([*drawing, "folder/"]) == cli.main([*drawing, "images.npz"]) == 0
+    assert main([*drawing, "folder/"]) == main.main([*drawing, "images.npz"]) == 0
     images = np.load(tmp_path / "images.npz")["images"]
     assert images.shape == (5, 8, 8, 1)
     for i, image in enumerate(images):
@@ -264,7 +266,7 @@ def test_wrong_input_is_refused_at_once(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "no-flower-home"))
     try:
-        code = cli.main(arguments)
+        code = main(arguments)
     except SystemExit as ended:  # argparse's way
         code = int(ended.code or 0)
     assert code == 2
@@ -278,7 +280,7 @@ def test_a_flower_default_is_no_connection(tmp_path: Path, monkeypatch: pytest.M
     assert not launch.is_local(None)
     with pytest.raises(ConfigError, match="SUPERLINK = 'default': no such connection"):
         launch.is_local("default")
-    assert cli.main(["run", "--num-supernodes", "3"]) == 2
+    assert main(["run", "--num-supernodes", "3"]) == 2
 
 
 def test_what_was_over_stays_so_when_its_resumption_is_stopped(
@@ -286,28 +288,28 @@ def test_what_was_over_stays_so_when_its_resumption_is_stopped(
 ) -> None:
     run = RunDirectory(tmp_path / "run")
     run.begin(flatten(parse({})), None)
-    run.log_nodes([asdict(Node(f"node-{i}", 9, 1, {})) for i in range(3)])  # one did not introduce itself
+    run.log_nodes([asdict(Introduction(f"node-{i}", 9, 1, {})) for i in range(3)])  # one did not introduce itself
     run.log_round(row(1, connected=4))
     monkeypatch.setattr(launch.Simulation, "_wait", lambda self, port: signal.raise_signal(signal.SIGINT))
     for before in ("running", "completed", "failed"):
         if before != "running":  # then another process, this one, has it open
             run.finish(before)
-        assert cli.main(["run", "--resume", str(run.path)]) == 130
+        assert main(["run", "--resume", str(run.path)]) == 130
         assert status_of(run.path) == before
     monkeypatch.setattr(launch.Simulation, "_wait", lambda self, port: None)
     monkeypatch.setattr(launch, "follow", lambda *_, **__: launch.STOPPED)
     run.finish("completed")
-    assert cli.main(["run", "--resume", str(run.path)]) == 130
+    assert main(["run", "--resume", str(run.path)]) == 130
     assert status_of(run.path) == "completed"
     write_status(run.path, "running")  # and nobody has it open: it was killed
-    assert cli.main(["run", "--resume", str(run.path)]) == 130
+    assert main(["run", "--resume", str(run.path)]) == 130
     assert json.loads((run.path / "status.json").read_text())["status"] == "stopped"
     capsys.readouterr()
-    assert cli.main(["run", "--resume", str(run.path), "--num-supernodes", "8"]) == 2
+    assert main(["run", "--resume", str(run.path), "--num-supernodes", "8"]) == 2
     assert "--num-supernodes = 8: the run to resume has 4; its images would be shared" in capsys.readouterr().err
     monkeypatch.chdir("/proc")  # where nothing can be written
-    assert cli.main(["report", str(run.path)]) == 0
-    assert cli.main(["report", str(run.path), "-o", "x.html"]) == 2
+    assert main(["report", str(run.path)]) == 0
+    assert main(["report", str(run.path), "-o", "x.html"]) == 2
     assert "--output = 'x.html': is for several runs" in capsys.readouterr().err
 
 

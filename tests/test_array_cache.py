@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feddm_flwr.array_cache import array, cached, facts, new_array, write_facts
+from feddm_flwr.storage.array_cache import array, cached, facts, new_array, write_facts
 
 
 def test_an_array_has_its_room_on_the_disk_before_it_is_written_to(tmp_path: Path) -> None:

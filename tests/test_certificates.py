@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from feddm_flwr.certificates import make
+from feddm_flwr.cli.certificates import make
 from feddm_flwr.config import ConfigError
 
 

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from local_grid import LocalGrid, config, feddm, nodes, on_train, run_server
 from safetensors.numpy import load_file
 
-from feddm_flwr import checkpoint, server_run
-from feddm_flwr.checkpoint import FORMAT, Checkpoint, NoCheckpointError, newest, save
 from feddm_flwr.config import ConfigError, RunConfig, flatten
-from feddm_flwr.nodes import RunFailedError
-from feddm_flwr.resume import check_same_run
-from feddm_flwr.tally import Round
-from feddm_flwr.tracking import read_metrics, status_of
+from feddm_flwr.config.resume import check_same_run
+from feddm_flwr.protocol.failures import RunFailedError
+from feddm_flwr.reporting.records import read_metrics, status_of
+from feddm_flwr.server import run
+from feddm_flwr.server.round import RoundResult
+from feddm_flwr.storage import checkpoint
+from feddm_flwr.storage.checkpoint import FORMAT, Checkpoint, NoCheckpointError, newest, save
 
 
 def some(number: int, size: int = 1000) -> Checkpoint:
@@ -167,11 +168,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def train(c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = False, dropped: int = 0) -> list[Round]:
+def train(
+    c: RunConfig, folder: Path, stops: tuple[int, ...], *, late: bool = False, dropped: int = 0
+) -> list[RoundResult]:
     """A run that is killed in the round after each of `stops`, once its nodes have trained, and resumed from
     its checkpoint; where they are `late`, that of a round is not written before the next one's replies are in. One
     reply of the `dropped` round is of no use."""
-    done: dict[int, Round] = {}
+    done: dict[int, RoundResult] = {}
     save(folder, feddm(c).checkpoint(), keep=2)
 
     class KilledError(BaseException):
@@ -249,7 +252,7 @@ def test_the_folder_of_a_run_that_is_resumed_stays_whatever_is_wrong(
     def wrong(*_: object) -> None:
         raise ConfigError("tracker = 'wandb': no service")
 
-    monkeypatch.setattr("feddm_flwr.trackers.make", wrong)
+    monkeypatch.setattr("feddm_flwr.reporting.trackers.make", wrong)
     with pytest.raises(ConfigError, match="no service"):
         run_server(replace(c, resume=True))
     assert list((tmp_path / "kept" / "checkpoints").iterdir())
@@ -287,17 +290,17 @@ def test_a_run_that_was_stopped_is_over_when_it_is_resumed_with_the_rounds_that_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     c = config(num_server_rounds=3, out_dir=str(tmp_path), run_name="early", sample__count=4, sample__steps=3)
-    save = server_run._save
+    save = run._save
 
     def stopped(run: Any, feddm: Any, *rest: Any) -> None:
         if feddm.round == 2:
             raise KeyboardInterrupt
         save(run, feddm, *rest)
 
-    monkeypatch.setattr(server_run, "_save", stopped)
+    monkeypatch.setattr(run, "_save", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_server(c)
-    monkeypatch.setattr(server_run, "_save", save)
+    monkeypatch.setattr(run, "_save", save)
     assert (status_of(tmp_path / "early"), (tmp_path / "early" / "model").exists()) == ("failed", False)
     run_server(replace(c, resume=True, num_server_rounds=1))
     assert status_of(tmp_path / "early") == "completed"

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feddm_flwr.config import KEYS, ConfigError, defaults, derive_seed, flatten, parse
-from feddm_flwr.presets import STRATEGIES
-from feddm_flwr.schema import PRESET
-from feddm_flwr.tracking import nest
+from feddm_flwr.config.fields import PRESET
+from feddm_flwr.config.presets import STRATEGIES
+from feddm_flwr.reporting.records import nest
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from feddm_flwr import data, images, sources, survey
+from feddm_flwr.cli import inspect_data
 from feddm_flwr.config import ConfigError, RunConfig, parse
-from feddm_flwr.data import NodeData, load_all, load_node
-from feddm_flwr.state_folder import state_root
+from feddm_flwr.data import images, node_data, sources
+from feddm_flwr.data.node_data import NodeData, load_all, load_node
+from feddm_flwr.storage.state_folder import state_root
 
 OWN = parse({"data.name": "own", "data.image-size": 8, "data.channels": 1})  # of a node, by its data-path
 
@@ -79,9 +80,9 @@ def test_dirichlet_is_more_skewed_for_smaller_alpha() -> None:
 
 
 def test_partitions_depend_on_the_seed_and_on_nothing_else() -> None:
-    data._load_node.cache_clear()
+    node_data._load_node.cache_clear()
     first = both(node(1, 4, data__partition="dirichlet"))
-    data._load_node.cache_clear()
+    node_data._load_node.cache_clear()
     assert both(node(1, 4, data__partition="dirichlet")) == first
     assert both(node(1, 4, data__partition="dirichlet", seed=1)) != first
 
@@ -243,7 +244,7 @@ def test_floating_point_images_are_refused(tmp_path: Path) -> None:
 
 def test_images_are_decoded_once_and_anew_when_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget() -> NodeData:  # as another process would find it
-        data._load_own.cache_clear()
+        node_data._load_own.cache_clear()
         sources.open_source.cache_clear()
         return load(parse(SHAPE), None, str(folder))
 
@@ -327,7 +328,7 @@ def test_what_is_guessed_of_images_is_a_size_that_the_model_takes(side: int, siz
     (tmp_path / "images").mkdir()
     Image.new("L", (side, side)).save(tmp_path / "images" / "a.png")
     keys = {"data.name": str(tmp_path / "images"), "model.preset": "cifar10-32-small"}
-    lines = survey.describe(keys, 0, tmp_path / "data.png")
+    lines = inspect_data.describe(keys, 0, tmp_path / "data.png")
     assert f"guessed  data.image-size={size} data.channels=1" in lines
 
 
@@ -421,7 +422,7 @@ def test_what_a_killed_process_had_decoded_is_removed(folder: Path) -> None:
     (entry,) = (path for path in cache.iterdir() if path.is_dir())
     left = cache / f".writing-{entry.name}-x"
     entry.rename(left)
-    data._load_node.cache_clear()
+    node_data._load_node.cache_clear()
     load(config, (0, 2), None)
     assert entry.exists()
     assert not left.exists()
@@ -430,7 +431,7 @@ def test_what_a_killed_process_had_decoded_is_removed(folder: Path) -> None:
 def test_a_survey_shows_what_there_is_and_guesses_what_is_missing(folder: Path, tmp_path: Path) -> None:
     (folder / "dog" / "broken.png").write_bytes(b"no image")
     sheet = tmp_path / "out" / "sheet.png"
-    said = "\n".join(survey.describe({"data.name": str(folder), "data.partition": "shard"}, 2, sheet))
+    said = "\n".join(inspect_data.describe({"data.name": str(folder), "data.partition": "shard"}, 2, sheet))
     assert re.search(r"images   \d+ of \d+x\d+ to \d+x\d+, 1 more cannot be read", said)
     assert "broken dog/broken.png (UnidentifiedImageError)" in said
     assert "a run would refuse them" in said

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from feddm_flwr import diffusion, evaluation, pipelines
 from feddm_flwr.config import parse
+from feddm_flwr.evaluation import sampling
+from feddm_flwr.models import diffusion, pipelines
 
 
 def scheduler(schedule: str, timesteps: int = 1000, prediction: str = "v") -> DDPMScheduler:
@@ -56,6 +57,6 @@ def test_no_gamma_weighs_alike() -> None:
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc"])
 def test_few_sampling_steps_begin_where_there_is_only_noise(name: str) -> None:
-    solver = evaluation._SCHEDULERS[name].from_config(scheduler("cosine").config)
+    solver = sampling._SCHEDULERS[name].from_config(scheduler("cosine").config)
     solver.set_timesteps(10)
     assert int(solver.timesteps[0]) == 999

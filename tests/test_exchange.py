@@ -16,15 +16,17 @@ import pytest
 from flwr.app import Error, Message
 from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_train, run
 
-from feddm_flwr import architecture, model
-from feddm_flwr.aggregation import server_optimizer
+from feddm_flwr.aggregation.server_optimizers import server_optimizer
 from feddm_flwr.config import CODECS, ConfigError, RunConfig
-from feddm_flwr.exchange import Values, channel, exact, fingerprint
-from feddm_flwr.node_state import NodeState, StateLostError
-from feddm_flwr.state_folder import forget_run, state_root
-from feddm_flwr.tally import Round
+from feddm_flwr.exchange.channel import channel, exact, fingerprint
+from feddm_flwr.exchange.node_state import NodeState, StateLostError
+from feddm_flwr.models import networks, parameters
+from feddm_flwr.server.round import RoundResult
+from feddm_flwr.storage.state_folder import forget_run, state_root
+from feddm_flwr.vector import Layout, Vector
 
 RUN = "0123456789abcdef" * 2
+LAYOUT = Layout(("weights",), ((1000,),))
 
 
 def both(codec: str, **keys: Any) -> RunConfig:
@@ -35,12 +37,12 @@ def both(codec: str, **keys: Any) -> RunConfig:
 
 
 @cache
-def undisturbed(c: RunConfig) -> list[Round]:
+def undisturbed(c: RunConfig) -> list[RoundResult]:
     """The run without any fault."""
     return run(c)
 
 
-def bits(rounds: list[Round]) -> bytes:
+def bits(rounds: list[RoundResult]) -> bytes:
     return rounds[-1].weights.tobytes()
 
 
@@ -171,7 +173,7 @@ def damage_shadow(how: str) -> None:
         else:  # whole, but not what it says
             number = int(path.name.split("-")[1])
             c = both("int2")
-            layout = model.layout(architecture.build(c, {}))
+            layout = parameters.layout(networks.build(c, {}))
             vector = np.ones(layout.size, np.float32)
             path.write_bytes(exact(layout.fingerprint, layout.size).encode(vector, "shadow", number))
 
@@ -224,8 +226,8 @@ def test_a_node_that_builds_other_initial_weights_gets_the_whole_shadow(monkeypa
     c = both("int2")
     expected = undisturbed(c)
     server = feddm(c)
-    other = architecture.build(config(seed=1), {})
-    monkeypatch.setattr(architecture, "build", lambda config, assets: other)
+    other = networks.build(config(seed=1), {})
+    monkeypatch.setattr(networks, "build", lambda config, assets: other)
     rounds = list(server.run(LocalGrid(nodes(c))))
     assert bits(rounds) == bits(expected)
     assert rounds[0].bytes_full > 0
@@ -240,12 +242,12 @@ def test_the_server_s_model_follows_its_optimizer_while_the_nodes_follow_the_sha
     """The model moves by the mean of what arrived; what the downlink loses is owed, not forgotten."""
     c = both("int2", num_server_rounds=3)
     strategy = feddm(c)
-    layout = model.layout(architecture.build(c, {}))
+    layout = parameters.layout(networks.build(c, {}))
     up = channel("int2", c.codec, layout.fingerprint, layout.size)
     optimizer = server_optimizer("nesterov", c.server.learning_rate, c.server.momentum)
-    weights = model.to_vector(architecture.build(c, {}))
+    weights = parameters.to_vector(networks.build(c, {}))
     state = optimizer.init(weights)
-    sent: dict[int, list[Values]] = {}
+    sent: dict[int, list[Vector]] = {}
 
     def record(message: Message, reply: Message) -> Message:
         number = int(str(message.content.config_records["task"]["round"]))
@@ -262,21 +264,22 @@ def test_the_server_s_model_follows_its_optimizer_while_the_nodes_follow_the_sha
         np.testing.assert_allclose(done.weights, weights, atol=1e-6)
 
 
-def vector(seed: int) -> Values:
+def vector(seed: int) -> Vector:
     return np.random.default_rng(seed).standard_normal(1000).astype(np.float32)
 
 
 def test_state_is_read_as_it_was_written_and_only_by_its_owner(tmp_path: Path) -> None:
     own = NodeState(tmp_path, RUN, "a")
-    own.write("residual", 3, vector(0), "layout", still=())
-    assert own.read("residual", 3, "layout", 1000).tobytes() == vector(0).tobytes()
-    for wrong in ((3, "other", 1000), (3, "layout", 999), (4, "layout", 1000)):
+    own.write("residual", 3, vector(0), LAYOUT, still=())
+    assert own.read("residual", 3, LAYOUT).tobytes() == vector(0).tobytes()
+    other_name, other_size = Layout(("other",), ((1000,),)), Layout(("weights",), ((999,),))
+    for wrong in ((3, other_name), (3, other_size), (4, LAYOUT)):
         with pytest.raises(StateLostError, match="residual-"):
             own.read("residual", *wrong)
     other = NodeState(tmp_path, RUN, "b")
     shutil.copy(own.path / "residual-3.frame", other.path)
     with pytest.raises(StateLostError, match="the frame's layout is"):
-        other.read("residual", 3, "layout", 1000)
+        other.read("residual", 3, LAYOUT)
 
 
 def test_residuals_since_the_acknowledged_round_are_kept(tmp_path: Path) -> None:
@@ -290,9 +293,9 @@ def test_residuals_since_the_acknowledged_round_are_kept(tmp_path: Path) -> None
         (8, (4, 4), {4, 5, 6, 8}),
         (9, (8, 4), {4, 6, 8, 9}),
     ):
-        state.write("residual", number, vector(number), "layout", still)
+        state.write("residual", number, vector(number), LAYOUT, still)
         assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in kept}
-    state.write("residual", 7, vector(7), "layout", (8, 4))  # a job that was overtaken
+    state.write("residual", 7, vector(7), LAYOUT, (8, 4))  # a job that was overtaken
     assert {path.name for path in state.path.iterdir()} == {f"residual-{n}.frame" for n in (4, 6, 7, 8, 9)}
 
 
@@ -306,7 +309,7 @@ def test_a_run_uuid_is_never_a_path(tmp_path: Path) -> None:
 def test_runs_that_nobody_touched_for_two_weeks_are_forgotten_and_nothing_else(tmp_path: Path) -> None:
     old, recent = "1" * 32, "2" * 32
     for run_uuid in (old, recent):
-        NodeState(tmp_path, run_uuid, "a").write("residual", 1, vector(0), "layout", ())
+        NodeState(tmp_path, run_uuid, "a").write("residual", 1, vector(0), LAYOUT, ())
     (tmp_path / "notes").mkdir()
     long_ago = time.time() - 15 * 24 * 3600
     for path in (tmp_path / old, tmp_path / old / "a", tmp_path / "notes"):

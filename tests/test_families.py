@@ -15,30 +15,31 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from local_grid import LocalGrid, config, nodes
 from safetensors.torch import save_file
 
-from feddm_flwr import architecture, assets, cli, model, pipelines
+from feddm_flwr.cli.main import main
 from feddm_flwr.config import ConfigError
-from feddm_flwr.data import load_node
-from feddm_flwr.drawing import GlobalModel
-from feddm_flwr.judge import final
-from feddm_flwr.latents import decode
-from feddm_flwr.parts import parts_of
-from feddm_flwr.perceptual import VGG16
-from feddm_flwr.state_folder import state_root
-from feddm_flwr.strategy import FedDM
-from feddm_flwr.tally import Round
+from feddm_flwr.data.node_data import load_node
+from feddm_flwr.evaluation.global_model import GlobalModel
+from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.models import networks, parameters, pipelines, pretrained
+from feddm_flwr.models.autoencoder import decode
+from feddm_flwr.models.vgg16 import VGG16
+from feddm_flwr.server.evaluation import final
+from feddm_flwr.server.round import RoundResult
+from feddm_flwr.server.strategy import FedDM
+from feddm_flwr.storage.state_folder import state_root
 
 
-def trained(folder: Path, **keys: Any) -> list[Round]:
+def trained(folder: Path, **keys: Any) -> list[RoundResult]:
     """Run two rounds with four nodes, and write `folder`/model."""
     c = config(num_server_rounds=2, **keys)
-    files = assets.fetch(c, folder / "assets")
-    network = architecture.build(c, files)
-    parts = parts_of(model.layout(network), c)
-    feddm = FedDM(c, parts.shared.take(model.to_vector(network)), parts, uuid.uuid4().hex, files)
+    files = pretrained.fetch(c, folder / "assets")
+    network = networks.build(c, files)
+    parts = split_of(parameters.layout(network), c)
+    feddm = FedDM(c, parts.shared.take(parameters.to_vector(network)), parts, uuid.uuid4().hex, files)
     grid = LocalGrid(nodes(c))
     rounds = list(feddm.run(grid))
     assert all(r.clients_ok == 4 and not r.failures for r in rounds)
-    model.load_vector(network, feddm.ema)
+    parameters.load_vector(network, feddm.ema)
     last = final(feddm, grid, GlobalModel(network, c, files), None) if c.stage == "autoencoder" else {}
     pipelines.save(network, c, files, folder / "model", "card", last.get("latent_power"))
     return rounds
@@ -47,7 +48,7 @@ def trained(folder: Path, **keys: Any) -> list[Round]:
 def tuned(base: Path, **keys: Any) -> Any:
     """The network of a run that fine-tunes a model."""
     c = config(model__init_from=str(base), **keys)
-    return architecture.build(c, assets.fetch(c, base.parent / uuid.uuid4().hex))
+    return networks.build(c, pretrained.fetch(c, base.parent / uuid.uuid4().hex))
 
 
 def drawn(folder: Path) -> tuple[str, tuple[int, int]]:
@@ -69,14 +70,14 @@ def test_a_class_is_sampled_when_asked_for_and_others_are_refused(
 
     def drawn_by(*arguments: str) -> list[bytes]:
         line = ["sample", str(tmp_path), "-n", "2", "--steps", "4", "-o", str(tmp_path / "images.npz"), *arguments]
-        assert cli.main(line) == 0
+        assert main(line) == 0
         return [image.tobytes() for image in np.load(tmp_path / "images.npz")["images"]]
 
     three = drawn_by("--class", "3", "--guidance", "2")
     assert drawn_by("--class", "3") == three
     assert drawn_by("--class", "4") != three
     assert drawn_by("--class", "3", "--guidance", "5") != three
-    assert cli.main(["sample", str(tmp_path), "--class", "cat"]) == 2
+    assert main(["sample", str(tmp_path), "--class", "cat"]) == 2
     assert "--class = 'cat': must be one of 0, 1, 2" in capsys.readouterr().err
 
 
@@ -111,7 +112,7 @@ def test_a_perceptual_loss_is_sent_to_the_nodes_and_changes_the_training(tmp_pat
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")
     wrong = config(**keys, autoencoder__perceptual=str(tmp_path / "other.safetensors"))
     with pytest.raises(ConfigError, match=r"autoencoder\.perceptual = .*cannot be read"):
-        assets.fetch(wrong, tmp_path)
+        pretrained.fetch(wrong, tmp_path)
 
 
 def test_looks_differ_more_where_more_differs() -> None:
@@ -153,13 +154,13 @@ def test_adapters_are_all_that_travels_and_end_up_in_the_model(tmp_path: Path) -
 )
 def test_a_model_to_fine_tune_must_fit_the_run(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
     c = config()
-    pipelines.save(architecture.build(c, {}), c, {}, tmp_path / "model", "")
+    pipelines.save(networks.build(c, {}), c, {}, tmp_path / "model", "")
     with pytest.raises(ConfigError, match=said):
         tuned(tmp_path / "model", **keys)
 
 
 def test_the_process_of_a_model_is_found_where_old_repositories_have_it(tmp_path: Path) -> None:
-    architecture.build(config(), {}).save_pretrained(tmp_path / "old")
+    networks.build(config(), {}).save_pretrained(tmp_path / "old")
     noise = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_end": 0.01}
     (tmp_path / "old" / "scheduler_config.json").write_text(json.dumps(noise))  # without prediction_type
     with pytest.raises(ConfigError) as caught:
@@ -172,7 +173,7 @@ def test_the_process_of_a_model_is_found_where_old_repositories_have_it(tmp_path
 
 def test_a_class_pipeline_draws_in_half_precision(tmp_path: Path) -> None:
     c = config(model__class_conditional=True)
-    pipelines.save(architecture.build(c, {}), c, {}, tmp_path, "")
+    pipelines.save(networks.build(c, {}), c, {}, tmp_path, "")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("3", num_inference_steps=2).images[0].size == (8, 8)
@@ -180,7 +181,7 @@ def test_a_class_pipeline_draws_in_half_precision(tmp_path: Path) -> None:
 
 def test_classes_are_added_to_a_model_that_has_none_and_others_than_its_own_are_refused(tmp_path: Path) -> None:
     c = config()
-    pipelines.save(architecture.build(c, {}), c, {}, tmp_path / "model", "")
+    pipelines.save(networks.build(c, {}), c, {}, tmp_path / "model", "")
     keys: dict[str, Any] = {"model__class_conditional": True}
     network = tuned(tmp_path / "model", **keys)
     pipelines.save(network, config(**keys), {}, tmp_path / "ten", "")
@@ -193,7 +194,7 @@ def test_classes_are_added_to_a_model_that_has_none_and_others_than_its_own_are_
 
 def test_latents_are_decoded_in_ever_smaller_tiles_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     c = config(stage="autoencoder", data__image_size=64)
-    model_ = architecture.build(c, {}).eval()
+    model_ = networks.build(c, {}).eval()
     latents = torch.randn(2, 4, 16, 16)
     whole = decode(model_, latents)
     real = model_.decoder.forward
@@ -220,4 +221,4 @@ def test_a_model_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
     keys = {key.replace(".", "__").replace("-", "_"): str(tmp_path / "nowhere")}
     kind = {"model__kind": "ldm"} if key == "model.autoencoder" else {}
     with pytest.raises(ConfigError, match=f"{key} = .*nowhere'.*cannot be read"):
-        assets.fetch(config(**keys, **kind), tmp_path)
+        pretrained.fetch(config(**keys, **kind), tmp_path)

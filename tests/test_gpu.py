@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from feddm_flwr import architecture, evaluation, model, pipelines, recording, training
+from feddm_flwr.compute import cuda_graph
+from feddm_flwr.compute.device import prepare_process
 from feddm_flwr.config import RunConfig, parse
-from feddm_flwr.objectives import Denoising, Pixels
-from feddm_flwr.training import Progress
+from feddm_flwr.evaluation import sampling
+from feddm_flwr.models import networks, parameters, pipelines
+from feddm_flwr.training import loop
+from feddm_flwr.training.examples import Pixels
+from feddm_flwr.training.loop import Progress
+from feddm_flwr.training.objectives import Denoising
+from feddm_flwr.vector import Vector
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -33,13 +39,13 @@ def config(**keys: object) -> RunConfig:
     return parse({**SMALL, **keys})
 
 
-def trained(c: RunConfig, images: int = 150) -> tuple[model.Vector, training.Trained]:
-    device = training.prepare_process(c)
-    network = architecture.build(c, {}).to(device)
+def trained(c: RunConfig, images: int = 150) -> tuple[Vector, loop.Trained]:
+    device = prepare_process(c)
+    network = networks.build(c, {}).to(device)
     pixels = np.random.default_rng(0).integers(0, 256, (images, 3, 32, 32), np.uint8)
     objective = Denoising(c, Pixels(pixels, True, device), np.zeros(images, np.int64), device)
-    result = training.train(network, objective, c, "node", Progress(1, 0), device)
-    return model.to_vector(network), result
+    result = loop.train(network, objective, c, "node", Progress(1, 0), device)
+    return parameters.to_vector(network), result
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,7 @@ def test_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(Denoising, "losses", lambda self, *a, old=Denoising.losses: seen.append(1) or old(self, *a))
     trained(config(), images=320)
-    assert len(seen) == recording._BEFORE + 1
+    assert len(seen) == cuda_graph._BEFORE + 1
 
 
 def test_a_batch_that_was_cut_is_recorded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,12 +104,12 @@ def test_garbage_of_earlier_steps_spoils_no_recording(caplog: pytest.LogCaptureF
     assert "CUDA graph" not in caplog.text
 
 
-def garbage() -> Iterator[recording.Recording]:
+def garbage() -> Iterator[cuda_graph.CudaGraph]:
     """Recordings that were made."""
     device, x = torch.device("cuda"), torch.ones(3, device="cuda")
     for _ in range(3):
-        one = recording.Recording(device)
-        with recording.side_stream(device):
+        one = cuda_graph.CudaGraph(device)
+        with cuda_graph.side_stream(device):
             for _ in range(3):
                 one(torch.sin, x)
         yield one
@@ -121,11 +127,11 @@ def test_a_compiled_network_trains_as_well(caplog: pytest.LogCaptureFixture) -> 
 def test_samples_are_those_of_a_cpu(scheduler: str) -> None:
     """Up to the rounding of bf16; the steps of the first batch are recorded."""
     c = config()
-    training.prepare_process(c)
-    network = architecture.build(c, {})
+    prepare_process(c)
+    network = networks.build(c, {})
     process = pipelines.noise_scheduler(c).config
-    on_cpu = evaluation.sample(network, process, 6, 10, seed=1, scheduler=scheduler)
-    on_gpu = evaluation.sample(network.cuda(), process, 6, 10, seed=1, scheduler=scheduler, batch_size=4)
+    on_cpu = sampling.sample(network, process, 6, 10, seed=1, scheduler=scheduler)
+    on_gpu = sampling.sample(network.cuda(), process, 6, 10, seed=1, scheduler=scheduler, batch_size=4)
     assert np.abs(on_cpu.astype(int) - on_gpu).mean() < 4
 
 

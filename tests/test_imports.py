@@ -3,167 +3,49 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "feddm_flwr"
-FILES = sorted(PACKAGE.glob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-#: What each module may import of its siblings: only what stands below it.
-ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
-    "schema": set(),
-    "diffusion": set(),
-    "wire": set(),
-    "aggregation": set(),
-    "whole_file": set(),
-    "checkpoint": {"whole_file"},
-    "outliers": {"aggregation"},
-    "robust": {"aggregation"},
-    "trackers": {"schema"},
-    "tracking": {"config", "trackers", "whole_file"},
-    "report_page": set(),
-    "presets": {"schema"},
-    "keys": {"presets", "schema"},
-    "contradictions": {"keys"},
-    "config": {"contradictions", "keys", "presets", "schema"},
-    "charts": {"tracking"},
-    "comparison": {"config", "tracking", "whole_file"},
-    "comparison_tables": {"keys"},
-    "report": {"charts", "report_page", "tracking", "whole_file"},
-    "packing": {"wire"},
-    "grid_codec": {"packing"},
-    "sparse_codec": {"grid_codec", "packing", "wire"},
-    "codec": {"config", "grid_codec", "packing", "sparse_codec", "wire"},
-    "array_cache": {"whole_file"},
-    "images": {"config", "keys"},
-    "sources": {"config", "images"},
-    "partition": {"config", "sources"},
-    "data": {"array_cache", "config", "images", "partition", "sources"},
-    "perceptual": set(),
-    "assets": {"config", "diffusion", "perceptual", "whole_file"},
-    "architecture": {"assets", "config"},
-    "class_pipeline": set(),
-    "pipelines": {"architecture", "assets", "class_pipeline", "config", "diffusion"},
-    "model": set(),
-    "latents": {"array_cache", "assets", "data", "images", "recording"},
-    "objectives": {"config", "data", "diffusion", "images", "latents", "perceptual", "precision"},
-    "costs": {"config", "exchange", "parts"},
-    "exchange": {"codec", "config", "wire"},
-    "broadcast": {"config", "exchange"},
-    "state_folder": {"whole_file"},
-    "node_state": {"exchange", "state_folder", "whole_file"},
-    "certificates": {"config", "whole_file"},
-    "resume": {"config"},
-    "parts": {"config", "exchange", "model"},
-    "node_link": {"config", "exchange", "node_state", "parts"},
-    "node_config": {"config", "data", "state_folder"},
-    "node_round": {
-        *("architecture", "assets", "config", "data", "latents", "model", "node_link", "node_state", "objectives"),
-        *("parts", "perceptual", "pipelines", "training"),
-    },
-    "worker": {"config", "node_config", "node_evaluation", "node_round", "recording"},
-    "precision": set(),
-    "recording": set(),
-    "step": {"config", "objectives", "recording"},
-    "training": {"config", "model", "objectives", "recording", "step"},
-    "evaluation": {"class_pipeline", "config", "images", "latents", "precision", "recording"},
-    "features": {"array_cache", "assets", "config", "images"},
-    "reference": set(),
-    "gauges": set(),
-    "scores": {"reference"},
-    "finished": {*("config", "data", "evaluation", "features", "images", "pipelines", "scores", "state_folder")},
-    "node_evaluation": {
-        *("architecture", "assets", "config", "data", "exchange", "features", "model", "node_round", "objectives"),
-        *("reference", "training"),
-    },
-    "drawing": {*("assets", "config", "evaluation", "exchange", "images", "latents", "model", "pipelines")},
-    "judge": {
-        *(
-            "assets",
-            "config",
-            "data",
-            "diffusion",
-            "drawing",
-            "evaluation",
-            "exchange",
-            "features",
-            "gauges",
-            "images",
-            "messages",
-        ),
-        *("model", "node_evaluation", "node_report", "reference", "state_folder", "strategy", "whole_file"),
-    },
-    "survey": {"config", "data", "evaluation", "presets", "sources"},
-    "messages": set(),
-    "probes": {"messages"},
-    "nodes": {"config", "messages", "probes"},
-    "collection": {"messages", "probes"},
-    "node_report": {"config", "messages"},
-    "tally": {"aggregation", "collection", "config", "exchange", "node_report", "outliers"},
-    "strategy": {
-        *(
-            "aggregation",
-            "broadcast",
-            "checkpoint",
-            "collection",
-            "config",
-            "exchange",
-            "messages",
-            "node_report",
-            "nodes",
-            "outliers",
-        ),
-        *("parts", "probes", "robust", "tally"),
-    },
-    "display": {"config", "tracking"},
-    "options": {"config"},
-    "launch": {"config", "display", "tracking"},
-}
-TOP = {"server_app", "server_run", "client_app", "cli"}
-FLWR = {
-    "judge",
-    "messages",
-    "collection",
-    "probes",
-    "nodes",
-    "strategy",
-    "server_app",
-    "server_run",
-    "client_app",
-    "cli",
-}
-CODING = {"packing", "grid_codec", "sparse_codec", "codec", "exchange", "node_link"}
-MODELS = {
-    "architecture",
-    "assets",
-    "class_pipeline",
-    "diffusion",
-    "latents",
-    "model",
-    "objectives",
-    "perceptual",
-    "pipelines",
-}
-ABOUT_TENSORS = (
-    CODING
-    | MODELS
-    | {"precision", "recording", "step", "training", "evaluation", "features", "node_round", "scores"}
-    | {
-        *("drawing", "finished", "gauges", "judge", "node_evaluation", "reference"),
-    }
-)
+#: A room, which is a folder or a file at the top, imports only rooms on lines above its own. docs/architecture.md says
+#: what is in each.
+LEVELS = [
+    "config storage vector",
+    "compute protocol aggregation codecs data reporting",
+    "exchange models",
+    "training evaluation",
+    "server node cli",  # three processes: never each other
+    "server_app client_app",
+]
+LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms.split()}
 #: No torch at all, not even inside a function.
-NO_TORCH = {*ALLOWED} - ABOUT_TENSORS
-#: Costly to import: only inside the functions that need them, outside the modules that are about them.
+NO_TORCH = {"config", "storage", "vector", "protocol", "aggregation", "data", "reporting"}
+#: A node does not know Flower: client_app hands it plain values.
+FLWR = {"server_app", "client_app", "server", "cli"}
+#: Costly to import: only inside the functions that need them, but for the rooms that are about them.
 HEAVY = {"bitsandbytes", "torch", "diffusers", "datasets", "flwr_datasets", "matplotlib", "sklearn", "ray"}
-MAY_BE_HEAVY = ABOUT_TENSORS | {"server_run"}
+MAY_BE_HEAVY = {"codecs", "compute", "evaluation", "exchange", "models", "server", "training"}
+#: Of rooms that are light, the modules that nobody imports before torch is needed.
+HEAVY_MODULES = {"cli.trained_model", "node.train", "node.evaluate"}
 
 
-def imports(path: Path, *, top_level: bool = False) -> set[str]:
-    """Names of the modules that a file imports; siblings as `feddm_flwr.x`."""
+def module_of(path: Path) -> str:
+    """The module of a file below the package, such as `codecs.grid`; that of a folder's `__init__` is the folder."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+@cache
+def imports(path: Path, *, top_level: bool = False) -> frozenset[str]:
+    """Names of the modules that a file imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         node
@@ -178,43 +60,87 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
+            assert node.level == 0, f"{path}: relative import"
             assert node.module
-            found |= {f"feddm_flwr.{a.name}" for a in node.names} if node.module == "feddm_flwr" else {node.module}
-    return found
+            parent = node.module.removeprefix("feddm_flwr").removeprefix(".")
+            modules = {alias.name for alias in node.names if f"{parent}.{alias.name}".removeprefix(".") in MODULES}
+            found |= {f"{node.module}.{name}" for name in modules}
+            if len(modules) < len(node.names):
+                found.add(node.module)
+    return frozenset(found)
 
 
-def siblings(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("feddm_flwr.")}
-    return names - {"__version__"}
+def own(path: Path) -> set[str]:
+    """Modules of this package that a file imports."""
+    names = (name.removeprefix("feddm_flwr.") for name in imports(path) if name.startswith("feddm_flwr."))
+    return {*names} & {*MODULES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_imports_point_down_only(path: Path) -> None:
-    if path.stem == "server_app":  # which Flower loads before it starts the nodes
-        assert siblings(path) == {"server_run"}
-        assert imports(path, top_level=True) == {"__future__", "flwr.app", "flwr.serverapp"}
-    elif path.stem in TOP:
-        assert not siblings(path) & TOP
-    else:
-        assert siblings(path) <= ALLOWED[path.stem]
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_flwr_and_torch_stay_where_they_belong(path: Path) -> None:
-    roots = {name.split(".")[0] for name in imports(path)}
-    if path.stem not in FLWR:
-        assert "flwr" not in roots
-    if path.stem in NO_TORCH:
-        assert not roots & {"torch", "diffusers"}
+def packages(path: Path, *, top_level: bool = False) -> set[str]:
+    """Top-level packages that a file imports."""
+    return {name.partition(".")[0] for name in imports(path, top_level=top_level)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_heavy_libraries_are_imported_late(path: Path) -> None:
-    if path.stem not in MAY_BE_HEAVY:
-        assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_only(module: str) -> None:
+    if module:
+        here = room_of(module)
+        assert here in LEVEL, f"{here} has no line in LEVELS"
+        for other in own(MODULES[module]):
+            assert room_of(other) == here or LEVEL[room_of(other)] < LEVEL[here], f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_a_file_is_one_idea(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def test_within_a_room_there_are_no_circles() -> None:
+    graph = {module: own(path) for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def walk(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above, module])
+        if module not in done:
+            for other in graph[module]:
+                walk(other, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        walk(module, ())
+
+
+def test_the_doors_of_the_app_are_light() -> None:
+    # Flower loads the server's before it starts the nodes.
+    assert own(PACKAGE / "server_app.py") == {"server.run"}
+    assert imports(PACKAGE / "server_app.py", top_level=True) == {"__future__", "flwr.app", "flwr.serverapp"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_flwr_and_torch_stay_where_they_belong(module: str) -> None:
+    found, here = packages(MODULES[module]), room_of(module)
+    if here not in FLWR:
+        assert "flwr" not in found
+    if here in NO_TORCH:
+        assert not found & {"torch", "diffusers"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_libraries_are_imported_late(module: str) -> None:
+    if room_of(module) not in MAY_BE_HEAVY and module not in HEAVY_MODULES:
+        assert not packages(MODULES[module], top_level=True) & HEAVY
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_is_one_idea(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_house_is_as_it_is_drawn() -> None:
+    """Every room of the list is there, and the arrows between rooms are counted for who changes them."""
+    assert {room_of(module) for module in MODULES} - {""} == {*LEVEL}
+    arrows: dict[str, set[str]] = defaultdict(set)
+    for module, path in MODULES.items():
+        arrows[room_of(module)] |= {room_of(other) for other in own(path)} - {room_of(module)}
+    up = [(a, b) for a, found in arrows.items() for b in found if a and b and LEVEL[b] >= LEVEL[a]]
+    print(f"{len(LEVEL)} rooms on {len(LEVELS)} levels, {sum(map(len, arrows.values()))} arrows, {len(up)} upward")
+    assert not up

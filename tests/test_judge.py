@@ -14,23 +14,23 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from local_grid import Handler, LocalGrid, config, nodes, run_server
 from torch import nn
 
-from feddm_flwr import architecture, features, gauges, model, reference
 from feddm_flwr.config import ConfigError, RunConfig
-from feddm_flwr.data import load_all
-from feddm_flwr.drawing import GlobalModel
-from feddm_flwr.evaluation import labels_like
-from feddm_flwr.judge import Judge, check_reference, final
-from feddm_flwr.node_evaluation import near_by_chance, near_copies, separability
-from feddm_flwr.node_report import levels_of
-from feddm_flwr.parts import parts_of
-from feddm_flwr.reference import statistics
-from feddm_flwr.strategy import FedDM
+from feddm_flwr.data.node_data import load_all
+from feddm_flwr.evaluation import features, lipschitz, statistics
+from feddm_flwr.evaluation.global_model import GlobalModel
+from feddm_flwr.evaluation.grids import labels_like
+from feddm_flwr.evaluation.memorization import near_by_chance, near_copies, separability
+from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.models import networks, parameters
+from feddm_flwr.protocol.replies import levels_of
+from feddm_flwr.server.evaluation import GlobalEvaluation, check_reference, final
+from feddm_flwr.server.strategy import FedDM
 
 
 def federation(c: RunConfig) -> tuple[GlobalModel, FedDM]:
-    network = architecture.build(c, {})
-    parts = parts_of(model.layout(network), c)
-    return GlobalModel(network, c, {}), FedDM(c, model.to_vector(network), parts, "0" * 32)
+    network = networks.build(c, {})
+    parts = split_of(parameters.layout(network), c)
+    return GlobalModel(network, c, {}), FedDM(c, parameters.to_vector(network), parts, "0" * 32)
 
 
 def on_evaluate(handle: Handler, change: Any) -> Handler:
@@ -56,11 +56,11 @@ def huge(content: RecordDict) -> None:
 def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, tmp_path: Path) -> None:
     c = config(eval__features=kind, eval__samples=32, sample__steps=3)
     of, feddm = federation(c)
-    judge = Judge(of, tmp_path)
+    judge = GlobalEvaluation(of, tmp_path)
     judge.refer(feddm, LocalGrid(nodes(c)))
     images, classes, _ = load_all(c)
     network = features.read(judge.recipe).build()
-    pooled = statistics(network(images), classes)
+    pooled = statistics.statistics(network(images), classes)
     assert judge._real
     assert judge._real.count == pooled.count == 1438
     for ours, theirs in ((judge._real.second, pooled.second), (judge._real.third, pooled.third)):
@@ -71,7 +71,7 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     assert 0 <= found["coverage"] <= 1
     assert {*found["coverage_by_class"]} == {str(i) for i in range(10)}
     # What was gathered is kept: no node is asked again.
-    again = Judge(of, tmp_path)
+    again = GlobalEvaluation(of, tmp_path)
     again.refer(feddm, LocalGrid({}))
     assert again.figures() == found
     for keys, said in (
@@ -105,7 +105,7 @@ def test_the_sum_does_not_depend_on_who_answers_first_and_bad_sums_cost_their_no
         handlers = nodes(c)
         handlers[998] = on_evaluate(handlers[998], lambda content: content.array_records.pop("weights"))
         handlers[999] = on_evaluate(handlers[999], huge)
-        judge = Judge(of, tmp_path / folder)
+        judge = GlobalEvaluation(of, tmp_path / folder)
         judge.refer(feddm, LocalGrid(handlers, backwards=backwards))
         sums.append((tmp_path / folder / "reference" / "sums").read_bytes())
     assert sums[0] == sums[1]
@@ -116,20 +116,20 @@ def test_small_nodes_give_no_sums(tmp_path: Path) -> None:
     c = config(eval__features="random", eval__min_images=10_000)
     of, feddm = federation(c)
     with pytest.raises(RuntimeError, match=r"no node gave sums of features \(eval.min-images = 10000\)"):
-        Judge(of, tmp_path).refer(feddm, LocalGrid(nodes(c)))
+        GlobalEvaluation(of, tmp_path).refer(feddm, LocalGrid(nodes(c)))
 
 
 def test_a_classifier_needs_images_on_the_server(tmp_path: Path) -> None:
     own = {"data__name": "/xrays", "data__image_size": 8, "data__channels": 1}
     of, _ = federation(config(eval__features="classifier", **own))
     with pytest.raises(ConfigError, match=r"eval.features = 'classifier': the server has no images to train it on"):
-        Judge(of, tmp_path)
+        GlobalEvaluation(of, tmp_path)
 
 
 def test_the_end_of_a_run_is_judged_by_the_nodes(tmp_path: Path) -> None:
     c = config(eval__features="random", eval__audit=True, eval__samples=32, sample__steps=3)
     of, feddm = federation(c)
-    grid, judge = LocalGrid(nodes(c)), Judge(of, tmp_path)
+    grid, judge = LocalGrid(nodes(c)), GlobalEvaluation(of, tmp_path)
     done = list(feddm.run(grid))
     found = final(feddm, grid, of, judge.recipe)
     assert {*found["audit"]} == {f"node-{i}" for i in range(4)}
@@ -189,7 +189,7 @@ def test_the_lipschitz_gauge_finds_the_largest_singular_value() -> None:
 
     torch.manual_seed(0)
     network = Linear()
-    found = gauges.lipschitz(network, torch.randn(4, 3, 2, 2), torch.zeros(4), None)
+    found = lipschitz.lipschitz(network, torch.randn(4, 3, 2, 2), torch.zeros(4), None)
     largest = float(torch.linalg.svdvals(network.matrix.detach())[0])
     assert 0.95 * largest <= found <= 1.001 * largest
     assert network.matrix.requires_grad
@@ -224,8 +224,8 @@ def test_copies_are_found_among_all_training_images() -> None:
 
 
 def test_sums_that_contradict_each_other_are_refused() -> None:
-    sums = reference.statistics(torch.randn(50, 4) + 3)
+    sums = statistics.statistics(torch.randn(50, 4) + 3)
     wrong = replace(sums, first=2 * sums.first)
     with pytest.raises(ValueError, match="statistics that no images have"):
-        reference.unpack(wrong.pack(), 4, [])
-    assert reference.unpack(sums.pack(), 4, []).count == 50
+        statistics.unpack(wrong.pack(), 4, [])
+    assert statistics.unpack(sums.pack(), 4, []).count == 50

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from feddm_flwr import launch
+from feddm_flwr.cli import launch
+from feddm_flwr.cli.progress import Display
 from feddm_flwr.config import parse
-from feddm_flwr.display import Display
 
 ROOT = Path(__file__).parent.parent
 

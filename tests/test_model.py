@@ -10,39 +10,41 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from feddm_flwr import architecture, diffusion, evaluation, model, pipelines
 from feddm_flwr.config import SCHEDULERS, parse
+from feddm_flwr.evaluation import grids, sampling
+from feddm_flwr.models import diffusion, networks, parameters, pipelines
 
 TINY = parse({"model.preset": "tiny"})
 
 
 def test_vector_and_model_are_one() -> None:
-    network = architecture.build(TINY, {})
-    vector = model.to_vector(network)
-    layout = model.layout(network)
+    network = networks.build(TINY, {})
+    vector = parameters.to_vector(network)
+    layout = parameters.layout(network)
     assert vector.shape == (layout.size,) == (sum(p.numel() for p in network.parameters()),)
     random = np.random.default_rng(0).standard_normal(layout.size).astype(np.float32)
-    model.load_vector(network, random)
-    assert model.to_vector(network).tobytes() == random.tobytes()
+    parameters.load_vector(network, random)
+    assert parameters.to_vector(network).tobytes() == random.tobytes()
     with pytest.raises(ValueError, match="the vector has shape"):
-        model.load_vector(network, random[:-1])
+        parameters.load_vector(network, random[:-1])
 
 
 def test_initial_weights_depend_on_the_seed_only() -> None:
     torch.manual_seed(1)
-    first = model.to_vector(architecture.build(TINY, {}))
+    first = parameters.to_vector(networks.build(TINY, {}))
     torch.manual_seed(2)
     before = torch.random.get_rng_state()
-    assert model.to_vector(architecture.build(TINY, {})).tobytes() == first.tobytes()
+    assert parameters.to_vector(networks.build(TINY, {})).tobytes() == first.tobytes()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (
-        model.to_vector(architecture.build(parse({"model.preset": "tiny", "seed": 1}), {})).tobytes() != first.tobytes()
+        parameters.to_vector(networks.build(parse({"model.preset": "tiny", "seed": 1}), {})).tobytes()
+        != first.tobytes()
     )
 
 
 def test_the_fingerprint_tells_architectures_apart() -> None:
     prints = {
-        model.layout(architecture.build(parse({"model.preset": "tiny", **keys}), {})).fingerprint
+        parameters.layout(networks.build(parse({"model.preset": "tiny", **keys}), {})).fingerprint
         for keys in ({}, {"model.block-channels": "16,64"}, {"model.layers-per-block": 2}, {"data.channels": 3})
     }
     assert len(prints) == 4
@@ -50,23 +52,23 @@ def test_the_fingerprint_tells_architectures_apart() -> None:
 
 def test_the_shipped_folder_generates_with_diffusers_alone(tmp_path: Path) -> None:
     config = parse({"model.preset": "tiny", "diffusion.timesteps": 10, "sample.steps": 5})
-    network = architecture.build(config, {})
+    network = networks.build(config, {})
     pipelines.save(network, config, {}, tmp_path / "model", "card")
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "model")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(batch_size=2, num_inference_steps=10).images[0].size == (8, 8)
-    assert model.to_vector(pipeline.unet).tobytes() == model.to_vector(network).tobytes()
+    assert parameters.to_vector(pipeline.unet).tobytes() == parameters.to_vector(network).tobytes()
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_an_image_depends_on_its_number_and_seed_not_on_the_batch(scheduler: str) -> None:
-    network = architecture.build(TINY, {})
+    network = networks.build(TINY, {})
     config = pipelines.noise_scheduler(TINY).config
-    few = evaluation.sample(network, config, 3, 5, seed=1, scheduler=scheduler)
-    many = evaluation.sample(network, config, 10, 5, seed=1, batch_size=4, scheduler=scheduler)
+    few = sampling.sample(network, config, 3, 5, seed=1, scheduler=scheduler)
+    many = sampling.sample(network, config, 10, 5, seed=1, batch_size=4, scheduler=scheduler)
     # Convolutions of another batch size may add in another order.
     assert np.abs(many[:3].astype(int) - few).max() <= 1
-    assert (evaluation.sample(network, config, 3, 5, seed=2, scheduler=scheduler) != few).any()
+    assert (sampling.sample(network, config, 3, 5, seed=2, scheduler=scheduler) != few).any()
 
 
 @pytest.mark.parametrize("steps", [20, 61, 794])  # diffusers' rounding adds one to the latter two
@@ -88,14 +90,14 @@ def test_every_scheduler_ends_at_what_the_denoiser_says(scheduler: str, steps: i
             noise = (x - a.sqrt() * image) / (1 - a).sqrt()
             return type("Out", (), {"sample": a.sqrt() * noise - (1 - a).sqrt() * image})
 
-    drawn = evaluation.sample(
+    drawn = sampling.sample(
         Knowing(), pipelines.noise_scheduler(parse({})).config, 2, steps, seed=0, scheduler=scheduler
     )
     assert np.abs(drawn.astype(float) - ((image.numpy() + 1) * 127.5)).max() <= 4
 
 
 def test_where_memory_runs_out_fewer_are_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = architecture.build(TINY, {})
+    network = networks.build(TINY, {})
     forward = network.forward
 
     def little_memory(x: torch.Tensor, *rest: Any) -> Any:
@@ -104,13 +106,13 @@ def test_where_memory_runs_out_fewer_are_drawn_at_a_time(monkeypatch: pytest.Mon
         return forward(x, *rest)
 
     config = pipelines.noise_scheduler(TINY).config
-    whole = evaluation.sample(network, config, 5, 3, seed=1)
+    whole = sampling.sample(network, config, 5, 3, seed=1)
     monkeypatch.setattr(network, "forward", little_memory)
-    assert np.abs(evaluation.sample(network, config, 5, 3, seed=1).astype(int) - whole).max() <= 1
+    assert np.abs(sampling.sample(network, config, 5, 3, seed=1).astype(int) - whole).max() <= 1
 
 
 @pytest.mark.parametrize(("count", "channels", "size"), [(1, 1, 8), (7, 3, 16), (64, 1, 28)])
 def test_grids_hold_every_image(count: int, channels: int, size: int) -> None:
     images = np.full((count, channels, size, size), 7, np.uint8)
     scale = max(1, round(56 / size))
-    assert (np.asarray(evaluation.grid(images)) == 7).sum() == count * channels * (size * scale) ** 2
+    assert (np.asarray(grids.grid(images)) == 7).sum() == count * channels * (size * scale) ** 2

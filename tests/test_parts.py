@@ -9,11 +9,12 @@ import pytest
 from flwr.app import Error, Message
 from local_grid import Handler, LocalGrid, config, feddm, nodes, on_train, run
 
-from feddm_flwr import architecture, model
 from feddm_flwr.config import ConfigError, RunConfig
-from feddm_flwr.exchange import Values, channel
-from feddm_flwr.parts import Parts, assign, parts_of
-from feddm_flwr.state_folder import state_root
+from feddm_flwr.exchange.channel import channel
+from feddm_flwr.exchange.partial import Split, assign, split_of
+from feddm_flwr.models import networks, parameters
+from feddm_flwr.storage.state_folder import state_root
+from feddm_flwr.vector import Layout, Vector
 
 SCHEMES: list[dict[str, Any]] = [
     {},
@@ -29,9 +30,9 @@ def quick(**keys: Any) -> RunConfig:
     return config(**{"eval__every": 0, "train__local_steps": 2, "train__batch_size": 4, **keys})
 
 
-def parts(c: RunConfig) -> tuple[Parts, model.Layout]:
-    layout = model.layout(architecture.build(c, {}))
-    return parts_of(layout, c), layout
+def parts(c: RunConfig) -> tuple[Split, Layout]:
+    layout = parameters.layout(networks.build(c, {}))
+    return split_of(layout, c), layout
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -98,7 +99,7 @@ def test_weights_are_summed_for_each_part_over_the_nodes_that_sent_it() -> None:
     c = quick(strategy="feddm-quant", codec__uplink="int8", codec__downlink="none", exchange__parts="usplit",
               num_server_rounds=1, data__partition="dirichlet")  # fmt: skip
     found, _ = parts(c)
-    sent: dict[str, tuple[str, Values]] = {}
+    sent: dict[str, tuple[str, Vector]] = {}
 
     def record(message: Message, reply: Message) -> Message:
         part = str(message.content.config_records["task"]["part"])
@@ -109,7 +110,7 @@ def test_weights_are_summed_for_each_part_over_the_nodes_that_sent_it() -> None:
         return reply
 
     server = feddm(c)
-    start = found.shared.take(model.to_vector(architecture.build(c, {})))
+    start = found.shared.take(parameters.to_vector(networks.build(c, {})))
     (done,) = server.run(LocalGrid({i: on_train(h, record) for i, h in nodes(c).items()}))
     images = {node.name: node.images for node in server.nodes}
     assert server.never_sent == set()
@@ -131,13 +132,13 @@ def test_personal_parameters_stay_on_the_node_whose_own_model_loads_with_diffuse
     rounds = run(c)
     assert rounds[-1].bytes_up_fp32 == 4 * 4 * found.shared.layout.size
     assert rounds[-1].weights.shape == (found.shared.layout.size,)
-    own: list[Values] = []
+    own: list[Vector] = []
     for path in sorted(state_root(None).glob("*/*/pipeline")):
         unet = DDPMPipeline.from_pretrained(path).unet
-        assert model.layout(unet) == layout
-        own.append(found.personal.take(model.to_vector(unet)))
+        assert parameters.layout(unet) == layout
+        own.append(found.personal.take(parameters.to_vector(unet)))
     assert len(own) == 4
-    initial = found.personal.take(model.to_vector(architecture.build(c, {})))
+    initial = found.personal.take(parameters.to_vector(networks.build(c, {})))
     assert len({v.tobytes() for v in [*own, initial]}) == 5  # each trained, each its own
     assert rounds[-1].weights.tobytes() == run(c)[-1].weights.tobytes()
 
@@ -184,8 +185,8 @@ def test_a_node_that_lost_its_personal_parameters_begins_anew_and_says_so() -> N
 
 def test_the_diffusers_u_net_has_the_parts_that_the_schemes_name() -> None:
     """A wider model than the tests': names begin with one of those that the schemes know."""
-    names = model.layout(
-        architecture.build(quick(model__block_channels="16,32,32", model__attention="0,1,1"), {})
+    names = parameters.layout(
+        networks.build(quick(model__block_channels="16,32,32", model__attention="0,1,1"), {})
     ).names
     known = ("conv_in.", "down_blocks.", "mid_block.", "up_blocks.", "conv_norm_out.", "conv_out.", "time_embedding.")
     assert all(name.startswith(known) for name in names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from feddm_flwr import precision
+from feddm_flwr.compute import precision
 
 CPU = torch.device("cpu")
 

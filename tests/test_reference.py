@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from feddm_flwr import scores
-from feddm_flwr.reference import Statistics, coverage, covered, fid, kid, statistics, total, unpack
+from feddm_flwr.evaluation import scores
+from feddm_flwr.evaluation.statistics import Statistics, coverage, covered, fid, kid, statistics, total, unpack
 
 
 def some(seed: int, count: int, size: int = 16) -> torch.Tensor:

@@ -15,10 +15,12 @@ import torch
 from local_grid import config, row, run_server
 from tensorboardX.proto.event_pb2 import Event
 
-from feddm_flwr import cli, report, server_run, trackers
+from feddm_flwr.cli.main import main
 from feddm_flwr.config import ConfigError, flatten, parse
-from feddm_flwr.judge import Judge
-from feddm_flwr.tracking import RunDirectory, read_metrics, status_of
+from feddm_flwr.reporting import comparison_page, report, trackers
+from feddm_flwr.reporting.records import read_metrics, status_of
+from feddm_flwr.reporting.run_directory import RunDirectory
+from feddm_flwr.server.evaluation import GlobalEvaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -55,7 +57,7 @@ def test_a_judged_run_has_its_figures_its_best_model_and_reports_that_a_browser_
     for words in ("FID by round", "Memorization audit", "Classes among the samples", "by noise level", "random (an"):
         assert words in text
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["report", "first", "second"]) == 0
+    assert main(["report", "first", "second"]) == 0
     both = (tmp_path / "comparison.html").read_text()
     assert "strategy" not in both.partition("Figures")[0].partition("<h1>")[2].replace("feddm", "")
     for words in ("first", "second", "seed=1", "FID by bytes"):
@@ -77,18 +79,18 @@ def test_an_evaluation_that_fails_or_is_killed_costs_no_round_and_is_made_up_for
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: dict[str, Any] = {"eval__features": "random", "num_server_rounds": 2, "out_dir": str(tmp_path)}
-    whole, figures = run(tmp_path, run_name="whole", **keys), Judge.figures
+    whole, figures = run(tmp_path, run_name="whole", **keys), GlobalEvaluation.figures
 
     def fail(error: type[BaseException], at: int) -> None:
         calls: list[int] = []
 
-        def failing(self: Judge) -> dict[str, Any]:
+        def failing(self: GlobalEvaluation) -> dict[str, Any]:
             calls.append(1)
             if len(calls) == at:
                 raise error
             return figures(self)
 
-        monkeypatch.setattr(Judge, "figures", failing)
+        monkeypatch.setattr(GlobalEvaluation, "figures", failing)
 
     fail(torch.OutOfMemoryError, 1)
     rows = read_metrics(run(tmp_path, run_name="failed", **keys))
@@ -105,13 +107,13 @@ def test_an_evaluation_that_fails_or_is_killed_costs_no_round_and_is_made_up_for
 def test_a_run_goes_on_with_nodes_of_the_kind_that_it_had_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(server_run, "simulated", lambda grid: True)
+    monkeypatch.setattr("feddm_flwr.server.run.simulated", lambda grid: True)
     path = run(tmp_path, run_name="x", num_server_rounds=1)
     text = (path / "report.html").read_text()
     assert "feddm run --num-supernodes 4 -c" in text
     assert "· iid ·" in text
     assert "data.partition" in (path / "model" / "README.md").read_text()
-    monkeypatch.setattr(server_run, "simulated", lambda grid: False)
+    monkeypatch.setattr("feddm_flwr.server.run.simulated", lambda grid: False)
     with pytest.raises(ConfigError, match="was a simulation, and cannot go on otherwise: feddm run local --resume"):
         run(tmp_path, run_name="x", num_server_rounds=1, resume=True)
     path = run(tmp_path, run_name="y", num_server_rounds=1)
@@ -119,7 +121,7 @@ def test_a_run_goes_on_with_nodes_of_the_kind_that_it_had_only(
     assert "feddm run SUPERLINK -c" in text
     assert "· iid ·" not in text  # their images are what they are
     assert "data.partition" not in (path / "model" / "README.md").read_text()
-    assert cli.main(["run", "--resume", str(path)]) == 2
+    assert main(["run", "--resume", str(path)]) == 2
     assert "was one of real nodes, and cannot go on otherwise: feddm run SUPERLINK" in capsys.readouterr().err
 
 
@@ -226,15 +228,15 @@ def test_runs_that_differ_in_their_nodes_are_not_the_same_and_a_loss_is_set_besi
             own.log_round(row(number, connected=count, eval_loss=1, bytes_up=1e6, bytes_down=1e6))
         own.finish("completed")
         rows[name] = read_metrics(own.path)
-    text = report.write_comparison([tmp_path / "few", tmp_path / "many"], tmp_path / "both.html").read_text()
+    text = comparison_page.write_comparison([tmp_path / "few", tmp_path / "many"], tmp_path / "both.html").read_text()
     assert "2 nodes" in text
     assert "3 nodes" in text
     assert "the same configuration" not in text
     drawn = []
     monkeypatch.setattr(report.charts, "dots", lambda *arguments: drawn.append(arguments[0]))
-    report._compared(rows)
+    comparison_page._compared(rows)
     assert drawn == [{"few": [(4.0, 1)], "many": [(4.0, 1)]}]  # of two rounds: the third evaluated what they came to
-    report._compared({name: own[:1] for name, own in rows.items()})
+    comparison_page._compared({name: own[:1] for name, own in rows.items()})
     assert len(drawn) == 1
 
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from local_grid import LocalGrid, config, feddm, nodes, on_query, on_train, run
 from numpy.typing import NDArray
 
-from feddm_flwr import wire
+from feddm_flwr.aggregation.outliers import Outliers
+from feddm_flwr.aggregation.robust import RobustMean
+from feddm_flwr.codecs import framing
 from feddm_flwr.config import RunConfig
-from feddm_flwr.exchange import Channel, channel
-from feddm_flwr.outliers import Outliers
-from feddm_flwr.robust import RobustMean
+from feddm_flwr.exchange.channel import Channel, channel
 
-SIZE = wire.CHUNK + 3  # two chunks
+SIZE = framing.CHUNK + 3  # two chunks
 
 
 def coded(codec: str, size: int) -> Channel:
@@ -106,22 +106,22 @@ def test_under_a_robust_rule_no_node_decides_alone_how_far_the_run_is(tmp_path: 
 def test_norms_are_judged_by_earlier_rounds_only() -> None:
     outliers = Outliers(limit=10.0, clip=2.0)
     one = np.ones(100, np.float32)  # norm 10
-    assert outliers.judge("all", one) == (10.0, 1.0)
+    assert outliers.check("all", one) == (10.0, 1.0)
     with pytest.raises(ValueError, match="norm 20: in the first round at most 10, 1 for a parameter"):
-        outliers.judge("all", 2 * one)
+        outliers.check("all", 2 * one)
     outliers.commit({"all": [(1.0, 1), (2.0, 1), (9.0, 1)]})
-    assert outliers.judge("all", one) == (10.0, 0.4)
+    assert outliers.check("all", one) == (10.0, 0.4)
     with pytest.raises(ValueError, match=r"norm 30: more than server.norm-limit = 10 times the median of 2 in earlier"):
-        outliers.judge("all", 3 * one)
-    assert outliers.judge("encoder", one) == (10.0, 1.0)  # each part has norms of its own
-    assert outliers.judge("all", 3 * one, steps=3) == (30.0, 0.4)  # more steps go further
+        outliers.check("all", 3 * one)
+    assert outliers.check("encoder", one) == (10.0, 1.0)  # each part has norms of its own
+    assert outliers.check("all", 3 * one, steps=3) == (30.0, 0.4)  # more steps go further
     again = Outliers(10.0, 2.0)
     again.restore(outliers.state())
-    assert again.judge("all", one) == (10.0, 0.4)
+    assert again.check("all", one) == (10.0, 0.4)
     for _ in range(5):
         outliers.commit({"all": [(100.0, 1)]})
-    assert outliers.judge("all", 3 * one) == (30.0, 1.0)  # rounds long past do not count
-    assert Outliers(0.0, 0.0).judge("all", 1000 * one) == (10000.0, 1.0)
+    assert outliers.check("all", 3 * one) == (30.0, 1.0)  # rounds long past do not count
+    assert Outliers(0.0, 0.0).check("all", 1000 * one) == (10000.0, 1.0)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -133,10 +133,10 @@ def test_nodes_of_few_steps_and_of_many_are_taken_as_they_are(power: float) -> N
     for norm, steps in lengths:
         update = np.zeros(4, np.float32)
         update[0] = norm
-        assert outliers.judge("all", update, steps) == (pytest.approx(norm), 1.0)
+        assert outliers.check("all", update, steps) == (pytest.approx(norm), 1.0)
     update[0] = 10 * 300 * 4
     with pytest.raises(ValueError, match=r"more than server\.norm-limit = 2 times"):
-        outliers.judge("all", update, 10**6)  # it says so
+        outliers.check("all", update, 10**6)  # it says so
 
 
 def liar(c: RunConfig, factor: float, first: int) -> dict[int, object]:
@@ -147,7 +147,7 @@ def liar(c: RunConfig, factor: float, first: int) -> dict[int, object]:
         number = int(message.content.config_records["task"]["round"])
         if number >= first:
             array = reply.content.array_records["weights"]["frame"]
-            header, _ = wire.read_header(array.data)
+            header, _ = framing.read_header(array.data)
             exact = Channel(up.codec, header.layout, header.size)
             array.data = exact.encode(factor * exact.decode(array.data, "delta", number), "delta", number)
         return reply

@@ -11,10 +11,12 @@ import scipy.linalg
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from feddm_flwr import cli, features, pipelines, scores
-from feddm_flwr.architecture import build
+from feddm_flwr.cli.main import main
 from feddm_flwr.config import ConfigError, parse
-from feddm_flwr.data import load_all
+from feddm_flwr.data.node_data import load_all
+from feddm_flwr.evaluation import features, scores
+from feddm_flwr.models import pipelines
+from feddm_flwr.models.networks import build
 
 
 def normal(seed: int, count: int, size: int = 12) -> torch.Tensor:
@@ -88,7 +90,7 @@ def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.Capt
     config = parse({"model.preset": "tiny"})
     pipelines.save(build(config, {}), config, {}, tmp_path / "model", "")
     line = ["evaluate", str(tmp_path), "-n", "40", "--steps", "3", "-o", str(tmp_path / "out" / "scores.json")]
-    assert cli.main(line) == 0
+    assert main(line) == 0
     said = capsys.readouterr().out
     for text in (
         "FID  ",
@@ -103,7 +105,7 @@ def test_a_model_is_evaluated_by_one_command(tmp_path: Path, capsys: pytest.Capt
     assert "warning    FID of fewer than 10000 samples" in said
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert written["fid"] > 10 * written["fid_floor"]  # noise
-    assert cli.main([*line[:-2], "-c", "data.image-size=16"]) == 2
+    assert main([*line[:-2], "-c", "data.image-size=16"]) == 2
     assert "its images are (1, 16, 16), the model's (1, 8, 8)" in capsys.readouterr().err
 
 

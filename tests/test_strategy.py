@@ -22,11 +22,12 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.superlink.grid import http_grid
 from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_query, on_train, run
 
-from feddm_flwr import messages, probes
 from feddm_flwr.client_app import app
 from feddm_flwr.config import ConfigError, RunConfig, flatten
-from feddm_flwr.nodes import Roster, RunFailedError
-from feddm_flwr.tally import Round
+from feddm_flwr.protocol.failures import RunFailedError
+from feddm_flwr.server.federation import flower_patches, liveness
+from feddm_flwr.server.federation.roster import Roster
+from feddm_flwr.server.round import RoundResult
 
 
 @pytest.mark.parametrize("strategy", ["feddm-vanilla", "feddm-prox", "feddm-quant"])
@@ -35,7 +36,7 @@ def test_the_order_of_replies_does_not_change_a_bit(strategy: str) -> None:
     assert run(c)[-1].weights.tobytes() == run(c, backwards=True)[-1].weights.tobytes()
 
 
-def frames(c: RunConfig) -> tuple[list[Round], list[tuple[str, bytes]]]:
+def frames(c: RunConfig) -> tuple[list[RoundResult], list[tuple[str, bytes]]]:
     """A run, and the frames that its nodes sent."""
     sent: list[tuple[str, bytes]] = []
 
@@ -54,7 +55,7 @@ def test_under_averaging_the_model_is_the_mean_of_what_the_nodes_sent(strategy: 
     server = feddm(c)
     images = {node.name: node.images for node in run_nodes(c).values()}
     mean = np.average(
-        [server._up["all"].decode(frame, "weights", 1).astype(np.float64) for _, frame in sorted(sent)],
+        [server._receiver._channels["all"].decode(frame, "weights", 1).astype(np.float64) for _, frame in sorted(sent)],
         axis=0,
         weights=[images[name] for name, _ in sorted(sent)],
     )
@@ -94,14 +95,14 @@ def with_report(reply: Message, message: Message, **changes: Any) -> Message:
 
 
 def a_frame(c: RunConfig, value: float, *, number: int = 1) -> bytes:
-    up = feddm(c)._up["all"]
+    up = feddm(c)._receiver._channels["all"]
     vector = np.full(up.size, 1.0, np.float32)
     frame = bytearray(up.encode(vector, "weights", number))
     if value != 1.0:  # past the sender's own check
-        from feddm_flwr import wire
+        from feddm_flwr.codecs import framing
 
         planes = np.full(up.size, value, "<f4").view(np.uint8).reshape(-1, 4).T
-        frame = bytearray(wire.write(wire.read_header(bytes(frame))[0], [[plane.tobytes() for plane in planes]]))
+        frame = bytearray(framing.write(framing.read_header(bytes(frame))[0], [[plane.tobytes() for plane in planes]]))
     return bytes(frame)
 
 
@@ -188,7 +189,7 @@ def failing(count: int, times: int) -> dict[int, Handler]:
 
 def test_a_node_that_was_restarted_in_the_middle_of_its_task_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower waits for the reply of the process that is gone, since the new one has its id."""
-    monkeypatch.setattr(probes, "_FIRST", 0.1)
+    monkeypatch.setattr(liveness, "_FIRST", 0.1)
     c = config(num_server_rounds=1)
     handlers = nodes(c)
     unlucky, trained = min(handlers), 0
@@ -336,7 +337,7 @@ def test_nobody_takes_a_registered_name(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_a_large_federation_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="feddm")
+    caplog.set_level("INFO", logger="feddm_flwr")
     Roster(C).wait(LocalGrid(nodes(C, 60)), first=True)
     lines = [line for line in caplog.messages if re.match("node node-|[0-9]+ more", line)]
     assert len(lines) == 51
@@ -394,7 +395,7 @@ def test_a_run_without_a_usable_node_fails_at_once() -> None:
 def test_a_restarted_node_keeps_its_name_while_its_old_id_is_still_listed() -> None:
     c = config(num_server_rounds=3)
     handlers = nodes(c)
-    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    rounds: Iterator[RoundResult] = feddm(c).run(LocalGrid(handlers))
     assert next(rounds).clients_ok == 4
     handlers[5] = handlers[1000]  # node-0, under a new id
     handlers[1000] = lambda m: Message(Error(5, "gone"), reply_to=m)
@@ -405,11 +406,11 @@ def test_a_restarted_node_keeps_its_name_while_its_old_id_is_still_listed() -> N
 
 
 def test_a_name_is_not_taken_from_a_node_that_is_silent_but_connected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("feddm_flwr.nodes._ANSWER", 0.5)
+    monkeypatch.setattr("feddm_flwr.server.federation.roster._ANSWER", 0.5)
     c = config(num_server_rounds=3)
     handlers = nodes(c)
     real = handlers[1000]
-    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    rounds: Iterator[RoundResult] = feddm(c).run(LocalGrid(handlers))
     next(rounds)
     handlers[1000] = lambda m: None if m.metadata.message_type == "query" else real(m)  # it is busy
     handlers[5] = node(c, 1, **{"node-name": "node-0"})
@@ -486,7 +487,7 @@ def test_one_round_waits_for_a_node_that_is_asked_again_and_does_not_answer(capl
 def test_a_second_node_of_a_name_does_not_oust_the_one_that_works(caplog: pytest.LogCaptureFixture) -> None:
     c = config(num_server_rounds=3)
     handlers = nodes(c)
-    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    rounds: Iterator[RoundResult] = feddm(c).run(LocalGrid(handlers))
     first = next(rounds)
     handlers[5] = node(c, 1, **{"node-name": "node-0"})
     (*_, last) = rounds
@@ -499,7 +500,7 @@ def test_a_second_node_of_a_name_does_not_oust_the_one_that_works(caplog: pytest
 def test_a_new_node_takes_part_once_it_is_known_and_nobody_waits_for_it() -> None:
     c = config(num_server_rounds=3)
     handlers = nodes(c)
-    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    rounds: Iterator[RoundResult] = feddm(c).run(LocalGrid(handlers))
     assert next(rounds).clients_ok == 4
     handlers[6] = lambda m: None  # never answers
     assert next(rounds).clients_ok == 4
@@ -510,7 +511,7 @@ def test_a_new_node_takes_part_once_it_is_known_and_nobody_waits_for_it() -> Non
 def test_a_node_whose_introduction_had_no_time_beside_long_rounds_takes_part_once_it_has() -> None:
     c = config(num_server_rounds=6)
     handlers, ttls = nodes(c), []
-    rounds: Iterator[Round] = feddm(c).run(LocalGrid(handlers))
+    rounds: Iterator[RoundResult] = feddm(c).run(LocalGrid(handlers))
     next(rounds)
 
     def late(message: Message) -> Message | None:
@@ -538,7 +539,7 @@ def test_a_node_that_has_other_images_than_before_is_asked_what_it_has(
         grown[0] |= message.metadata.message_type == "train"
         return node(c, 1, count, **{"node-name": "node-3"})(message)
 
-    rounds: Iterator[Round] = server.run(LocalGrid(handlers | {min(handlers): changed}))
+    rounds: Iterator[RoundResult] = server.run(LocalGrid(handlers | {min(handlers): changed}))
     had = [next(rounds) and {n.name: n.images for n in server.nodes}["node-3"] for _ in range(4)]
     assert had[0] < had[-1] == 1438 // 2
     assert caplog.messages.count("node node-3 has other images than it said") == 1
@@ -566,9 +567,10 @@ def test_a_run_that_is_resumed_does_not_wait_for_a_node_that_finds_something_wro
 
 def test_an_array_that_would_grow_as_it_is_unpacked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4)
+    flower_patches.install()
     inflate = inflatable_class_registry["Array"].inflate  # as Flower calls it
     honest, bomb = (Array("uint8", (8,), "feddm.frame", data) for data in (b"abcdefgh", b"abcdabcd"))
-    monkeypatch.setattr(messages._pulling, "left", 14, raising=False)
+    monkeypatch.setattr(flower_patches.pulling, "left", 14, raising=False)
     assert inflate(honest.deflate(), honest.children).data == b"abcdefgh"  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="an array of 8 bytes, where 6 were left"):
         inflate(bomb.deflate(), bomb.children)
@@ -584,7 +586,8 @@ def test_a_reply_of_a_real_node_that_is_too_large_is_not_fetched_to_its_end(monk
         fetched.append(name)
         return bytes(100)
 
-    monkeypatch.setattr(messages._pulling, "reply", messages._Reply(1000), raising=False)
+    monkeypatch.setattr(flower_patches.pulling, "reply", flower_patches.PendingReply(1000), raising=False)
+    flower_patches.install()
     pull = http_grid.pull_objects  # type: ignore[attr-defined]
     assert len(pull(object_ids=[str(i) for i in range(10)], pull_object_fn=fetch)) == 10  # as Flower calls it
     fetched.clear()
@@ -613,8 +616,8 @@ def test_a_node_that_reads_its_images_for_longer_than_nodes_are_waited_for_takes
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Connected, but silent: it has until `round-timeout`."""
-    monkeypatch.setattr("feddm_flwr.nodes._SLOW", 0.5)
-    caplog.set_level("INFO", "feddm")
+    monkeypatch.setattr("feddm_flwr.server.federation.roster._SLOW", 0.5)
+    caplog.set_level("INFO", "feddm_flwr")
     c = config(wait_timeout=1.0, num_server_rounds=1, min_nodes=4)
     grid, ready = LocalGrid(nodes(c)), time.monotonic() + 2.5
     answer = grid.pull_messages
@@ -638,7 +641,7 @@ def test_a_node_that_reads_its_images_for_longer_than_nodes_are_waited_for_takes
 
 def test_a_node_that_is_one_reply_behind_introduces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a SuperNode may be that has a reply left over from before its SuperLink was restarted."""
-    monkeypatch.setattr(probes, "_FIRST", 0.3)
+    monkeypatch.setattr(liveness, "_FIRST", 0.3)
     c = config(num_server_rounds=1, wait_timeout=20.0)
     grid, asked = LocalGrid(nodes(c)), list[str]()
     push, pull = grid.push_messages, grid.pull_messages

@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from feddm_flwr import architecture, model, recording, step, training
+from feddm_flwr.compute import cuda_graph, device
 from feddm_flwr.config import RunConfig, parse
-from feddm_flwr.data import NodeData, load_node
-from feddm_flwr.images import Images
-from feddm_flwr.objectives import Denoising, Pixels
-from feddm_flwr.training import Progress
+from feddm_flwr.data.images import Images
+from feddm_flwr.data.node_data import NodeData, load_node
+from feddm_flwr.models import networks, parameters
+from feddm_flwr.training import loop, step
+from feddm_flwr.training.examples import Pixels
+from feddm_flwr.training.loop import Progress
+from feddm_flwr.training.objectives import Denoising
+from feddm_flwr.vector import Vector
 
 CPU = torch.device("cpu")
 SMALL = {"model.preset": "tiny", "train.local-steps": 12, "train.batch-size": 16, "train.warmup-steps": 0}
@@ -37,11 +41,11 @@ def objective(c: RunConfig, images: Images) -> Denoising:
     return Denoising(c, pixels, np.zeros(len(images), np.int64), CPU)
 
 
-def trained(c: RunConfig, name: str = "node-0", number: int = 1) -> tuple[model.Vector, training.Trained]:
-    network = architecture.build(c, {})
+def trained(c: RunConfig, name: str = "node-0", number: int = 1) -> tuple[Vector, loop.Trained]:
+    network = networks.build(c, {})
     data = node_of_four(config())
-    result = training.train(network, objective(c, data.train), c, name, Progress(number, 0), CPU)
-    return model.to_vector(network), result
+    result = loop.train(network, objective(c, data.train), c, name, Progress(number, 0), CPU)
+    return parameters.to_vector(network), result
 
 
 def test_the_proximal_gradient_is_that_of_the_objective() -> None:
@@ -59,7 +63,7 @@ def test_the_proximal_gradient_is_that_of_the_objective() -> None:
 
 
 def test_a_strong_proximal_term_holds_the_weights_back() -> None:
-    initial = model.to_vector(architecture.build(config(), {}))
+    initial = parameters.to_vector(networks.build(config(), {}))
     free, held = (
         np.linalg.norm(trained(c)[0] - initial) for c in (config(), config(strategy="feddm-prox", train__mu=100.0))
     )
@@ -115,7 +119,7 @@ def test_a_held_out_loss_is_of_all_noise_levels_however_few_images_there_are(
         return torch.zeros(len(drawn[1]))
 
     monkeypatch.setattr(Denoising, "_squared_errors", losses)
-    objective(c, node_of_four(c).held_out).fixed_losses(architecture.build(c, {}), count, "node")
+    objective(c, node_of_four(c).held_out).fixed_losses(networks.build(c, {}), count, "node")
     assert len(seen) == count
     assert np.mean(seen) == pytest.approx(499.5, abs=1)
     assert np.diff([0, *seen, 999]).max() <= math.ceil(1000 / count)
@@ -125,7 +129,7 @@ def test_epochs_are_passes_over_the_images() -> None:
     images = len(node_of_four(config()).train)
     c = config(**{"train__local-steps": 0, "train__local-epochs": 2, "train__batch-size": 50})
     assert trained(c)[1].steps == 2 * math.ceil(images / 50)
-    order = training._batches(10, 4, torch.Generator().manual_seed(0))
+    order = loop._batches(10, 4, torch.Generator().manual_seed(0))
     epochs = [torch.cat([next(order) for _ in range(3)]) for _ in range(2)]
     assert all(sorted(e.tolist()) == list(range(10)) for e in epochs)
     assert epochs[0].tolist() != epochs[1].tolist()
@@ -142,11 +146,11 @@ def test_a_slow_node_stops_in_time_and_says_how_far_it_came() -> None:
 def test_a_process_serves_one_run_after_another_with_the_settings_of_each() -> None:
     before = torch.get_num_threads()
     try:
-        training.prepare_process(config(train__threads=3, train__deterministic=True))
+        device.prepare_process(config(train__threads=3, train__deterministic=True))
         assert torch.get_num_threads() == 3
         assert torch.are_deterministic_algorithms_enabled()
-        training.prepare_process(config())
-        assert torch.get_num_threads() == training._CORES
+        device.prepare_process(config())
+        assert torch.get_num_threads() == device._CORES
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         torch.set_num_threads(before)
@@ -159,32 +163,32 @@ def test_a_loss_that_is_not_finite_stops_the_node() -> None:
 
 def test_the_learning_rate_goes_on_across_rounds() -> None:
     c = config(**{"train__warmup-steps": 30, "num-server-rounds": 5, "train__learning-rate": 1.0})
-    rates = [training.learning_rate(c, Progress(r, 12 * (r - 1)), s, 12) for r in range(1, 6) for s in range(12)]
+    rates = [loop.learning_rate(c, Progress(r, 12 * (r - 1)), s, 12) for r in range(1, 6) for s in range(12)]
     top = int(np.argmax(rates))
     assert 20 <= top <= 32
     assert np.all(np.diff(rates[: top + 1]) > 0)
     assert np.all(np.diff(rates[top:]) < 0)
     assert rates[-1] < 0.01
     flat = config(**{"train__warmup-steps": 0, "train__lr-schedule": "constant", "train__learning-rate": 0.5})
-    assert {training.learning_rate(flat, Progress(r, 0), s, 12) for r in (1, 5) for s in (0, 11)} == {0.5}
+    assert {loop.learning_rate(flat, Progress(r, 0), s, 12) for r in (1, 5) for s in (0, 11)} == {0.5}
 
 
 def test_evaluation_leaves_parameters_that_can_be_trained() -> None:
     """Also where evaluation moves or replaces their storage, as a move to a GPU does."""
     c, data = config(), node_of_four(config())
-    network = architecture.build(c, {})._apply(lambda p: p.clone())
+    network = networks.build(c, {})._apply(lambda p: p.clone())
     objective(c, data.held_out).held_out(network, 256, "node-0")
     assert not any(p.is_inference() for p in network.parameters())
-    training.train(network, objective(c, data.train), c, "node-0", Progress(1, 0), CPU)
+    loop.train(network, objective(c, data.train), c, "node-0", Progress(1, 0), CPU)
 
 
 def test_held_out_loss_is_the_same_every_time_and_knows_a_better_model() -> None:
     c = config(**{"train__local-steps": 60})
     held_out = objective(c, node_of_four(c).held_out)
-    network = architecture.build(c, {})
+    network = networks.build(c, {})
     first = held_out.held_out(network, 256, "node-0")
     assert held_out.held_out(network, 256, "node-0") == first
-    training.train(network, objective(c, node_of_four(c).train), c, "node-0", Progress(1, 0), CPU)
+    loop.train(network, objective(c, node_of_four(c).train), c, "node-0", Progress(1, 0), CPU)
     assert held_out.held_out(network, 256, "node-0").loss < 0.8 * first.loss
     assert np.mean(first.levels) == pytest.approx(first.loss, rel=0.05)
     assert math.isnan(held_out.held_out(network, 0, "node-0").loss)
@@ -255,20 +259,20 @@ def test_a_recording_that_fails_half_way_leaves_no_gradients_to_the_step_that_is
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     c = config(train__precision="fp32", **{"train__local-steps": 3, "train__micro-batch": 8})
-    expected, take = trained(c)[0], recording.Recording.__call__
+    expected, take = trained(c)[0], cuda_graph.CudaGraph.__call__
 
-    def fails(self: recording.Recording, function: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    def fails(self: cuda_graph.CudaGraph, function: Any, *inputs: torch.Tensor) -> torch.Tensor:
         own = function.__self__
         own._objective.losses(own._model, inputs).sum().backward()  # what was recorded until then
         return take(self, function, *inputs)
 
-    monkeypatch.setattr(recording.Recording, "__call__", fails)
+    monkeypatch.setattr(cuda_graph.CudaGraph, "__call__", fails)
     np.testing.assert_array_equal(trained(c)[0], expected)
 
 
 def test_what_was_not_recorded_yet_is_not_given_up() -> None:
     """Memory that runs out in the first step must not cost the recording of the others."""
-    one = recording.Recording(CPU)
+    one = cuda_graph.CudaGraph(CPU)
     one._left = 1
     assert not one.drop()
     assert one._left == 1
@@ -285,12 +289,12 @@ def test_memory_that_a_recording_holds_is_given_up_before_a_batch_is_cut(
             raise torch.OutOfMemoryError
         return losses(self, network, drawn)
 
-    def drop(_: recording.Recording) -> bool:
+    def drop(_: cuda_graph.CudaGraph) -> bool:
         was, held[0] = held[0], False
         return was
 
     monkeypatch.setattr(Denoising, "losses", full)
-    monkeypatch.setattr(recording.Recording, "drop", drop)
+    monkeypatch.setattr(cuda_graph.CudaGraph, "drop", drop)
     np.testing.assert_array_equal(trained(c)[0], expected)
     assert "without a CUDA graph" in caplog.text
     assert "images at a time" not in caplog.text

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from feddm_flwr.node_state import NodeState
-from feddm_flwr.tracking import RunDirectory
-from feddm_flwr.whole_file import whole_folder
+from feddm_flwr.exchange.node_state import NodeState
+from feddm_flwr.reporting.run_directory import RunDirectory
+from feddm_flwr.storage.atomic import whole_folder
 
 
 def test_everything_in_a_folder_is_durable_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feddm_flwr import wire
+from feddm_flwr.codecs import framing
+from feddm_flwr.codecs.framing import FrameError
 from feddm_flwr.config import CODECS, parse
-from feddm_flwr.exchange import Channel, channel
-from feddm_flwr.wire import FrameError
+from feddm_flwr.exchange.channel import Channel, channel
 
 SIZE = 1000
 LAYOUT = "0123456789abcdef" * 2
@@ -164,7 +164,7 @@ def test_version_round_content_layout_codec_and_size_are_checked() -> None:
 
 def with_planes(*planes: bytes) -> bytes:
     """The frame with other planes, each coded already."""
-    _, offset = wire.read_header(FRAME)
+    _, offset = framing.read_header(FRAME)
     body = b"".join(struct.pack("<I", len(plane)) + plane for plane in planes)
     return FRAME[:offset] + struct.pack("<II", len(body), zlib.crc32(body)) + body
 

@@ -202,7 +202,7 @@ class Federation:
     def workers(self, site: str) -> list[psutil.Process]:
         """The warm processes of a node."""
         nodes = {str(child.pid) for child in self.processes[site].children()}
-        found = [p for p in psutil.process_iter(["cmdline"]) if "feddm_flwr.worker" in (p.info["cmdline"] or [])]
+        found = [p for p in psutil.process_iter(["cmdline"]) if "feddm_flwr.node.worker" in (p.info["cmdline"] or [])]
         return [process for process in found if nodes & {part.split()[0] for part in process.info["cmdline"] if part}]
 
     def rows(self, name: str) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""The server's arithmetic on the nodes' updates. numpy only."""

@@ -1,0 +1,75 @@
+"""Server optimizers as `init` and `update`, and the moving average of the global weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from feddm_flwr.vector import PIECE, Vector
+
+State = dict[str, Vector]
+
+
+@dataclass(frozen=True)
+class ServerOptimizer:
+    """A rule that turns the mean update into the next weights; its state is explicit.
+
+    `init(weights) -> state`, `update(weights, delta, state) -> (weights, state)`.
+    """
+
+    init: Callable[[Vector], State]
+    update: Callable[[Vector, Vector, State], tuple[Vector, State]]
+
+
+def server_optimizer(name: str, learning_rate: float, momentum: float) -> ServerOptimizer:
+    """`averaging | nesterov | adam`, with step size eta and momentum beta."""
+    return {"averaging": averaging, "nesterov": nesterov, "adam": adam}[name](learning_rate, momentum)
+
+
+def averaging(eta: float, beta: float = 0.0) -> ServerOptimizer:
+    """w <- w + eta * delta: federated averaging at eta = 1 (McMahan et al. 2017). Ignores beta."""
+
+    def update(w: Vector, delta: Vector, state: State) -> tuple[Vector, State]:
+        return w + np.float32(eta) * delta, state
+
+    return ServerOptimizer(lambda w: {}, update)
+
+
+def nesterov(eta: float, beta: float) -> ServerOptimizer:
+    """m <- beta m + delta; w <- w + eta (delta + beta m): the outer step of DiLoCo
+    (Douillard et al. 2023)."""
+
+    def update(w: Vector, delta: Vector, state: State) -> tuple[Vector, State]:
+        m: Vector = np.float32(beta) * state["m"] + delta
+        step: Vector = delta + np.float32(beta) * m
+        return w + np.float32(eta) * step, {"m": m}
+
+    return ServerOptimizer(lambda w: {"m": np.zeros_like(w)}, update)
+
+
+def adam(eta: float, beta: float, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
+    """FedAdam (Reddi et al. 2021, algorithm 2): no bias correction, v starts at tau^2."""
+
+    def update(w: Vector, delta: Vector, state: State) -> tuple[Vector, State]:
+        m: Vector = np.float32(beta) * state["m"] + np.float32(1 - beta) * delta
+        v: Vector = np.float32(beta2) * state["v"] + np.float32(1 - beta2) * delta * delta
+        step: Vector = (m / (np.sqrt(v) + np.float32(tau))).astype(np.float32, copy=False)
+        return w + np.float32(eta) * step, {"m": m, "v": v}
+
+    return ServerOptimizer(lambda w: {"m": np.zeros_like(w), "v": np.full_like(w, tau * tau)}, update)
+
+
+def ema_factor(decay: float, steps_before: int, steps: int) -> float:
+    """What remains of the average in a round of `steps` local steps after `steps_before` others:
+    min(decay, (1 + s) / (10 + s))^H. A decay per round would ship the initial noise of a short run."""
+    return float(min(decay, (1 + steps_before) / (10 + steps_before)) ** steps)
+
+
+def ema_update(ema: Vector, weights: Vector, factor: float) -> Vector:
+    """factor * ema + (1 - factor) * weights."""
+    result: Vector = np.float32(factor) * ema
+    for start in range(0, len(result), PIECE):
+        result[start : start + PIECE] += np.float32(1 - factor) * weights[start : start + PIECE]
+    return result

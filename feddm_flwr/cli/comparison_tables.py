@@ -1,0 +1,156 @@
+"""What a comparison came to, as tables and plots: means and spread over seeds, and the least."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from feddm_flwr.config.keys import KEYS
+
+Results = Sequence[dict[str, Any]]
+
+
+def markdown(results: Results) -> str:
+    """A table for each condition."""
+    parts = []
+    for condition in dict.fromkeys(r["condition"] for r in results):
+        own = [r for r in results if r["condition"] == condition]
+        all_images = [r for r in own if _centralized(r) and r["fid"] is not None]
+        base = _base(all_images)
+        lines = [f"**{condition}**\n"] if condition else []
+        lines.append("| run | FID | least | over centralized | KID | coverage | held-out loss | up | down | seeds |")
+        lines.append("|---|---|---|---|---|---|---|---|---|---|")
+        for run in dict.fromkeys(r["run"] for r in own):
+            same = [r for r in own if r["run"] == run]
+            fids = [r["fid"] for r in same if r["fid"] is not None]
+            alike = len({_setting(r) for r in (*same, *all_images)}) == 1
+            over = f"{mean(fids) / mean(base):.3f}" if fids and base and alike else "–"
+            name = run.replace("|", "\\|")
+            lines.append(
+                f"| {name} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {over} "
+                f"| {_spread([r['kid'] for r in same if r['kid'] is not None])} "
+                f"| {_spread([r['coverage'] for r in same if r['coverage'] is not None])} "
+                f"| {_spread([r['eval_loss'] for r in same if r['eval_loss'] is not None])} "
+                f"| {_fewer(same, 'up')} | {_fewer(same, 'down')} | {len(same)} |"
+            )
+        parts.append("\n".join(lines))
+    samples, features = ({r[key] for r in results if r[key]} for key in ("samples", "features"))
+    parts.append(
+        f"FID, KID and coverage: {_either(samples)} samples of the averaged weights against all images of the nodes, "
+        f"features of {_either(features)}. "
+        + ("FID of fewer than 10,000 samples depends on their number. " if min(samples, default=0) < 10_000 else "")
+        + "Held-out loss: of the raw weights that the last round began with. Mean ± standard deviation over the seeds. "
+        "Up and down: megabytes of the whole run, all nodes, and how many times less than float32."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def table(results: Results) -> str:
+    """Every run as a line of CSV."""
+    columns = [key for key in results[0] if key not in ("keys", "fid_by_round")]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results)
+    return text.getvalue()
+
+
+def plots(results: Results, folder: Path) -> list[Path]:
+    """FID against bytes, against rounds, and against the conditions, in PNG files."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    judged = [r for r in results if r["fid"] is not None]
+    names = list(dict.fromkeys(r["run"] for r in judged))
+    colour = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    conditions = list(dict.fromkeys(r["condition"] for r in judged))
+    written = []
+
+    def draw(name: str, columns: int, paint: Any) -> None:
+        figure = Figure(figsize=(4.6 * columns + 1.6, 4), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
+        paint(axes)
+        axes[0].set_ylabel("FID, lower is better")
+        for ax in axes:
+            ax.spines[["top", "right"]].set_visible(False)
+        handles = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=130)
+
+    def by_bytes(axes: Any) -> None:
+        for ax, condition in zip(axes, conditions, strict=True):
+            here = [r for r in judged if r["condition"] == condition]
+            for r in (r for r in here if not _centralized(r)):
+                ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
+            base = _base([r for r in here if _centralized(r)])
+            if base and len({_setting(r) for r in here}) == 1:
+                ax.axhline(mean(base), color="grey", linestyle="--", label="centralized")
+            ax.set(xscale="log", xlabel="megabytes, both ways, all nodes", title=condition)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+
+    def by_round(axes: Any) -> None:
+        for ax, condition in zip(axes, conditions, strict=True):
+            for r in (r for r in judged if r["condition"] == condition):
+                rounds, fids = zip(*r["fid_by_round"], strict=True)
+                ax.plot(rounds, fids, "-", color=colour[r["run"]], label=r["run"])
+            ax.set(yscale="log", xlabel="round", title=condition)
+
+    def by_condition(axes: Any) -> None:
+        for name in names:
+            means = {c: [r["fid"] for r in judged if (r["condition"], r["run"]) == (c, name)] for c in conditions}
+            there = {c: fids for c, fids in means.items() if fids}
+            spread = [stdev(fids) if len(fids) > 1 else 0 for fids in there.values()]
+            axes[0].errorbar(
+                [*there], [mean(f) for f in there.values()], spread, fmt="o-", capsize=3, color=colour[name], label=name
+            )
+
+    if judged:
+        draw("fid-by-bytes", len(conditions), by_bytes)
+        if any(len(r["fid_by_round"]) > 1 for r in judged):
+            draw("fid-by-round", len(conditions), by_round)
+        if len(conditions) > 1:
+            draw("fid-by-condition", 1, by_condition)
+    return written
+
+
+def _base(centralized: Results) -> list[float]:
+    """The FIDs that the others' are divided by: those of the one run on all images, by seed."""
+    return [r["fid"] for r in centralized] if len({r["run"] for r in centralized}) == 1 else []
+
+
+def _centralized(result: dict[str, Any]) -> bool:
+    """Whether one node has all images."""
+    return bool(result["nodes"] == 1)
+
+
+def _setting(result: dict[str, Any]) -> str:
+    """What FIDs must have in common to be divided: real images, samples, how these are drawn, features."""
+    keys = ("data.name", "data.split", "data.image-size", "data.channels", "sample.scheduler", "sample.steps")
+    chosen = [result["keys"].get(key, KEYS[key].default) for key in keys]
+    return repr([*(result.get(key) for key in ("real", "samples", "features")), *chosen])
+
+
+def _spread(values: Sequence[float], places: int = 4) -> str:
+    if not values:
+        return "–"
+    more = f" ± {stdev(values):.{places}g}" if len(values) > 1 else ""
+    return f"{mean(values):.{places}g}{more}"
+
+
+def _fewer(same: Results, way: str) -> str:
+    if _centralized(same[0]):
+        return "–"
+    sent = mean(r[f"bytes_{way}"] for r in same)
+    ratio = mean(r[f"bytes_{way}_fp32"] for r in same) / sent
+    return f"{sent / 1e6:.3g} MB ({ratio:.3g}x)"
+
+
+def _either(values: set[Any]) -> str:
+    return " or ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in sorted(values)) or "no"

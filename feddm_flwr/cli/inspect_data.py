@@ -1,0 +1,107 @@
+"""Looking at images before a run: what there is, a contact sheet, and what each node of a simulation would get."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feddm_flwr.config import parse
+from feddm_flwr.config.presets import DATASETS
+from feddm_flwr.data.node_data import load_all, partitions
+from feddm_flwr.data.sources import open_named
+from feddm_flwr.evaluation import grids
+
+_GLANCED_AT = 200  # images that size and channels are guessed from
+_SIZES = (256, 128, 64, 32)
+_SHEET = 100  # images of a contact sheet
+_LISTED = 10  # broken images that are named
+_GREY = ("1", "L", "LA", "I")
+
+
+def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
+    """What there is to say of the images that the run-config `keys` name; `output` gets the contact sheet and, for
+    more than 0 `nodes`, a plot of the classes of each lies beside it.
+
+    Raises:
+        ConfigError: a key is wrong, or there are no images.
+    """
+    guessed = _guess(keys)
+    config = parse({**guessed, **keys})
+    # Here all that is broken is to be seen.
+    images, classes, found = load_all(replace(config, data=replace(config.data, max_broken=1 - 1e-9)))
+    lines = [
+        f"images   {len(images)} of {found.extent()}, {len(found.broken)} more cannot be read",
+        f"modes    {_counts(found.modes)}",
+        f"classes  {_counts(Counter(classes)) if classes else 'unknown'}",
+    ]
+    lines += [f"  broken {name} ({why})" for name, why in [*found.broken.items()][:_LISTED]]
+    if len(found.broken) > _LISTED:
+        lines.append(f"  broken {len(found.broken) - _LISTED} more")
+    share = len(found.broken) / (len(images) + len(found.broken))
+    if share > config.data.max_broken:
+        lines.append(f"  a run would refuse them: more are broken than data.max-broken = {config.data.max_broken:g}")
+    if guessed:
+        text = " ".join(f"{key}={value}" for key, value in guessed.items())
+        lines.append(f"guessed  {text}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    chosen = np.linspace(0, len(images) - 1, min(_SHEET, len(images))).round().astype(int)
+    order = sorted(chosen, key=lambda i: classes[i]) if classes else [*chosen]
+    grids.grid(images[order]).save(output)
+    lines.append(f"sheet    {output}: {len(order)} as the model sees them{', by class' if classes else ''}")
+    if nodes:
+        shares = partitions(config, nodes)
+        lines += [f"node-{i:<4} {sum(share.values())} images: {_counts(share)}" for i, share in enumerate(shares)]
+        if left := len(images) + len(found.broken) - sum(sum(share.values()) for share in shares):
+            lines.append(f"  {left} images of classes that no node has are left out")
+        lines.append(f"plot     {_plot(shares, config.data.partition, output)}")
+    return lines
+
+
+def _guess(keys: Mapping[str, Any]) -> dict[str, int]:
+    """`data.image-size` and `data.channels` where the keys do not say them, by a glance at some of the images."""
+    wanted = {"data.image-size", "data.channels"} - keys.keys()
+    name = str(keys.get("data.name", "digits"))
+    if not wanted or name in DATASETS or keys.get("data.streaming"):
+        return {}
+    config = parse({"data.image-size": _SIZES[0], "data.channels": 3, **keys, "data.max-broken": 1 - 1e-9})
+    source = open_named(config)
+    rows = np.linspace(0, len(source.table) - 1, min(_GLANCED_AT, len(source.table))).round().astype(int).tolist()
+    out = np.empty((len(rows), config.data.channels, config.data.image_size, config.data.image_size), np.uint8)
+    found = source.decode(rows, out)
+    side = min((min(size) for size in found.sizes), default=_SIZES[-1])
+    fits = side if len(found.sizes) == 1 and side <= _SIZES[0] else next((s for s in _SIZES if s <= side), _SIZES[-1])
+    stride = 2 ** (len(config.model.block_channels) - 1)
+    fits = max(fits // stride, 1) * stride
+    grey = all(mode.partition(";")[0] in _GREY for mode in found.modes)
+    return {k: v for k, v in {"data.image-size": fits, "data.channels": 1 if grey else 3}.items() if k in wanted}
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}".strip() for name, n in sorted(counts.items()))
+
+
+def _plot(shares: Sequence[Mapping[str, int]], partition: str, sheet: Path) -> Path:
+    """A bar for each node, of its images by class; the file is named after the contact sheet."""
+    from matplotlib.figure import Figure
+
+    path = sheet.with_name(f"{sheet.stem}-nodes.png")
+    classes = sorted({name for share in shares for name in share})
+    figure = Figure(figsize=(min(max(5.0, 0.5 * len(shares) + 3), 40), 4), layout="constrained")
+    axes = figure.subplots()
+    bottom = np.zeros(len(shares))
+    for i, name in enumerate(classes):
+        heights = [share.get(name, 0) for share in shares]
+        axes.bar(range(len(shares)), heights, bottom=bottom, label=name, color=f"C{i}" if i < 10 else None)
+        bottom += heights
+    axes.set(xlabel="node", ylabel="images", title=f"data.partition = {partition}")
+    axes.set_xticks(range(len(shares)) if len(shares) <= 30 else range(0, len(shares), -(-len(shares) // 30)))
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(classes) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, ncols=-(-len(classes) // 20))
+    figure.savefig(path, dpi=120)
+    return path

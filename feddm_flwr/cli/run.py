@@ -1,0 +1,120 @@
+"""`feddm run`: a simulation on this machine, or a run on the nodes of a SuperLink."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from feddm_flwr.cli.arguments import check_folder, run_config_keys
+from feddm_flwr.config import ConfigError, RunConfig, expanded, least_replies, local_path, nodes_asked, parse
+
+
+def run_command(options: argparse.Namespace) -> int:
+    from feddm_flwr.cli import launch
+    from feddm_flwr.reporting import records, report
+
+    app = launch.find_app(options.app)
+    overrides = run_config_keys(options.run_config)
+    if options.resume:
+        overrides = resumed_keys(options) | overrides
+    config, local = parse(overrides), launch.is_local(options.superlink)
+    for name in ("num_supernodes", "client_cpus", "client_gpus"):
+        if not local and (value := getattr(options, name)) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} = {value}: is for a simulation; a SuperLink has its nodes")
+    options.num_supernodes = options.num_supernodes or 4
+    options.client_cpus = options.client_cpus or config.train.threads or 1
+    place = (launch.Simulation if local else launch.Remote)(options, launch.environment(telemetry=options.telemetry))
+    overrides["run-name"] = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = expanded(config.out_dir).resolve() / overrides["run-name"]
+    if local:
+        overrides["out-dir"] = str(folder.parent)
+        _check_simulation(config, options.num_supernodes, folder)
+        if not config.resume and (path := local_path(config.data.name)):  # it is resumed from anywhere
+            overrides["data.name"] = str(path.resolve())
+    launch.end_by_signal()
+    with place as federation:
+        code = launch.follow(app, federation, overrides, config, verbose=options.verbose)
+    # A run that was over, and one that another process has open, stay what they are.
+    if code == launch.STOPPED and local and records.status_of(folder) in ("stopped", "failed"):
+        records.write_status(folder, "stopped")
+        print(f"  report  {report.write(folder)}")
+    if code and (folder / "checkpoints").is_dir():
+        # What the simulation's rounds tell as soon as there is one.
+        nodes = f" --num-supernodes {options.num_supernodes}" if local and not _nodes_before(folder) else ""
+        command = " ".join(filter(None, ["feddm run", options.superlink, "--resume", shlex.quote(str(folder))]))
+        print(f"  to go on: {command}{nodes}")
+    return code
+
+
+def resumed_keys(options: argparse.Namespace) -> dict[str, Any]:
+    """The run-config keys of the run to go on with, and its nodes where it was a simulation."""
+    from feddm_flwr.cli.launch import is_local
+    from feddm_flwr.reporting.records import check_kind
+
+    folder: Path = options.resume.resolve()
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"--resume {str(options.resume)!r}: not a run's folder (no config.toml)")
+    check_kind(folder, simulated=(local := is_local(options.superlink)))
+    if local and not options.num_supernodes:
+        options.num_supernodes = _nodes_before(folder)
+        if not options.num_supernodes:
+            raise ConfigError(f"--resume {str(options.resume)!r}: no round was done; --num-supernodes must be given")
+    return run_config_keys([str(folder / "config.toml")]) | {
+        "resume": True,
+        "run-name": folder.name,
+        "out-dir": str(folder.parent),
+    }
+
+
+def _nodes_before(folder: Path) -> int:
+    """How many nodes the simulation had that is in a run's folder; 0 where no round was done."""
+    from feddm_flwr.reporting.records import read_metrics, simulated_nodes
+
+    try:
+        return simulated_nodes(read_metrics(folder))
+    except ValueError as error:  # a damaged line
+        raise ConfigError(str(error)) from error
+
+
+def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
+    """What would end a simulation is known before it starts.
+
+    Raises:
+        ConfigError: the run's folder exists (or does not, for one to resume) or cannot be made, there are too few
+            nodes, or what the run builds upon is not there.
+    """
+    if folder.exists() and not config.resume:
+        raise ConfigError(f"run-name = {config.run_name!r}: {folder} exists; choose another name")
+    if config.resume and not folder.exists():
+        raise ConfigError(f"run-name = {config.run_name!r} with resume = true: there is no {folder}")
+    if config.min_nodes > nodes:
+        raise ConfigError(f"min-nodes = {config.min_nodes} is not allowed: must be at most --num-supernodes = {nodes}")
+    if (least := least_replies(config)) > (asked := nodes_asked(config, nodes)):
+        rule = f"min-replies = {least}" if config.min_replies else f"server.aggregation = {config.server.aggregation!r}"
+        raise ConfigError(
+            f"{rule} is not allowed: a round needs {least} replies and asks {asked} nodes "
+            f"(fraction-train = {config.fraction_train} of --num-supernodes = {nodes})"
+        )
+    before = _nodes_before(folder) if config.resume else nodes
+    if before not in (0, nodes):
+        raise ConfigError(
+            f"--num-supernodes = {nodes}: the run to resume has {before}; its images would be shared out anew"
+        )
+    models = {
+        "model.autoencoder": config.model.autoencoder,
+        "model.init-from": config.model.init_from,
+        "autoencoder.perceptual": config.autoencoder.perceptual,
+    }
+    # Of these a run that is resumed keeps what it has read.
+    for key, name in {"data.name": config.data.name, **({} if config.resume else models)}.items():
+        if (path := local_path(name)) and not path.exists():
+            raise ConfigError(f"{key} = {name!r}: no such file or folder")
+    if (path := local_path(config.data.name)) and folder.is_relative_to(path.resolve()):
+        raise ConfigError(f"out-dir = {config.out_dir!r}: lies in data.name = {config.data.name!r}; grids are images")
+    if (tracker := config.tracker) != "none" and not find_spec(tracker):
+        raise ConfigError(f"tracker = {tracker!r}: {tracker} is not installed: pip install 'feddm-flwr[{tracker}]'")
+    check_folder(folder.parent, f"out-dir = {config.out_dir!r}")

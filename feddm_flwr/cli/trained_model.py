@@ -1,0 +1,124 @@
+"""Drawing from a finished model, this package's or any other diffusers pipeline of a U-Net, and judging it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.logging import disable_progress_bar
+
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.data import node_data
+from feddm_flwr.data.images import Images
+from feddm_flwr.evaluation import features, grids, sampling, scores
+from feddm_flwr.models import pipelines
+from feddm_flwr.storage.state_folder import state_root
+
+_LEAST = 10  # real images
+
+
+@dataclass(frozen=True)
+class How:
+    """How samples are drawn."""
+
+    scheduler: str
+    steps: int
+    guidance: float | None  # of classes; None: 2 where the model knows some
+    seed: int
+
+
+def find(path: Path) -> Path:
+    """The pipeline folder that is meant: a run's, or the path itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = path / "model" if (path / "model").is_dir() else path
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"MODEL_OR_RUN = {str(path)!r}: no run with a model/ and no pipeline folder (model_index.json)"
+        )
+    return folder
+
+
+def draw(
+    folder: Path, how: How, count: int, of_class: str | None = None, like: Mapping[str, int] | None = None
+) -> Images:
+    """Samples of the pipeline in a folder, uint8 (count, C, H, W): of one class, of all in proportion to the counts
+    that they are to be `like`, or of as many each.
+
+    Raises:
+        ConfigError: the folder has no such pipeline, or it cannot do what is asked.
+    """
+    disable_progress_bar()
+    pipeline = pipelines.load(folder)
+    limit = pipeline.scheduler.config.num_train_timesteps
+    if how.steps > limit:
+        raise ConfigError(f"--steps = {how.steps}: must be at most {limit}, the model's noise levels")
+    names = pipelines.class_names(pipeline)
+    if not names and how.guidance not in (None, 1.0):
+        raise ConfigError(f"--guidance = {how.guidance:g}: the model knows no classes")
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return sampling.sample(
+        pipeline.unet,
+        pipeline.scheduler.config,
+        count,
+        how.steps,
+        how.seed,
+        labels=_labels(of_class, count, names, like),
+        guidance=2.0 if how.guidance is None else how.guidance,
+        autoencoder=pipelines.autoencoder(pipeline),
+        scheduler=how.scheduler,
+    )
+
+
+def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, kind_from: str = "") -> dict[str, Any]:
+    """The figures of that many samples against the images of `config.data`, with all that they depend on.
+
+    Raises:
+        ConfigError: images, model or feature network cannot be had, or do not fit each other.
+    """
+    real, classes, _ = node_data.load_all(config)
+    if len(real) < _LEAST:
+        raise ConfigError(
+            f"data.name = {config.data.name!r}: {len(real)} images; at least {_LEAST} can be compared with"
+        )
+    network = features.recipe(kind, config.data.channels, lambda: (real, classes), state_root(None), kind_from).build()
+    fake = draw(folder, how, count, like=Counter(classes))
+    if fake.shape[1:] != real.shape[1:]:
+        raise ConfigError(
+            f"data.name = {config.data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
+            "(channels, height, width): name the images with data.name, or set data.image-size and data.channels"
+        )
+    return {
+        **scores.compare(
+            network(real), network(fake), how.seed, classes, network.logits, memorization=kind == "inception"
+        ),
+        "features": network.name,
+        "resize": network.resize,
+        "samples": len(fake),
+        **asdict(how),
+        "weights": "averaged" if (folder.parent / "config.toml").is_file() else "the folder's",
+        "real": len(real),
+        "data": config.data.name,
+        "split": config.data.split,
+    }
+
+
+def _labels(asked: str | None, count: int, names: list[str], like: Mapping[str, int] | None) -> list[int] | None:
+    """The label of each image; None for a model without classes."""
+    if not names:
+        if asked is not None:
+            raise ConfigError(f"--class = {asked!r}: the model knows no classes")
+        return None
+    if like and any(like.get(name) for name in names):
+        return grids.labels_like(like, names, count)
+    if asked is None:
+        return grids.every_class(len(names), count)
+    if asked not in names and not (asked.isdecimal() and int(asked) < len(names)):
+        raise ConfigError(f"--class = {asked!r}: must be one of {', '.join(names)}, or a number below {len(names)}")
+    return [names.index(asked) if asked in names else int(asked)] * count

@@ -1,0 +1,1 @@
+"""How float32 values become few bytes, and the frame that carries them."""

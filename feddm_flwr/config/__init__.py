@@ -1,0 +1,47 @@
+"""The run configuration: every key, what `preset` stands for, and what contradicts what."""
+
+from feddm_flwr.config.fields import ConfigError
+from feddm_flwr.config.keys import (
+    CODECS,
+    KEYS,
+    NODE_NAME,
+    NOISE_LEVELS,
+    PARTITION_OF,
+    SCHEDULERS,
+    Codec,
+    RunConfig,
+    class_name,
+)
+from feddm_flwr.config.parsing import (
+    defaults,
+    derive_seed,
+    expanded,
+    flatten,
+    least_replies,
+    local_path,
+    local_steps,
+    nodes_asked,
+    parse,
+)
+
+__all__ = [
+    "CODECS",
+    "KEYS",
+    "NODE_NAME",
+    "NOISE_LEVELS",
+    "PARTITION_OF",
+    "SCHEDULERS",
+    "Codec",
+    "ConfigError",
+    "RunConfig",
+    "class_name",
+    "defaults",
+    "derive_seed",
+    "expanded",
+    "flatten",
+    "least_replies",
+    "local_path",
+    "local_steps",
+    "nodes_asked",
+    "parse",
+]

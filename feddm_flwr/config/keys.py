@@ -1,0 +1,388 @@
+"""Every key of the run configuration: its default, its bounds and its documentation, here and nowhere else.
+
+`pyproject.toml` and `docs/configuration.md` are checked against it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass, field
+
+from feddm_flwr.config.fields import PRESET, KeySpec, key, sections
+from feddm_flwr.config.presets import MODELS, STRATEGIES
+
+#: A node's name: it goes into logs, seeds and file names.
+NODE_NAME = r"(?!\.)[\w.-]{1,64}"
+NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
+SCHEDULERS = ("ddim", "dpmsolver++", "unipc", "ddpm")
+#: Keys that act with one `data.partition` only.
+PARTITION_OF = {
+    "data.alpha": "dirichlet",
+    "data.classes-per-node": "pathological",
+    "data.shards-per-node": "shard",
+    "data.natural-column": "natural",
+}
+#: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
+CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and how a simulation shares them out. On a real node `data-path` wins."""
+
+    name: str = key(
+        "digits",
+        "`digits` (scikit-learn's handwritten digits, 8x8, no download), a Hugging Face data set id, "
+        "a folder of images, or a parquet file; a relative path starts at the server's folder",
+    )
+    split: str = key(
+        "train",
+        "split of a hub data set that is trained on; or of a folder that has train, test, … in it",
+    )
+    streaming: bool = key(
+        False, "read a hub data set or parquet as a stream: only decoded images are kept on disk, at their final size"
+    )
+    partition: str = key(
+        "iid",
+        "how a simulation shares the images among its nodes; pathological: few classes each, dealt like cards",
+        choices=("iid", "dirichlet", "pathological", "shard", "natural"),
+    )
+    alpha: float = key(0.3, "concentration of the Dirichlet partition: smaller is more skewed", above=0)
+    classes_per_node: int = key(2, "classes a node holds in the pathological partition", low=1)
+    shards_per_node: int = key(2, "shards a node holds in the shard partition", low=1)
+    natural_column: str = key("", "column whose values are the nodes in the natural partition (patient, site, writer)")
+    image_size: int = key(PRESET, "height and width in pixels; images are resized and centre-cropped to it", low=4)
+    channels: int = key(PRESET, "1 (grey) or 3 (RGB)", low=1, high=3)
+    image_column: str = key(PRESET, "column that holds the images")
+    label_column: str = key(
+        PRESET,
+        "column that holds the classes (of a folder: its first level of subfolders): for partitions, models with "
+        "classes, coverage",
+    )
+    classes: str = key(
+        PRESET,
+        "names of all classes of the federation, separated by commas: for model.class-conditional (preset: known data "
+        "sets' own), and, without it, for coverage; what a data-path has of classes is told to nobody but for these",
+    )
+    white: int = key(
+        65535,
+        "value that is white in grey images of more than 8 bits: 4095 for 12-bit X-rays; PGM says its own",
+        low=256,
+    )
+    flip: bool = key(PRESET, "mirror training images left to right at random")
+    eval_fraction: float = key(0.1, "share of its images that a node holds out for `eval_loss`", low=0, below=1)
+    max_broken: float = key(0.01, "share of a node's images that are skipped where they cannot be read", low=0, below=1)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """`classes` one by one; the place of a class is its label."""
+        return tuple(class_name(name) for name in self.classes.split(",") if name.strip())
+
+
+def class_name(text: str) -> str:
+    """A class as it is compared: a Mac writes an umlaut of a folder's name as two characters."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+@dataclass(frozen=True)
+class Model:
+    """The diffusers `UNet2DModel`."""
+
+    kind: str = key("ddpm", "`ddpm`: on pixels; `ldm`: on the latents of model.autoencoder", choices=("ddpm", "ldm"))
+    preset: str = key("small", "architecture that the keys below start from", choices=(*MODELS,))
+    class_conditional: bool = key(False, "the U-Net is told the class of an image (data.label-column, data.classes)")
+    autoencoder: str = key(
+        "",
+        "for ldm: diffusers folder or hub id of an `AutoencoderKL`, such as the model/ of a run with "
+        'stage = "autoencoder"; the server reads it and sends it to the nodes',
+    )
+    init_from: str = key(
+        "",
+        "diffusers folder or hub id of a `UNet2DModel` to fine-tune; it decides the architecture; empty: from scratch",
+    )
+    lora_rank: int = key(0, "fine-tune, and send, low-rank adapters of this rank only; 0: all parameters", low=0)
+    lora_targets: str = key("to_q,to_k,to_v,to_out.0", "ends of the names of the layers that get an adapter")
+    block_channels: tuple[int, ...] = key(PRESET, "channels of each resolution level, finest first")
+    attention: tuple[int, ...] = key(PRESET, "1 where a level has self-attention, else 0")
+    layers_per_block: int = key(PRESET, "residual blocks per level", low=1)
+    attention_head_dim: int = key(PRESET, "channels of an attention head; 0: one head", low=0)
+    norm_groups: int = key(PRESET, "groups of each GroupNorm", low=1)
+    dropout: float = key(PRESET, "dropout rate", low=0, below=1)
+    time_scale_shift: bool = key(PRESET, "the time step scales and shifts features instead of being added to them")
+    resnet_resampling: bool = key(
+        PRESET, "levels with attention are joined by residual blocks instead of single convolutions"
+    )
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """The diffusers `AutoencoderKL` of stage = "autoencoder" (Rombach et al. 2022)."""
+
+    block_channels: tuple[int, ...] = key(PRESET, "channels of each level, finest first; each halves the size but one")
+    layers_per_block: int = key(PRESET, "residual blocks per level", low=1)
+    norm_groups: int = key(PRESET, "groups of each GroupNorm", low=1)
+    latent_channels: int = key(4, "channels of the latents", low=1)
+    kl_weight: float = key(1e-4, "weight of the KL term, mean over the latents, beside the mean absolute error", low=0)
+    perceptual: str = key(
+        "",
+        "VGG16 whose features are compared in addition: a safetensors file, or a hub id such as timm/vgg16.tv_in1k; "
+        "the server reads it and sends it to the nodes",
+    )
+    perceptual_weight: float = key(1.0, "weight of the perceptual loss", above=0)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The forward process and the training target (Ho et al. 2020; Nichol and Dhariwal 2021)."""
+
+    timesteps: int = key(1000, "number of noise levels T", low=2)
+    schedule: str = key("cosine", "noise schedule", choices=("linear", "cosine"))
+    prediction: str = key("v", "what the U-Net predicts", choices=("epsilon", "v"))
+    min_snr_gamma: float = key(
+        0.0, "Min-SNR loss weighting (Hang et al. 2023), 5 is usual; 0 weighs all levels alike", low=0
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    """What a node does in a round."""
+
+    local_epochs: int = key(0, "passes over a node's images per round, with local-steps = 0", low=0)
+    local_steps: int = key(100, "optimizer steps per round, with local-epochs = 0", low=0)
+    batch_size: int = key(32, "images per step", low=1)
+    micro_batch: int = key(
+        0,
+        "images in memory at a time, gradients are accumulated; 0: all of a step, halved where memory runs out",
+        low=0,
+    )
+    checkpointing: bool = key(False, "gradient checkpointing: less memory, some more time")
+    class_dropout: float = key(
+        0.1,
+        "share of the images whose class is hidden in training, for guidance (Ho and Salimans 2022)",
+        low=0,
+        below=1,
+    )
+    optimizer: str = key(
+        "adamw",
+        "`adamw8bit` keeps its averages in 8 bits (package bitsandbytes): 6 bytes less for each parameter",
+        choices=("adamw", "adamw8bit"),
+    )
+    learning_rate: float = key(2e-3, "AdamW's step size", above=0)
+    lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
+    warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay", low=0)
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm", above=0)
+    mu: float = key(PRESET, "weight of the proximal term mu/2 * ||w - w_t||^2", low=0)
+    precision: str = key(
+        "auto",
+        "of the forward pass; auto: bf16 where the processor or GPU is faster in it",
+        choices=("auto", "fp32", "bf16"),
+    )
+    cuda_graph: bool = key(True, "on a GPU, record a step as a CUDA graph and replay it: the same steps, sooner")
+    compile: bool = key(
+        False,
+        "on a GPU, fuse the network's operations (torch.compile), after a minute or more of compiling in each process",
+    )
+    max_seconds: float = key(
+        0.0, "a node stops after this time and sends what it has (then runs are not repeatable); 0: no limit", low=0
+    )
+    threads: int = key(0, "CPU threads of a node; 0: 1 in a simulation, every core on a real node", low=0)
+    deterministic: bool = key(False, "bit-identical results on a GPU too, at some cost (a CPU always gives them)")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How weights travel."""
+
+    uplink: str = key(PRESET, "coding of what nodes send", choices=CODECS)
+    downlink: str = key(PRESET, "coding of what the server sends", choices=CODECS)
+    target: str = key(
+        PRESET,
+        "what is coded: the `weights` themselves (the paper's scheme; no node keeps state), or the `delta`, which is "
+        "what changed (preset: delta where codec.uplink or codec.downlink is set)",
+        choices=("weights", "delta"),
+    )
+    error_feedback: bool = key(
+        PRESET, "a node's training starts with what the coding of its last delta lost (preset: with delta)"
+    )
+    residual_decay: float = key(
+        PRESET, "share of the lost part that error feedback keeps from round to round", above=0, high=1
+    )
+    block_size: int = key(256, "values that share a scale", low=8, high=65536)
+    clip_search: bool = key(
+        False, "int8, int4, int3: per block, the clipping range with the least squared error (slow, costs bytes)"
+    )
+    stochastic_rounding: bool = key(
+        False,
+        "int8 to sign: round at random and without bias instead of to the nearest (int2 and sign: with target weights)",
+    )
+    topk_share: float = key(0.05, "share of the values that `topk` sends", low=1e-6, high=1)
+    topk_bits: int = key(2, "bits of the values that `topk` sends: 2 or 4", low=2, high=4)
+    budget_ratio: int = key(82, "times fewer bytes than float32 that `budget` aims at", low=4, high=10_000)
+
+    @property
+    def shadow(self) -> bool:
+        """Whether server and nodes hold the same weights, to which coded differences are added."""
+        return self.target == "delta" and self.downlink != "none"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Which parameters travel; goes with every codec."""
+
+    parts: str = key(
+        "full",
+        "`full`: all; after FedDiffuse, `usplit`: of all, each node sends the encoder or the rest, in turns; "
+        "`ulatdec`: the encoder stays on the node; `udec`: encoder and bottleneck stay",
+        choices=("full", "usplit", "ulatdec", "udec"),
+    )
+    personal: str = key(
+        "", "further parameters that stay on each node: patterns of their names, such as `conv_in.*,*.norm1.*`"
+    )
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server does with the averaged update."""
+
+    aggregation: str = key(
+        "mean",
+        "how updates become one: `mean`, weighted by images; coordinate by coordinate, each node alike, `trimmed-mean` "
+        "or `median`, which a few broken or hostile nodes cannot move far, and which take three replies (not with "
+        "`topk`, `budget` and `usplit`)",
+        choices=("mean", "trimmed-mean", "median"),
+    )
+    trim_share: float = key(
+        0.2, "share of the values that trimmed-mean drops at either end, at least one of three", above=0, below=0.5
+    )
+    norm_limit: float = key(
+        10.0, "an update this many times longer than the median of earlier rounds is dropped; 0: none is", low=0
+    )
+    clip_norm: float = key(
+        0.0, "an update this many times longer than the median of earlier rounds is shortened to it; 0: none is", low=0
+    )
+    optimizer: str = key(PRESET, "rule applied to the averaged update", choices=("averaging", "nesterov", "adam"))
+    learning_rate: float = key(PRESET, "server step size", above=0)
+    momentum: float = key(PRESET, "momentum of nesterov, beta1 of adam", low=0, below=1)
+    ema_decay: float = key(
+        0.999, "decay per local step of the averaged weights that are sampled and shipped", low=0, below=1
+    )
+
+    @property
+    def robust(self) -> bool:
+        """Whether a few nodes cannot move the result far."""
+        return self.aggregation != "mean"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Held-out denoising loss, computed by the nodes on the weights they receive, and what `features` compare: FID, KID
+    and coverage of the averaged weights' samples against all nodes' images, which stay where they are."""
+
+    every: int = key(
+        1,
+        "rounds between evaluations; the last round always has one; 0: no held-out loss, and FID of the last only",
+        low=0,
+    )
+    images: int = key(256, "held-out images a node uses at most", low=1)
+    features: str = key(
+        "none",
+        "network whose features are compared; `classifier` is trained on data.name where the server can read it",
+        choices=("none", "random", "classifier", "dinov2", "inception"),
+    )
+    features_from: str = key("", "folder or hub id of dinov2; empty: facebook/dinov2-base")
+    samples: int = key(512, "samples that are compared; FID depends on their number", low=16)
+    min_images: int = key(
+        100,
+        "nodes with fewer images, and a node's classes of fewer than a tenth of this, give no sums of features, which "
+        "would tell much about them",
+        low=0,
+    )
+    keep_best: str = key(
+        "none", "also keep, as best/, the model that was best by this figure", choices=("none", "fid", "kid")
+    )
+    audit: bool = key(
+        False, "at the end each node counts samples that are near to its images, and tries to tell these by their loss"
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The image grids."""
+
+    every: int = key(5, "rounds between grids; the last round always has one, 0: only that", low=0)
+    count: int = key(64, "images in a grid", low=1, high=4096)
+    scheduler: str = key(
+        "unipc",
+        "how samples are drawn: UniPC and DPM-Solver++ need few steps, DDIM more; DDPM is the original, with "
+        "sample.steps = 1000",
+        choices=(*SCHEDULERS,),
+    )
+    steps: int = key(25, "steps of the scheduler", low=1)
+    guidance: float = key(2.0, "classifier-free guidance of class-conditional models; 1: none", low=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run."""
+
+    strategy: str = key(
+        "feddm-vanilla",
+        "`feddm-vanilla` averages, `feddm-prox` adds a proximal term, `feddm-quant` exchanges 8-bit weights (these "
+        "three are the paper's), `feddm-lean` ternary differences both ways, `feddm-slow-link` even fewer bytes up",
+        choices=(*STRATEGIES,),
+    )
+    stage: str = key(
+        "diffusion",
+        "what is trained: the `diffusion` model, or the `autoencoder` whose latents a latent one works on",
+        choices=("diffusion", "autoencoder"),
+    )
+    num_server_rounds: int = key(20, "rounds of federated training", low=1)
+    seed: int = key(0, "everything random derives from it", low=0, high=2**63 - 1)
+    run_name: str = key("", "folder of the run; empty: strategy and time")
+    out_dir: str = key("runs", "folder of all runs, on the server")
+    resume: bool = key(False, "go on with the run `run-name` from its newest good checkpoint")
+    keep_checkpoints: int = key(2, "checkpoints that are kept, of the newest rounds", low=1)
+    fraction_train: float = key(1.0, "share of the nodes that train in a round", above=0, high=1)
+    min_nodes: int = key(2, "nodes that must be connected before a round starts", low=1)
+    min_replies: int = key(
+        0,
+        "good replies that a round needs; 0: from more than half of those asked, and three under a robust rule",
+        low=0,
+    )
+    max_round_retries: int = key(2, "times a round with too few good replies is repeated", low=0)
+    round_timeout: float = key(3600.0, "seconds after which a round ends without its stragglers", above=0)
+    tracker: str = key(
+        "none",
+        "where figures and grids go beside the run's folder and TensorBoard: Weights & Biases, MLflow",
+        choices=("none", "wandb", "mlflow"),
+    )
+    wait_timeout: float = key(300.0, "seconds to wait for nodes before the run fails", above=0)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    autoencoder: Autoencoder = field(default_factory=Autoencoder)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    train: Train = field(default_factory=Train)
+    codec: Codec = field(default_factory=Codec)
+    exchange: Exchange = field(default_factory=Exchange)
+    server: Server = field(default_factory=Server)
+    eval: Eval = field(default_factory=Eval)
+    sample: Sample = field(default_factory=Sample)
+
+    @property
+    def taught_classes(self) -> tuple[str, ...]:
+        """The classes that the U-Net is told, by label; none where it is told none."""
+        return self.data.class_names if self.model.class_conditional else ()
+
+    @property
+    def keeps_personal(self) -> bool:
+        """Whether parameters stay on the nodes."""
+        return bool(self.exchange.personal) or self.exchange.parts in ("ulatdec", "udec")
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether nodes keep files from round to round."""
+        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal
+
+
+KEYS: dict[str, KeySpec] = {spec.name: spec for _, _, specs in sections(RunConfig) for spec in specs}

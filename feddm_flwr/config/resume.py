@@ -1,0 +1,41 @@
+"""Whether a checkpoint fits the configuration that a run is to go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from feddm_flwr.config.fields import ConfigError
+from feddm_flwr.config.keys import RunConfig
+from feddm_flwr.config.parsing import flatten, parse
+
+#: Keys that may change when a run is resumed, since the weights do not depend on them.
+_FREE = {
+    "run-name", "out-dir", "resume", "keep-checkpoints", "min-nodes", "min-replies", "max-round-retries",
+    "round-timeout", "wait-timeout", "eval.every", "eval.images", "sample.every", "sample.count", "sample.steps",
+    "sample.scheduler", "sample.guidance", "eval.features", "eval.features-from", "eval.samples",
+    "eval.min-images", "eval.keep-best", "eval.audit", "tracker",
+}  # fmt: skip
+
+
+def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -> None:
+    """Compare a configuration with the flat one of a checkpoint, of which so many rounds are `done`.
+
+    Raises:
+        ConfigError: one line for each key that is not the same and decides what the weights become, or fewer rounds
+            are asked for.
+    """
+    now = flatten(config)
+    # Keys that are newer than the run have their defaults.
+    before = flatten(parse({**before, **{name: now[name] for name in _FREE}}))
+    # A cosine schedule is made for its number of rounds, but a run may end where it is.
+    endless = config.train.lr_schedule == "constant" or config.num_server_rounds == done
+    free = _FREE | ({"num-server-rounds"} if endless else set())
+    problems = [
+        f"{name} = {now.get(name)!r}: was {before.get(name)!r} in the run to resume, and must stay so"
+        for name in sorted({*now, *before} - free)
+        if now.get(name) != before.get(name)
+    ]
+    if config.num_server_rounds < done:
+        problems.append(f"num-server-rounds = {config.num_server_rounds}: must be at least {done}, which are done")
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,227 @@
+"""Combinations of run-config keys that cannot work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from feddm_flwr.config.keys import KEYS, PARTITION_OF, RunConfig
+
+_LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
+_CLIPPED = {"int8", "int4", "int3"}
+_GRIDS = _CLIPPED | {"int2", "sign"}
+_RUN_NAME = r"(?!\.)[\w.-]{0,128}"
+
+
+def contradictions(c: RunConfig) -> Iterator[str]:
+    """One line for each."""
+    if (c.train.local_epochs > 0) == (c.train.local_steps > 0):
+        yield (
+            f"train.local-epochs = {c.train.local_epochs} and train.local-steps = {c.train.local_steps}: "
+            "exactly one of them must be above 0"
+        )
+    if c.train.compile and c.train.deterministic:
+        yield "train.compile = true with train.deterministic = true: must be false; kernels are chosen by their speed"
+    if not re.fullmatch(_RUN_NAME, c.run_name):
+        yield f"run-name = {c.run_name!r} is not allowed: must be at most 128 letters, digits, _, - or ., not first"
+    if c.strategy == "feddm-prox" and c.train.mu == 0:
+        yield "train.mu = 0.0 with strategy = 'feddm-prox': must be above 0, or use feddm-vanilla"
+    if c.strategy != "feddm-prox" and c.train.mu > 0:
+        yield f"train.mu = {c.train.mu} with strategy = {c.strategy!r}: must be 0, or use feddm-prox"
+    if c.strategy == "feddm-vanilla" and (c.codec.uplink, c.codec.downlink) != ("none", "none"):
+        yield (
+            f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r} with "
+            "strategy = 'feddm-vanilla': both must be none, or use feddm-quant"
+        )
+    if c.codec.error_feedback and (c.codec.target == "weights" or c.codec.uplink == "none"):
+        yield (
+            f"codec.error-feedback = true with codec.target = {c.codec.target!r}, codec.uplink = {c.codec.uplink!r}: "
+            "must be false; only a coded delta leaves something to feed back"
+        )
+    if c.codec.residual_decay < 1 and not c.codec.error_feedback:
+        yield f"codec.residual-decay = {c.codec.residual_decay} with codec.error-feedback = false: must be 1"
+    if c.codec.clip_search and c.codec.stochastic_rounding:
+        yield "codec.clip-search = true with codec.stochastic-rounding = true: clipping is biased; choose one"
+    fed_back = {c.codec.uplink} if c.codec.error_feedback else set[str]()
+    coarse = {"int2", "sign"} & (fed_back | ({c.codec.downlink} if c.codec.shadow else set()))
+    if c.codec.stochastic_rounding and coarse:
+        yield (
+            f"codec.stochastic-rounding = true with {sorted(coarse)[0]!r} and codec.target = 'delta': must be false; "
+            "its errors are larger than what is coded, and would add up from round to round"
+        )
+    sparse = {"topk", "budget"} & {c.codec.uplink, c.codec.downlink}
+    if sparse and c.codec.target == "weights":
+        yield f"codec.target = 'weights' with {sorted(sparse)[0]!r}: most weights would become 0; must be delta"
+    if c.codec.topk_bits == 3:
+        yield "codec.topk-bits = 3 is not allowed: must be 2 or 4"
+    if c.strategy not in ("feddm-vanilla", "feddm-prox") and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
+        yield f"codec.uplink = 'none', codec.downlink = 'none' with strategy = {c.strategy!r}: use feddm-vanilla"
+    if not c.data.name.strip():
+        yield "data.name = '' is not allowed: must be digits, an id of a hub, a folder, or parquet files"
+    if (c.diffusion.prediction, c.diffusion.schedule) == ("epsilon", "cosine") and not c.model.init_from:
+        yield (
+            "diffusion.prediction = 'epsilon' with diffusion.schedule = 'cosine': its noisiest level magnifies errors "
+            "of the network a thousandfold; use v, or the linear schedule"
+        )
+    d = c.diffusion
+    if d.schedule == "linear" and d.timesteps < _LEAST_LINEAR and not c.model.init_from:
+        yield (
+            f"diffusion.timesteps = {d.timesteps} with diffusion.schedule = 'linear': must be at least "
+            f"{_LEAST_LINEAR}, or the last level is not noise, which samples begin from; cosine goes with any number"
+        )
+    if c.model.resnet_resampling and not any(c.model.attention):
+        yield "model.resnet-resampling = true with no attention in model.attention: acts on levels with attention only"
+    if c.data.channels == 2:
+        yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
+    if c.data.partition == "natural" and not c.data.natural_column:
+        yield "data.natural-column = '' with data.partition = 'natural': must name a column"
+    if c.resume and not c.run_name:
+        yield "run-name = '' with resume = true: must name the run to go on with"
+    if c.server.robust and c.codec.uplink in ("topk", "budget"):
+        yield (
+            f"server.aggregation = {c.server.aggregation!r} with codec.uplink = {c.codec.uplink!r}: must be mean; "
+            "most values of such an update are 0, and so would be the median"
+        )
+    if c.server.robust and c.exchange.parts == "usplit":
+        yield (
+            f"server.aggregation = {c.server.aggregation!r} with exchange.parts = 'usplit': must be mean; "
+            "of the few replies with a part, nothing could be left out"
+        )
+    if c.server.robust and c.min_replies in (1, 2):
+        yield (
+            f"min-replies = {c.min_replies} with server.aggregation = {c.server.aggregation!r}: must be 0 or at least "
+            "3; of two replies none can be left out"
+        )
+    yield from _without_effect(c)
+    yield from _about_models(c)
+    if c.sample.steps > c.diffusion.timesteps:
+        yield (
+            f"sample.steps = {c.sample.steps} is not allowed: "
+            f"must be at most diffusion.timesteps = {c.diffusion.timesteps}"
+        )
+
+
+def _without_effect(c: RunConfig) -> Iterator[str]:
+    """Keys that a user set for nothing: what was meant is another run."""
+    partition, rule = f"data.partition = {c.data.partition!r}", f"server.aggregation = {c.server.aggregation!r}"
+    coded = {c.codec.uplink, c.codec.downlink}
+    codecs = f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r}"
+    taught, classes = c.model.class_conditional, f"model.class-conditional = {str(c.model.class_conditional).lower()}"
+    for name, given, acts, state, where in (
+        *(
+            (
+                name,
+                getattr(c.data, name.removeprefix("data.").replace("-", "_")),
+                c.data.partition == kind,
+                partition,
+                repr(kind),
+            )
+            for name, kind in PARTITION_OF.items()
+        ),
+        ("codec.clip-search", c.codec.clip_search, bool(coded & _CLIPPED), codecs, "int8, int4 or int3"),
+        ("codec.stochastic-rounding", c.codec.stochastic_rounding, bool(coded & _GRIDS), codecs, "int8 to sign"),
+        ("codec.block-size", c.codec.block_size, bool(coded & (_GRIDS | {"topk"})), codecs, "int8 to sign, and topk,"),
+        ("codec.topk-share", c.codec.topk_share, "topk" in coded, codecs, "'topk'"),
+        ("codec.topk-bits", c.codec.topk_bits, "topk" in coded, codecs, "'topk'"),
+        ("codec.budget-ratio", c.codec.budget_ratio, "budget" in coded, codecs, "'budget'"),
+        ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "a rank above 0"),
+        ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
+        ("sample.guidance", c.sample.guidance, taught, classes, "true"),
+        ("server.trim-share", c.server.trim_share, c.server.aggregation == "trimmed-mean", rule, "'trimmed-mean'"),
+    ):
+        if not acts and given != KEYS[name].default:
+            shown = str(given).lower() if isinstance(given, bool) else repr(given)
+            yield f"{name} = {shown} with {state}: acts with {where} only"
+    if c.server.momentum and c.server.optimizer == "averaging":
+        yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
+
+
+def _about_models(c: RunConfig) -> Iterator[str]:
+    trains_autoencoder = c.stage == "autoencoder"
+    if c.model.class_conditional and not c.data.class_names:
+        yield "data.classes = '' with model.class-conditional = true: must name all classes, such as \"cat,dog\""
+    if len({*c.data.class_names}) < len(c.data.class_names):
+        yield f"data.classes = {c.data.classes!r} is not allowed: a name is there twice"
+    if c.model.kind == "ldm" and not c.model.autoencoder and not trains_autoencoder:
+        yield (
+            "model.autoencoder = '' with model.kind = 'ldm': must be a diffusers folder or hub id of an AutoencoderKL; "
+            'train one on the nodes with stage = "autoencoder"'
+        )
+    if c.model.autoencoder and (c.model.kind != "ldm" or trains_autoencoder):
+        yield f"model.autoencoder = {c.model.autoencoder!r}: must be '' but for model.kind = 'ldm', stage = 'diffusion'"
+    if c.autoencoder.perceptual and not trains_autoencoder:
+        yield f"autoencoder.perceptual = {c.autoencoder.perceptual!r}: is for stage = 'autoencoder' only"
+    if trains_autoencoder:
+        for key, value in (
+            ("model.class-conditional", c.model.class_conditional),
+            ("model.init-from", c.model.init_from),
+            ("exchange.personal", c.exchange.personal),
+        ):
+            if value:
+                yield f"{key} = {value!r} with stage = 'autoencoder': is for stage = 'diffusion'"
+        if c.exchange.parts != "full":
+            yield f"exchange.parts = {c.exchange.parts!r} with stage = 'autoencoder': must be full"
+    e = c.eval
+    if e.features == "none" and (e.keep_best != "none" or e.audit):
+        key = "eval.audit = true" if e.audit else f"eval.keep-best = {e.keep_best!r}"
+        yield f"{key} with eval.features = 'none': needs a network to compare images by; choose one"
+    if e.features != "none" and (trains_autoencoder or c.keeps_personal):
+        yield f"eval.features = {e.features!r}: the server draws no samples in such a run; must be none"
+    if e.features_from and e.features != "dinov2":
+        yield f"eval.features-from = {e.features_from!r} with eval.features = {e.features!r}: is for dinov2 only"
+    if e.keep_best == "kid" and e.features in ("dinov2", "inception"):
+        yield f"eval.keep-best = 'kid' with eval.features = {e.features!r}: their KID takes images; use fid"
+    if c.data.eval_fraction == 0 and (e.audit or trains_autoencoder):
+        why = "eval.audit = true" if e.audit else "stage = 'autoencoder'"
+        yield f"data.eval-fraction = 0.0 with {why}: needs held-out images; must be above 0"
+    if c.model.lora_rank and (not c.model.init_from or c.exchange.parts != "full" or c.exchange.personal):
+        yield (
+            f"model.lora-rank = {c.model.lora_rank}: needs model.init-from, a model to adapt; exchange.parts must be "
+            "full and exchange.personal empty"
+        )
+    if trains_autoencoder:
+        yield from _widths("autoencoder", c.autoencoder.block_channels, c.autoencoder.norm_groups)
+        yield from _stride("autoencoder", c.autoencoder.block_channels, c.data.image_size)
+    elif not c.model.init_from:
+        yield from _about_unet(c)
+
+
+def _stride(section: str, channels: tuple[int, ...], size: int) -> Iterator[str]:
+    stride = 2 ** (len(channels) - 1)
+    if size % stride:
+        yield (
+            f"data.image-size = {size} is not divisible by {stride}, the total stride of "
+            f"{section}.block-channels = {_listed(channels)!r}: use a multiple of {stride} or fewer levels"
+        )
+
+
+def _widths(section: str, channels: tuple[int, ...], groups: int) -> Iterator[str]:
+    if any(width == 0 or width % groups for width in channels):
+        yield (
+            f"{section}.block-channels = {_listed(channels)!r} is not allowed: "
+            f"each must be a multiple of {section}.norm-groups = {groups}"
+        )
+
+
+def _about_unet(c: RunConfig) -> Iterator[str]:
+    if c.model.kind == "ddpm":  # else the size of the latents decides, see `models.networks`
+        yield from _stride("model", c.model.block_channels, c.data.image_size)
+    if len(c.model.attention) != len(c.model.block_channels) or not set(c.model.attention) <= {0, 1}:
+        yield (
+            f"model.attention = {_listed(c.model.attention)!r} is not allowed: must be 0 or 1 for each of "
+            f"the {len(c.model.block_channels)} levels of model.block-channels"
+        )
+    yield from _widths("model", c.model.block_channels, c.model.norm_groups)
+    # The middle of a diffusers U-Net has attention at the width of the last level.
+    attending = [w for w, on in zip(c.model.block_channels, c.model.attention, strict=False) if on]
+    for width in (*attending, c.model.block_channels[-1]):
+        if c.model.attention_head_dim and width % c.model.attention_head_dim:
+            yield (
+                f"model.attention-head-dim = {c.model.attention_head_dim} is not allowed: "
+                f"must divide the {width} channels of a level with attention (the last level always has it)"
+            )
+            break
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))

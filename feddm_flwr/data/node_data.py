@@ -1,0 +1,208 @@
+"""A node's images: shared out among simulated nodes, decoded once to a uint8 array on its disk."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
+from feddm_flwr.data.images import Decoded, Images
+from feddm_flwr.data.partition import partition_rows
+from feddm_flwr.data.source import Source
+from feddm_flwr.data.sources import open_named, open_own, open_source, stamp_of
+from feddm_flwr.storage.array_cache import array, cached, facts, new_array, write_facts
+
+log = logging.getLogger(__name__)
+
+Labels = NDArray[np.int64]  # (N,)
+
+_FORMAT = 4  # of what is cached: raised when the same file would be decoded to other pixels
+
+
+@dataclass(frozen=True)
+class NodeData:
+    """The images of one node, uint8 (N, C, H, W), and how many it has of each class."""
+
+    train: Images
+    held_out: Images
+    class_counts: dict[str, int]
+    classes: list[str]  # of the held-out images, then of those to train on; empty where unknown, or not to be told
+    train_labels: Labels  # places in `data.classes`; zeros where that is empty
+    held_out_labels: Labels
+    skipped: int = 0  # images that cannot be read
+    sizes: str = ""  # the smallest and the largest, before they were resized
+    fingerprint: str = ""  # of the images and their order; empty where they are not cached
+
+
+def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, root: Path) -> NodeData:
+    """The data of one node: all of `data_path`, or partition i of n of `data.name`; decoded once into a cache
+    below `root`, which every run and process with the same data shares.
+
+    Raises:
+        ConfigError: a key does not fit the data, images cannot be read, or the cache cannot be written.
+    """
+    if data_path and config.data.name == "digits":  # the default, whose size and channels would go unnoticed
+        raise ConfigError(
+            "data.name = 'digits' but this node has a data-path: set data.name to what the federation's images "
+            "are called, data.image-size and data.channels"
+        )
+    if not data_path and not partition:
+        raise ConfigError("the node has neither data-path nor partition-id and num-partitions in its --node-config")
+    origin = f"data-path = {data_path!r}" if data_path else f"data.name = {config.data.name!r}"
+    data = config.data if not data_path else replace(config.data, name="own")
+    essence = replace(parse({}), data=data, seed=config.seed)
+    load = _load_own if data_path else _load_node
+    partition = None if data_path else partition
+    return load(essence, partition, data_path, origin, stamp_of(data_path or config.data.name, origin), root)
+
+
+@lru_cache(maxsize=1024)  # a process has several simulated nodes
+def _load_node(
+    config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, origin: str, stamp: str, root: Path
+) -> NodeData:
+    """`stamp` tells the files' states apart."""
+    d, name = config.data, data_path or config.data.name
+
+    def open_here(scratch: Path) -> Source:
+        if data_path:
+            return open_own(config, data_path, origin, stamp=stamp, scratch=scratch)
+        return open_source(config, name, origin, stamp=stamp)
+
+    # What a hub has under a name may change: the library knows.
+    version = stamp or open_here(root).version
+    key = {
+        "format": _FORMAT,
+        "data": asdict(replace(d, classes="", eval_fraction=0)),
+        "seed": config.seed,
+        "partition": partition,
+        "place": name,
+    }
+
+    def fill(folder: Path) -> None:
+        source = open_here(scratch := folder / "scratch")
+        if source.streamed:
+            source = _kept(config, source, name, root)
+        rows = partition_rows(config, source, *partition) if partition else [*range(len(source.table))]
+        # By name, or by row: what is held out stays so when images are added or removed.
+        names = source.names or range(len(source.table))
+        rows = sorted(rows, key=lambda row: derive_seed(config.seed, "held out", partition, names[row]))
+        images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
+        decoded = source.decode(rows, images)
+        classes = _classes(source, d.label_column)
+        own = [classes[rows[i]] for i in decoded.kept] if classes else []
+        count = len(decoded.kept)
+        write_facts(folder, {"classes": own, "count": count, "asked": len(rows), "sizes": decoded.extent()})
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    try:
+        folder = cached(root, key, version, fill)
+        found, kept = facts(folder), array(folder, "images")
+    except OSError as error:
+        raise ConfigError(
+            f"state-path = {str(root)!r}: decoded images cannot be kept there ({error.strerror})"
+        ) from error
+    count, share = found["count"], d.eval_fraction
+    # Of a node's own images, names that the run does not ask for are nobody's business: they may be patients'.
+    own = found["classes"] if not data_path or d.class_names else []
+    held_out = min(math.ceil(share * count), count - 1)
+    if count < (2 if share else 1):
+        raise ConfigError(
+            f"{origin}: {count} images are too few; at least one is needed to train on, "
+            "and one to hold out where data.eval-fraction is above 0"
+        )
+    images, labels = kept[:count], _labels(config, own, count, origin, bool(data_path))
+    return NodeData(
+        train=images[held_out:],
+        held_out=images[:held_out],
+        train_labels=labels[held_out:],
+        held_out_labels=labels[:held_out],
+        class_counts=dict(sorted(Counter(own).items())),
+        classes=own,
+        skipped=found["asked"] - count,
+        sizes=found["sizes"],
+        fingerprint=folder.name,
+    )
+
+
+#: A process has one node's own images, which may be others each round: the earlier ones' disk is free then.
+_load_own = lru_cache(maxsize=1)(_load_node.__wrapped__)
+
+
+def _labels(config: RunConfig, own: list[str], count: int, origin: str, secret: bool) -> Labels:
+    names = {name: i for i, name in enumerate(config.data.class_names)}
+    if not names:
+        return np.zeros(count, np.int64)
+    if not own:
+        column = config.data.label_column
+        raise ConfigError(f"data.label-column = {column!r}: no such column, nor class folders; {origin} has no classes")
+    if unknown := sorted({*own} - {*names}):
+        others = f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}"
+        if secret:
+            log.warning("%s also has the classes %s", origin, others)
+            others = f"{len(unknown)} more, which the node's own log names"
+        raise ConfigError(f"data.classes = {config.data.classes!r}: must name every class; {origin} also has {others}")
+    return np.array([names[name] for name in own], np.int64)
+
+
+def load_all(config: RunConfig) -> tuple[Images, list[str], Decoded]:
+    """Every image of `data.name`, its class (empty where unknown), and what was found on the way.
+
+    Raises:
+        ConfigError: as `load_node`.
+    """
+    source, d = open_named(config), config.data
+    images = np.empty((len(source.table), d.channels, d.image_size, d.image_size), np.uint8)
+    decoded = source.decode(range(len(images)), images)
+    classes = source.classes(config.data.label_column)
+    return images[: len(decoded.kept)], [classes[i] for i in decoded.kept] if classes else [], decoded
+
+
+def partitions(config: RunConfig, count: int) -> list[dict[str, int]]:
+    """How many images of each class (of class "" where unknown) each node of a simulation would have.
+
+    Raises:
+        ConfigError: as `load_node`.
+    """
+    source = open_named(config)
+    classes = source.classes(config.data.label_column) or [""] * len(source.table)
+    return [dict(Counter(classes[row] for row in partition_rows(config, source, i, count))) for i in range(count)]
+
+
+@lru_cache(maxsize=1)
+def _classes(source: Source, column: str) -> list[str]:
+    return source.classes(column)
+
+
+@lru_cache(maxsize=1)  # so that the nodes of a simulation have one source
+def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
+    """A stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
+    d = config.data
+    shape = (len(source.table), d.channels, d.image_size, d.image_size)
+    chosen = (name, d.split, d.image_column, d.white, d.max_broken)
+
+    def fill(folder: Path) -> None:
+        decoded = source.decode(range(shape[0]), new_array(folder, "images", shape, np.uint8))
+        sizes = [[*size, n] for size, n in decoded.sizes.items()]
+        write_facts(folder, {"kept": decoded.kept, "sizes": sizes})
+
+    folder = cached(root, {"format": _FORMAT, "stream": chosen}, f"{source.version} {shape}", fill)
+    found, images = facts(folder), array(folder, "images")
+    place = {row: i for i, row in enumerate(found["kept"])}
+
+    def copy(rows: Sequence[int], out: Images) -> Decoded:
+        sizes = Counter({(width, height): n for width, height, n in found["sizes"]})
+        decoded = Decoded([i for i, row in enumerate(rows) if row in place], {}, sizes)
+        for to, i in enumerate(decoded.kept):
+            out[to] = images[place[rows[i]]]
+        return decoded
+
+    return replace(source, fill=copy)

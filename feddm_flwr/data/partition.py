@@ -1,0 +1,143 @@
+"""Which images each node of a simulation has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from feddm_flwr.config import ConfigError, RunConfig, derive_seed
+from feddm_flwr.data.source import Source
+
+log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import Partitioner
+
+
+def partition_rows(config: RunConfig, source: Source, index: int, count: int) -> list[int]:
+    """The rows of partition `index` of `count`, through flwr-datasets' partitioners but for `iid` and `pathological`.
+
+    Raises:
+        ConfigError: the images cannot be shared out like that.
+    """
+    chosen: list[int] = _partitioner(config, source, count).load_partition(index)["row"][:]
+    return chosen
+
+
+@lru_cache(maxsize=1)  # it shares out all images at once, and the nodes of a simulation ask one after the other
+def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner | _Even | _Pathological:
+    from datasets import Dataset
+
+    d = config.data
+    seed = derive_seed(config.seed, "partition") % 2**32
+    makers: dict[str, tuple[str, Callable[[], Partitioner | _Even | _Pathological]]] = {
+        "iid": ("", lambda: _Even(count)),
+        "dirichlet": (
+            d.label_column,
+            lambda: _flower().DirichletPartitioner(count, "by", d.alpha, min_partition_size=2, seed=seed),
+        ),
+        "pathological": (d.label_column, lambda: _Pathological(count, d.classes_per_node, seed)),
+        "shard": (
+            d.label_column,
+            lambda: _flower().ShardPartitioner(count, "by", num_shards_per_partition=d.shards_per_node, seed=seed),
+        ),
+        "natural": (d.natural_column, lambda: _flower().NaturalIdPartitioner("by")),
+    }
+    column, make = makers[d.partition]
+    rows = len(source.table)
+    if count > rows:
+        problem = _problem(config, source, count)
+        raise ConfigError(f"{problem}: more partitions than images; use at most {rows} nodes")
+    if column and column not in source.table.column_names:
+        key = "data.natural-column" if d.partition == "natural" else "data.label-column"
+        there = source.table.column_names
+        hint = "; subfolders would be the classes" if there == ["file"] else ""
+        raise ConfigError(f"{key} = {column!r}: no such column; {source.origin} has {there}{hint}")
+    # The partitioners see the label alone, in shuffled order: nothing is decoded for other nodes.
+    order = np.random.default_rng(seed).permutation(rows)
+    columns: dict[str, Any] = {"row": order}
+    if column:
+        values = source.table[column][:]
+        if None in values:  # which has no order
+            values = source.classes(column)
+        columns["by"] = [values[i] for i in order]
+    partitions = make()
+    partitions.dataset = Dataset.from_dict(columns)
+    try:
+        if d.partition == "natural" and partitions.num_partitions != count:
+            raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
+        partitions.load_partition(0)  # deals all of them; one that failed must not be kept
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{_problem(config, source, count)}: {error}") from error
+    return partitions
+
+
+def _flower() -> Any:
+    from flwr_datasets import partitioner  # which imports pyplot: a second, where nothing else is slow
+
+    return partitioner
+
+
+def _problem(config: RunConfig, source: Source, count: int) -> str:
+    """What could not be done."""
+    return (
+        f"data.partition = {config.data.partition!r} for {count} nodes and {len(source.table)} images ({source.origin})"
+    )
+
+
+class _Even:
+    """As many images for each node as for the next, give or take one."""
+
+    dataset: Dataset
+
+    def __init__(self, count: int) -> None:
+        self.num_partitions = count
+
+    def load_partition(self, index: int) -> Dataset:
+        return self.dataset.shard(self.num_partitions, index, contiguous=True)
+
+
+class _Pathological:
+    """Few classes on each node (McMahan et al. 2017). Flower's own partitioner leaves out classes that it dealt to no
+    node; here classes are dealt like cards, so that no class has more than one node more than another."""
+
+    dataset: Dataset
+
+    def __init__(self, count: int, classes_per_node: int, seed: int) -> None:
+        self.num_partitions, self._each, self._seed = count, classes_per_node, seed
+        self._rows: list[list[int]] = []  # of each node, once they are dealt
+
+    def load_partition(self, index: int) -> Dataset:
+        self._rows = self._rows or self._deal()
+        return self.dataset.select(self._rows[index])
+
+    def _deal(self) -> list[list[int]]:
+        labels = self.dataset["by"][:]
+        classes = sorted({*labels})
+        if self._each > len(classes):
+            raise ValueError(f"data.classes-per-node = {self._each}, but there are {len(classes)} classes")
+        random, deck = np.random.default_rng(self._seed), list[Any]()
+        hands: list[list[Any]] = []
+        for _ in range(self.num_partitions):
+            hand: list[Any] = []
+            while len(hand) < self._each:
+                if not {*deck} - {*hand}:
+                    deck += [classes[i] for i in random.permutation(len(classes))]
+                hand.append(deck.pop(next(i for i, c in enumerate(deck) if c not in hand)))
+            hands.append(hand)
+        if left := {*classes} - {c for hand in hands for c in hand}:
+            log.warning(
+                "data.classes-per-node = %d: %d nodes hold %d of %d classes; the images of the others are left out",
+                *(self._each, self.num_partitions, len(classes) - len(left), len(classes)),
+            )
+        own = {c: [row for row, label in enumerate(labels) if label == c] for c in classes}
+        holders = {c: [node for node, hand in enumerate(hands) if c in hand] for c in classes}
+        return [
+            [row for c in hand for row in own[c][holders[c].index(node) :: len(holders[c])]]
+            for node, hand in enumerate(hands)
+        ]

@@ -1,0 +1,49 @@
+"""A data set before it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from feddm_flwr.config import ConfigError, class_name
+from feddm_flwr.data.images import Decoded, Images
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+_UNLABELLED = "unlabelled"  # the class of a row that has none
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before decoding: where it is (for messages), one row per image, and a decoder of rows, which
+    fills the beginning of an array. Where it is streamed, all rows are decoded in their order, or none."""
+
+    origin: str
+    table: Dataset
+    fill: Callable[[Sequence[int], Images], Decoded]
+    version: str  # of what it is decoded from
+    streamed: bool = False
+    names: Sequence[str] = ()  # of the rows, where they have some that stay when others come and go
+
+    def decode(self, rows: Sequence[int], out: Images) -> Decoded:
+        """Fill the beginning of an array with rows.
+
+        Raises:
+            ConfigError: they cannot be read, which is not to be taken for an error of where they are written.
+        """
+        try:
+            return self.fill(rows, out)
+        except OSError as error:
+            raise ConfigError(f"{self.origin}: cannot be read ({error.strerror or type(error).__name__})") from error
+
+    def classes(self, column: str) -> list[str]:
+        """The class of every row, or nothing where there is no such column."""
+        if column not in self.table.column_names:
+            return []
+        names: list[str] = getattr(self.table.features[column], "names", [])
+        values = self.table[column][:]
+        named = [_UNLABELLED if v is None or (names and v < 0) else names[v] if names else str(v) for v in values]
+        return [*map(class_name, named)]

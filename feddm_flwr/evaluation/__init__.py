@@ -1,0 +1,1 @@
+"""What a model is worth: samples of it, and their distance to real images."""

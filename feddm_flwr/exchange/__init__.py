@@ -1,0 +1,1 @@
+"""Coded vectors between server and nodes: both ends of each direction, and what they remember."""

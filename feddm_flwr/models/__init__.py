@@ -1,0 +1,1 @@
+"""Networks, the diffusion process, and the diffusers pipelines that come of a run."""

@@ -1,0 +1,1 @@
+"""What runs on a node: its settings, its training, its evaluations. Flower is not known here."""

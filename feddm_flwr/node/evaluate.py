@@ -1,0 +1,84 @@
+"""A node's part in evaluating a model: sums of its images' features, the final model's loss, and the audit.
+
+Only sums and counts leave the node.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from feddm_flwr.compute.device import prepare_process
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.data.node_data import NodeData
+from feddm_flwr.evaluation import features
+from feddm_flwr.evaluation.memorization import near_copies, separability
+from feddm_flwr.evaluation.statistics import statistics
+from feddm_flwr.exchange.channel import exact
+from feddm_flwr.models import networks, parameters
+from feddm_flwr.models.pretrained import FEATURES, Assets
+from feddm_flwr.node.assets import assets_of
+from feddm_flwr.node.outcome import Outcome
+from feddm_flwr.protocol.tasks import REFERENCE, SAMPLES, WEIGHTS, Frames, Scalar
+from feddm_flwr.training.build import build_objectives
+from feddm_flwr.training.objectives import Denoising
+
+log = logging.getLogger(__name__)
+
+_PER_CLASS = 10  # of a class as many images are needed as of a node, over this
+_AUDITED = 2048  # held-out images that are compared, and images whose loss is
+
+
+def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[str, Scalar], frames: Frames) -> Outcome:
+    """Answers the question that the server `said`, with its frames, as node `name`.
+
+    Raises:
+        ConfigError: the feature network cannot be had here, or there are too few images for sums of them to be told.
+        FrameError: a frame is corrupt.
+    """
+    device = prepare_process(config)
+    assets = assets_of(root, str(said["assets"]), frames)
+    report: dict[str, Scalar] = {"name": name, "kind": said["kind"]}
+    if assets is None:
+        return Outcome(report, b"")
+    if said["kind"] == REFERENCE:
+        if len(data.train) < config.eval.min_images:  # the server asks none that has few; images may have gone since
+            raise ConfigError(f"eval.min-images = {config.eval.min_images}: this node has {len(data.train)}")
+        network = features.read(assets[FEATURES]).build()
+        log.info("summing the features of %d images", len(data.train) + len(data.held_out))
+        seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
+        return Outcome(report, statistics(seen, data.classes, config.eval.min_images // _PER_CLASS).pack())
+    report |= _final(config, name, data, assets, root, frames, device)
+    return Outcome(report, b"done")
+
+
+def _final(
+    config: RunConfig,
+    name: str,
+    data: NodeData,
+    assets: Assets,
+    root: Path,
+    frames: Frames,
+    device: torch.device,
+) -> dict[str, Scalar]:
+    network = networks.build(config, assets).to(device)
+    layout = parameters.layout(network)
+    channel = exact(layout.fingerprint, layout.size)
+    parameters.load_vector(network, channel.decode(frames[WEIGHTS], "weights", config.num_server_rounds))
+    trained, unseen = build_objectives(config, data, assets, root, device)
+    held_out = unseen.held_out(network, config.eval.images, name)
+    report: dict[str, Scalar] = {"eval-loss": held_out.loss, "latent-power": held_out.latent_power}
+    if config.eval.audit and isinstance(trained, Denoising) and isinstance(unseen, Denoising):
+        shape = (-1, config.data.channels, config.data.image_size, config.data.image_size)
+        samples = np.frombuffer(frames[SAMPLES], np.uint8).reshape(shape)
+        extract = features.read(assets[FEATURES]).build()
+        count = min(len(data.train), len(data.held_out), _AUDITED)
+        unseen_ones = data.held_out[:_AUDITED]
+        near = near_copies(extract(samples), extract(data.train), extract(unseen_ones))
+        losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
+        report |= {"near": near, "members-auc": separability(*losses), "unseen": len(unseen_ones)}
+    return report

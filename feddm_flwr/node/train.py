@@ -1,0 +1,69 @@
+"""A node's part in a round: decode the weights, measure the held-out loss on them, train, encode what came of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+from pathlib import Path
+
+from feddm_flwr.compute.device import prepare_process
+from feddm_flwr.config import RunConfig
+from feddm_flwr.data.node_data import NodeData
+from feddm_flwr.exchange.downlink import DownlinkReceiver
+from feddm_flwr.exchange.node_state import NodeState, StateLostError
+from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.exchange.uplink import UplinkSender
+from feddm_flwr.models import networks, parameters, pipelines
+from feddm_flwr.node.assets import assets_of
+from feddm_flwr.node.outcome import Outcome
+from feddm_flwr.protocol.replies import TrainReply
+from feddm_flwr.protocol.tasks import Frames, TrainTask
+from feddm_flwr.training import loop
+from feddm_flwr.training.build import build_objectives
+
+log = logging.getLogger(__name__)
+
+
+def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask, frames: Frames) -> Outcome:
+    """Does a task of the server's, with its frames, as node `name` whose state is below `root`.
+
+    Raises:
+        FrameError: a frame is corrupt.
+        FloatingPointError: the training diverged.
+    """
+    device = prepare_process(config)
+    nothing = Outcome({"name": name, "round": task.round}, b"")
+    assets = assets_of(root, task.assets, frames)
+    if assets is None:
+        log.warning("what the run builds upon is not here; the server sends it")
+        return nothing
+    network = networks.build(config, assets)
+    split = split_of(parameters.layout(network), config)
+    state = NodeState(root, task.run_uuid, name) if config.keeps_state else None
+    uplink = UplinkSender(config, split, name, task, state)
+    try:
+        received = DownlinkReceiver(config, split, task, state).receive(frames, parameters.to_vector(network))
+    except StateLostError as error:
+        log.warning("%s", error)  # the server sends the whole of it
+        return nothing
+    parameters.load_vector(network.to(device), received)
+
+    objective, unseen = build_objectives(config, data, assets, root, device)
+    held_out = unseen.held_out(network, config.eval.images if task.evaluate else 0, name)
+    progress, start = loop.Progress(task.round, task.steps_before), uplink.start(received)
+    trained = loop.train(network, objective, config, name, progress, device, start)
+    sent = uplink.send(parameters.flat(network), received)
+    if state and split.personal.layout.names:
+        fill = partial(pipelines.save, network, config, assets, card="")
+        state.replace_folder("pipeline", "personal", task.round, fill)
+    reply = TrainReply(
+        images=len(data.train),
+        steps=trained.steps,
+        train_loss=trained.loss,
+        eval_loss=held_out.loss if math.isfinite(held_out.loss) else None,
+        eval_levels=held_out.levels,
+        coding_error=sent.error,
+        state_lost=state is not None and state.lost,
+    )
+    return Outcome(reply.to_record(name, task.round), sent.frame)

@@ -1,0 +1,1 @@
+"""The words that server and nodes use to each other. Neither torch nor Flower."""

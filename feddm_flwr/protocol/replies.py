@@ -1,0 +1,126 @@
+"""What a node says of itself and of its training, checked in one place: it may be broken, or lie."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from feddm_flwr.config import NODE_NAME, NOISE_LEVELS
+from feddm_flwr.protocol.failures import Failure, clean
+from feddm_flwr.protocol.tasks import Scalar
+
+#: Losses and errors above this are a broken node's.
+ABSURD = 1e6
+_MAX_IMAGES = 10_000_000  # keeps the exact sum of a thousand such nodes within 64 bits, at updates up to 0.1
+_MAX_CLASSES = 10_000
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a node says of itself before it is first asked to train."""
+
+    name: str
+    images: int
+    held_out: int
+    class_counts: dict[str, int]
+    skipped: int = 0  # images that it cannot read
+    sizes: str = ""  # the smallest and the largest, before they were resized
+
+    def to_record(self, problem: str = "") -> dict[str, Scalar]:
+        """Returns the introduction, and what the node finds wrong, as a record of scalars."""
+        return {
+            "name": self.name,
+            "problem": problem,
+            "images": self.images,
+            "held-out": self.held_out,
+            "class-counts": json.dumps(self.class_counts),
+            "skipped": self.skipped,
+            "sizes": self.sizes,
+        }
+
+    @classmethod
+    def from_record(cls, said: Mapping[str, object]) -> tuple[Self, str] | Failure:
+        """Returns what a node said of itself, and what it found wrong ("" if nothing), or what is wrong with that."""
+        try:
+            name, images, held_out = said["name"], said["images"], said["held-out"]
+            lines = [clean(line, 500) for line in str(said["problem"])[:10_000].splitlines()]
+            problem = "\n".join(filter(None, lines))
+            skipped = said.get("skipped", 0)
+            counts = json.loads(str(said["class-counts"])[: 30 * _MAX_CLASSES])
+            if not (isinstance(images, int) and isinstance(held_out, int) and isinstance(counts, dict)):
+                raise TypeError("counts must be integers")
+            if not isinstance(name, str) or not re.fullmatch(NODE_NAME, name):
+                raise ValueError(f"name = {name!r}")
+            if not problem and not (1 <= images <= _MAX_IMAGES and 0 <= held_out <= _MAX_IMAGES):
+                raise ValueError(f"images = {images}, held-out = {held_out}")
+            if type(skipped) is not int or not 0 <= skipped <= _MAX_IMAGES:
+                raise ValueError(f"skipped = {skipped!r}")
+            most = 2 * _MAX_IMAGES
+            if len(counts) > _MAX_CLASSES or not all(type(n) is int and 0 <= n <= most for n in counts.values()):
+                raise ValueError("class counts")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            return Failure("malformed", clean(repr(error)))
+        sizes = clean(str(said.get("sizes", "")), 50)
+        return cls(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}, skipped, sizes), problem
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """What came of a node's part of a round, beside its weights."""
+
+    images: int  # that it trains on now
+    steps: int
+    train_loss: float
+    eval_loss: float | None  # of the weights that it got; None where they were not evaluated
+    eval_levels: list[float] = field(default_factory=list)  # the same by noise level; empty where it does not say
+    coding_error: float = 0.0  # norm of what the coding lost over that of what was to be sent
+    state_lost: bool = False  # whether what the node had kept was gone
+
+    def to_record(self, name: str, number: int) -> dict[str, Scalar]:
+        """Returns the reply of the node of that name on a round as a record of scalars."""
+        return {
+            "name": name,
+            "round": number,
+            "images": self.images,
+            "steps": self.steps,
+            "train-loss": self.train_loss,
+            "eval-loss": float("nan") if self.eval_loss is None else self.eval_loss,
+            "eval-levels": json.dumps(self.eval_levels),
+            "coding-error": self.coding_error,
+            "state-lost": self.state_lost,
+        }
+
+    @classmethod
+    def from_record(cls, said: Mapping[str, object], name: str, number: int) -> Self | Failure:
+        """Returns the reply of the node of that name on a round, or what is wrong with it.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        if (said["name"], said["round"]) != (name, number):
+            return Failure("stale", clean(f"the reply is of {said['name']!r}, round {said['round']!r}"))
+        images, steps, train_loss, eval_loss = said["images"], said["steps"], said["train-loss"], said["eval-loss"]
+        coding_error, lost = said["coding-error"], said["state-lost"]
+        if not (isinstance(train_loss, float) and 0 <= train_loss <= ABSURD and isinstance(eval_loss, float)):
+            return Failure("malformed", clean(f"losses {train_loss!r} and {eval_loss!r}"))
+        if not (isinstance(coding_error, float) and 0 <= coding_error <= ABSURD and isinstance(lost, bool)):
+            return Failure("malformed", clean(f"coding-error = {coding_error!r}, state-lost = {lost!r}"))
+        if type(steps) is not int or steps < 1 or type(images) is not int:
+            return Failure("malformed", clean(f"steps = {steps!r}, images = {images!r}"))
+        evaluated = eval_loss if 0 <= eval_loss <= ABSURD else None  # NaN where it was not
+        levels = levels_of(said.get("eval-levels"))
+        return cls(images, steps, train_loss, evaluated, levels, coding_error, lost)
+
+
+def levels_of(text: object) -> list[float]:
+    """Returns losses by noise level, from JSON; none where they are not that."""
+    try:
+        values = json.loads(str(text)[:1000])
+        if isinstance(values, list) and len(values) == NOISE_LEVELS and all(0 <= float(v) <= ABSURD for v in values):
+            return [float(v) for v in values]
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        pass
+    return []

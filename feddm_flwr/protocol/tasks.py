@@ -1,0 +1,77 @@
+"""What the server asks of a node, and how the frames beside it are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Self
+
+Scalar = str | int | float | bool
+
+#: Names of the records and of the one frame in a message.
+TASK, WEIGHTS_RECORD, REPORT, LOST, PROBE, FRAME = "task", "weights", "report", "lost", "probe", "frame"
+#: Kinds of what is asked beside the training.
+REFERENCE, FINAL = "reference", "final"
+#: Frames of the final evaluation.
+WEIGHTS, SAMPLES = "weights", "samples"
+#: The frame of a whole shadow, and what coded frames and assets have before their number or kind.
+SHADOW = "shadow"
+_CODED, _ASSET = "frame-", "asset-"
+
+#: Frames by name.
+Frames = Mapping[str, bytes]
+
+
+def coded_name(version: int) -> str:
+    """Returns the name of the frame that leads to a version of the weights."""
+    return f"{_CODED}{version}"
+
+
+def coded_frames(frames: Frames) -> dict[int, bytes]:
+    """Returns the coded frames by the version that they lead to."""
+    return {int(name.removeprefix(_CODED)): frame for name, frame in frames.items() if name.startswith(_CODED)}
+
+
+def asset_name(kind: str) -> str:
+    """Returns the name of the frame that is an asset of that kind."""
+    return f"{_ASSET}{kind}"
+
+
+def is_asset(name: str) -> bool:
+    """Tells whether a frame of that name is an asset."""
+    return name.startswith(_ASSET)
+
+
+def asset_frames(frames: Frames) -> dict[str, bytes]:
+    """Returns the assets among the frames, by kind."""
+    return {name.removeprefix(_ASSET): frame for name, frame in frames.items() if is_asset(name)}
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What the server says of a round; the fields, with - for _, are the keys of its message."""
+
+    run_uuid: str
+    round: int
+    steps_before: int  # local steps in all earlier rounds
+    evaluate: bool  # whether the held-out loss is asked for
+    part: str  # which parameters the reply is to cover
+    acked: int  # the last round whose reply of this node, of that part, entered a mean; 0: none
+    acked_any: int  # the same of any part
+    durable: int  # `acked`, had the server to go back to the last checkpoint that is on its disk for sure
+    durable_any: int  # the same of any part
+    assets: str  # JSON: SHA-256 of what the run builds upon, by kind
+    shadow: str  # fingerprint of what the nodes are to hold; empty where weights are sent
+
+    def to_record(self) -> dict[str, Scalar]:
+        """Returns the task as a record of scalars."""
+        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Scalar]) -> Self:
+        """Reads what `to_record` made.
+
+        Raises:
+            TypeError: a field is missing, or there is another.
+        """
+        return cls(**{key.replace("-", "_"): value for key, value in record.items()})  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""The README.md that goes with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from feddm_flwr.reporting.records import without_places
+
+
+def model_card(config: Mapping[str, object], rounds: int, nodes: int, *, simulated: bool) -> str:
+    """The README.md of a pipeline folder."""
+    size = config["data.image-size"]
+    keys = (
+        "strategy",
+        "data.name",
+        *(["data.partition"] if simulated else []),
+        "train.local-steps",
+        "train.local-epochs",
+        "train.learning-rate",
+        "codec.uplink",
+        "codec.downlink",
+        "server.optimizer",
+        "server.ema-decay",
+        "seed",
+    )
+    shown = without_places(config)
+    table = "\n".join(f"| `{key}` | `{shown[key]}` |" for key in keys)
+    what, code = _use(config)
+    diffusion = config["stage"] == "diffusion"
+    title = "A diffusion model" if diffusion else "An autoencoder"
+    tag = "pipeline_tag: unconditional-image-generation\n" if diffusion else ""
+    # With 61, diffusers' "trailing" spacing ends one step too far.
+    note = f"\nTake a number of steps that divides {config['diffusion.timesteps']}: some others give noise.\n"
+    return f"""---
+library_name: diffusers
+{tag}tags: [diffusers, federated-learning, feddm]
+---
+# {title} trained by {nodes} nodes that kept their images
+
+{what} for {size}x{size} images, trained with FedDM (Vora et al., arXiv 2407.14730; settings ours)
+over {rounds} rounds. The weights are the exponential moving average of the global model.
+
+```python
+{code}
+```
+{note if diffusion and not config["model.class-conditional"] else ""}
+| setting | value |
+|---|---|
+{table}
+
+No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
+images, and averaged updates can be inverted. Treat the model as you would treat the images.
+"""
+
+
+def _use(config: Mapping[str, object]) -> tuple[str, str]:
+    """What is in a model's folder, and how it is used with diffusers."""
+    folder = '"path/to/this/folder"'
+    if config["stage"] == "autoencoder":
+        code = f"from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained({folder})"
+        return "An `AutoencoderKL`", code
+    if config["model.class-conditional"]:
+        names = str(config["data.classes"]).split(",")
+        code = f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)  # pipeline.py, in this folder
+images = pipeline(["{names[0].strip()}", "{names[-1].strip()}"], guidance_scale=2.0).images"""
+        return f"A class-conditional `UNet2DModel` ({config['model.kind']}, classes {config['data.classes']})", code
+    # The folder's own, DDPMPipeline, would take all of the noise levels.
+    pipeline = "LDMPipeline" if config["model.kind"] == "ldm" else "DDIMPipeline"
+    code = f"""from diffusers import {pipeline}
+
+images = {pipeline}.from_pretrained({folder})(batch_size=16, num_inference_steps=50).images"""
+    return f"A `UNet2DModel` ({config['model.kind']})", code

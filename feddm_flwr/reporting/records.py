@@ -1,0 +1,153 @@
+"""Reading and writing the files of a run's folder: metrics, status, configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from feddm_flwr.config import ConfigError, local_path
+from feddm_flwr.storage.atomic import whole_file
+
+Row = dict[str, Any]
+
+
+OF_THE_FOLDER = ("run-name", "out-dir")  # keys that say where a run lies, not what it is
+
+
+def write_status(path: Path, status: str, reason: str = "", **more: object) -> None:
+    """Write a run's `status.json`: how it stands, why, and what it said or says `more`: the rounds after which it was
+    resumed, and whether its nodes are simulated."""
+    found = read_status(path) | {"status": status, "reason": reason, **more}
+    with whole_file(path / "status.json") as file:
+        file.write(json.dumps(found).encode())
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What `write_status` wrote of a run; empty where nothing was. One that says it is running, and that no process
+    has open, was killed: it is "stopped"."""
+    file = path / "status.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if found.get("status") == "running" and not _in_use(path):
+        command = "feddm run --resume" if found.get("simulated", True) else "feddm run SUPERLINK --resume"
+        found |= {"status": "stopped", "reason": f"the process was killed; {command} goes on with it"}
+    return found
+
+
+def check_kind(path: Path, *, simulated: bool) -> None:
+    """Compare a run's nodes with those that are to go on with it.
+
+    Raises:
+        ConfigError: only one of the two is a simulation, whose images are others.
+    """
+    was = read_status(path).get("simulated", simulated)
+    if was != simulated:
+        before, way = ("a simulation", "local") if was else ("one of real nodes", "SUPERLINK")
+        raise ConfigError(f"{path} was {before}, and cannot go on otherwise: feddm run {way} --resume {path}")
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a process writes to the run's folder, so far as can be told."""
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            return False
+    except (Timeout, OSError):  # or a folder that cannot be written
+        return True
+
+
+def status_of(path: Path) -> str:
+    """How a run stands; "" where there is none."""
+    return str(read_status(path).get("status", ""))
+
+
+def resumed_after(path: Path) -> list[int]:
+    rounds: list[int] = read_status(path).get("resumed_after", [])
+    return rounds
+
+
+def without_places(config: Mapping[str, object]) -> dict[str, object]:
+    """A flat configuration as others may see it: where the images and the run lie is nobody else's business."""
+    shown = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
+    if path := local_path(str(shown.get("data.name", ""))):
+        shown["data.name"] = path.name
+    return shown
+
+
+def nest(flat: Mapping[str, object]) -> dict[str, Any]:
+    """Dotted keys as nested tables."""
+    tables: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = name.split(".")
+        table = tables
+        for part in path:
+            table = table.setdefault(part, {})
+        table[leaf] = value
+    return tables
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    keys: dict[str, Any] = {}
+    for key, value in tables.items():
+        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return keys
+
+
+def grid_files(path: Path) -> dict[int, Path]:
+    """A run's grids of averaged weights, by round, in order."""
+    found = (path / "samples").glob("round-*.png")
+    return dict(sorted((int(p.stem[6:]), p) for p in found if p.stem[6:].isdigit()))
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The lines of a run's `metrics.jsonl`, none where there is no such file yet, without one that a killed run
+    was writing.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    file = path / "metrics.jsonl"
+    rows: list[Row] = []
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                raise ValueError(f"{file}, line {number}, is damaged: {error}; mend or remove it") from error
+    return rows
+
+
+def total_bytes(rows: list[Row]) -> dict[str, int]:
+    """Each kind of traffic (`bytes_up`, …), summed over a run's rounds."""
+    return {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+
+
+def simulated_nodes(rows: list[Row]) -> int:
+    """How many nodes the simulation had whose rounds these are; 0 where none was done."""
+    return max((int(row.get("connected") or row["clients_ok"]) for row in rows), default=0)
+
+
+def as_line(row: Row) -> bytes:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite).encode() + b"\n"
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    path = run / "config.toml"
+    try:
+        return flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: Path, otherwise: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

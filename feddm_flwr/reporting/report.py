@@ -1,0 +1,125 @@
+"""`report.html` and the model card, made from the files of a run directory and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from feddm_flwr.reporting import charts
+from feddm_flwr.reporting.page import evaluation_settings, grid_images, render, toml_value, write_page
+from feddm_flwr.reporting.records import (
+    OF_THE_FOLDER,
+    Row,
+    grid_files,
+    read_config,
+    read_json,
+    read_metrics,
+    read_status,
+    simulated_nodes,
+)
+from feddm_flwr.reporting.templates import PAGE
+from feddm_flwr.reporting.traffic import megabytes, traffic_rows
+
+
+def write(run: Path) -> Path:
+    """Write the self-contained `report.html` of a run; it can be rewritten at any time."""
+    rows = read_metrics(run)
+    status = {"status": "running", "reason": ""} | read_status(run)
+    config, final = read_config(run), read_json(run / "final.json", {})
+    nodes = read_json(run / "nodes.json", [])
+    hues = _hues(nodes)
+    html = render(
+        PAGE,
+        name=run.name,
+        status=status,
+        config=config,
+        rows=rows,
+        tiles=_tiles(rows, config, final),
+        charts=charts.of_run(rows, apart=bool(config.get("diffusion.min-snr-gamma"))),
+        judged=evaluation_settings(run, rows),
+        final=final,
+        faults=_faults(rows, status),
+        grids=(grids := [grid_images(*grid) for grid in grid_files(run).items()]),
+        slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
+        nodes=_nodes(nodes, rows, hues),
+        hues=hues,
+        command=" ".join(
+            [
+                "feddm run",
+                f"--num-supernodes {simulated_nodes(rows) or 4}" if status.get("simulated", True) else "SUPERLINK",
+                *(
+                    f"-c {shlex.quote(f'{k}={toml_value(config[k])}')}"
+                    for k in sorted(config)
+                    if k not in OF_THE_FOLDER
+                ),
+            ]
+        ),
+    )
+    return write_page(run / "report.html", html)
+
+
+def _faults(rows: list[Row], status: Row) -> list[str]:
+    """What went wrong and did not end the run."""
+    reasons = Counter[str]()
+    for row in rows:
+        reasons.update(row.get("failures", {}))
+    found = [f"{n} replies dropped: {reason}" for reason, n in reasons.most_common()]
+    found += [f"resumed after round {number}" for number in status.get("resumed_after", [])]
+    if lost := sum(row.get("state_lost", 0) for row in rows):
+        found.append(f"{lost} times a node had lost what it had kept, and began anew")
+    return found
+
+
+def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(value, label, note) of the figures at the head."""
+    if not rows:
+        return []
+    last = rows[-1]
+    evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
+    failed = sum(sum(row["failures"].values()) for row in rows)
+    return [
+        (
+            f"{last['round']} / {config['num-server-rounds']}",
+            "rounds",
+            f"{sum(r['seconds'] for r in rows):.0f} s in rounds",
+        ),
+        (f"{last['train_loss']:.4f}", "training loss", "mean of the last round"),
+        (
+            f"{evaluated[-1]:.4f}" if evaluated else "–",
+            "held-out loss",
+            "weights that the last evaluated round began with",
+        ),
+        *(
+            (
+                f"{r['fid']:.3g}",
+                "FID of the averaged weights",
+                f"round {r['round']}; KID {r['kid']:.3g}" if r.get("kid") is not None else f"round {r['round']}",
+            )
+            for r in [r for r in rows if r.get("fid") is not None][-1:]
+        ),
+        *((megabytes(sent), who, note) for who, sent, note in traffic_rows(rows, final)),
+        (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
+    ]
+
+
+def _nodes(nodes: list[Row], rows: list[Row], hues: Mapping[str, int]) -> list[Row]:
+    """The nodes with what each sent and got, and with the share of each class, for the bars."""
+    for node in nodes:
+        total = max(1, sum(node["class_counts"].values()))
+        for way in ("up", "down"):
+            node[way] = megabytes(sum(row.get("nodes", {}).get(node["name"], {}).get(way, 0) for row in rows))
+        node["bars"] = [
+            {"name": name, "count": count, "share": count / total, "hue": hues[name]}
+            for name, count in sorted(node["class_counts"].items())
+        ]
+    return sorted(nodes, key=lambda node: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", node["name"])])
+
+
+def _hues(nodes: list[Row]) -> dict[str, int]:
+    """The colour of each class."""
+    classes = sorted({name for node in nodes for name in node["class_counts"]})
+    return {name: round(360 * i / len(classes)) for i, name in enumerate(classes)}

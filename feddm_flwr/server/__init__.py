@@ -1,0 +1,1 @@
+"""What runs on the server: rounds, evaluation, and what a run leaves."""

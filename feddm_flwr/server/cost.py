@@ -1,0 +1,32 @@
+"""What a run will cost each node, said before it begins."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from feddm_flwr.config import RunConfig
+from feddm_flwr.exchange.channel import channel
+from feddm_flwr.exchange.partial import Split
+
+_PROBE = 1 << 20  # values that are coded to see how many bytes they take
+
+
+def text(config: RunConfig, parts: Split, frozen: int) -> str:
+    """Megabytes that a node sends and gets in a round, and the least memory that training takes beside activations:
+    float32 weights and gradients, AdamW's two averages, the received weights where the proximal term needs them, and
+    `frozen` weights."""
+    c = config.codec
+    sent = max(part.layout.size for part in parts.sent.values())
+    up, down = _bytes(config, c.uplink, sent), _bytes(config, c.downlink, parts.shared.layout.size)
+    trained = parts.shared.layout.size + parts.personal.layout.size
+    averages = 2 if config.train.optimizer == "adamw8bit" else 8
+    memory = trained * (8 + averages + (4 if config.train.mu else 0)) + 4 * frozen
+    return f"up={up / 1e6:.3g}MB down={down / 1e6:.3g}MB memory={memory / 1e9:.3g}GB"
+
+
+def _bytes(config: RunConfig, name: str, size: int) -> int:
+    """About what `size` values take: those of trained weights are near to normal."""
+    count = min(size, _PROBE)
+    values = np.random.default_rng(0).standard_normal(count, np.float32) * np.float32(0.05)
+    frame = channel(name, config.codec, "0" * 32, count).encode(values, config.codec.target, 1, 0)
+    return len(frame) * size // count

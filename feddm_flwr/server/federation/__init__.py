@@ -1,0 +1,1 @@
+"""Everything of Flower's transport: who takes part, what is sent, what comes back."""

@@ -1,0 +1,278 @@
+"""A round: what comes in while it goes on, and what it came to."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from statistics import median, pstdev
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+
+from feddm_flwr.aggregation.mean import Aggregator, StreamingMean
+from feddm_flwr.aggregation.outliers import Lengths, Outliers
+from feddm_flwr.aggregation.robust import RobustMean
+from feddm_flwr.codecs.framing import Frame, FrameError
+from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, local_steps
+from feddm_flwr.exchange.uplink import UplinkReceiver
+from feddm_flwr.protocol.failures import Failure, clean
+from feddm_flwr.protocol.replies import Introduction, TrainReply
+from feddm_flwr.protocol.tasks import REPORT
+from feddm_flwr.reporting.progress import NodeDone
+from feddm_flwr.server.federation.traffic import Traffic, most_bytes
+from feddm_flwr.server.federation.transport import frame_of
+from feddm_flwr.vector import Vector, euclidean_norm
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round came to."""
+
+    round: int
+    weights: Vector
+    ema: Vector
+    train_loss: float
+    eval_loss: float  # of the weights that the round started from; NaN where not evaluated
+    eval_levels: list[float]  # the same by noise level, from the least noise to the most; empty where not evaluated
+    eval_losses: dict[str, float]  # the same by node
+    eval_spread: float  # how unequally the model serves the nodes: standard deviation of these; NaN where not known
+    connected: int  # nodes that Flower had when it began
+    clients_ok: int
+    clients_failed: int
+    failures: dict[str, int]
+    bytes_up: int
+    bytes_down: int
+    bytes_full: int  # of bytes_down: whole shadows, for nodes that had lost theirs or were far behind
+    bytes_up_fp32: int  # what the same messages would have been as plain float32
+    bytes_down_fp32: int
+    bytes_data_parallel: int  # each way, had the nodes exchanged float32 gradients after every step
+    bytes_other: int  # both ways, of what is not training: models that the run builds upon, evaluations
+    nodes: dict[str, dict[str, int]]  # by name: bytes up and down
+    state_lost: int  # nodes whose residual was gone: the run is then not bit for bit that without
+    coding_error: float  # norm of what the uplink lost over that of what was to be sent
+    local_steps: int
+    update_norm: float
+    drift: float  # spread of the nodes' updates around their mean, over its norm; NaN where it is not known
+    contraction: float  # norm of this round's step of the weights over that of the round before; NaN for the first
+    seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the round as a line of `metrics.jsonl`: everything but the vectors."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema", "eval_losses")}
+        if self.eval_losses:
+            own["nodes"] = {
+                name: of | ({"eval_loss": self.eval_losses[name]} if name in self.eval_losses else {})
+                for name, of in self.nodes.items()
+            }
+        return own
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """A good reply, without its update."""
+
+    node: Introduction
+    reply: TrainReply
+    norm: float  # of the update, before it was shortened
+    scale: float  # by which it was shortened
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the node measured the held-out loss."""
+        return self.node.held_out > 0 and self.reply.eval_loss is not None
+
+
+class RoundInProgress:
+    """One attempt at a round: it checks replies one by one, adds their updates and lets go of them."""
+
+    def __init__(
+        self,
+        number: int,
+        config: RunConfig,
+        nodes: Mapping[str, Introduction],
+        part: Mapping[str, str],
+        receiver: UplinkReceiver,
+        received: Vector,
+        outliers: Outliers,
+    ) -> None:
+        """Begins with no replies. `part` says, for each of the nodes that are asked, what its reply is to cover;
+        `received` are the weights that all of them get."""
+        self.number, self.part, self.traffic = number, part, Traffic()
+        self.outdated: set[str] = set()  # nodes that have other images than they said at their introduction
+        self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
+        self._outliers = outliers
+        total = sum(nodes[name].images for name in part)
+        self._aggregators = {
+            name: _aggregator(config, receiver.size(name), total, receiver.decoder(name, number, received))
+            for name in receiver.parts
+        }
+        self._accepted: list[_Accepted] = []
+
+    @property
+    def count(self) -> int:
+        """Good replies."""
+        return len(self._accepted)
+
+    def accept(self, name: str, reply: RecordDict) -> Failure | None:
+        """Checks a node's reply and adds its update to the aggregate; returns what is wrong with it, if anything is.
+
+        The weights of a mean are what the node said at its introduction: a reply cannot raise them.
+        """
+        node, part = self._nodes[name], self.part[name]
+        size = self._receiver.size(part)
+        try:
+            frame = frame_of(reply)
+            self.traffic.up[name] += len(frame)
+            self.traffic.float32_up += 4 * size
+            said = TrainReply.from_record(reply.config_records[REPORT], name, self.number)
+        except (KeyError, TypeError, AttributeError) as error:
+            return Failure("malformed", clean(repr(error)))
+        if isinstance(said, Failure):
+            return said
+        if said.images != node.images:
+            self.outdated.add(name)
+        if said.steps > (most := local_steps(self._config, node.images)):
+            return Failure("malformed", f"{said.steps} steps; {most} are all of the {node.images} images that it had")
+        if len(frame) > most_bytes(size):
+            return Failure("oversized", f"a frame of {len(frame)} bytes for {size} values")
+        try:
+            update = self._receiver.update(part, frame, self.number, self._received)
+        except FrameError as error:
+            return Failure("bad-frame", clean(str(error)))
+        try:
+            norm, scale = self._outliers.check(part, update, said.steps)
+        except ValueError as error:
+            return Failure("outlier", str(error))
+        if scale < 1:
+            update *= np.float32(scale)
+            log.info("round=%d node=%s: norm %.3g shortened to %.3g", self.number, name, norm, norm * scale)
+        try:
+            self._aggregators[part].add(update, node.images, frame, scale)
+        except ValueError as error:
+            return Failure("bad-update", str(error))
+        self._accepted.append(_Accepted(node, said, norm, scale))
+        if said.state_lost:
+            log.warning("round=%d node=%s had lost what it had kept and began anew", self.number, name)
+        log.info("%s", NodeDone(self.number, name, self.count, said.train_loss, len(frame)))
+        return None
+
+    def aggregates(self) -> dict[str, tuple[Vector, int]]:
+        """Returns the aggregated update of each part, and how many replies are in it; once, for its sums are as large
+        as two models, and freed one by one."""
+        found = {}
+        for name in [*self._aggregators]:
+            aggregator = self._aggregators.pop(name)
+            found[name] = aggregator.mean(), aggregator.count
+            del aggregator
+        return found
+
+    def acknowledged(self) -> dict[tuple[str, str], int]:
+        """Returns the round by node and part of each good reply."""
+        return {(a.node.name, self.part[a.node.name]): self.number for a in self._accepted}
+
+    def lengths(self) -> dict[str, Lengths]:
+        """Returns the norms and local steps of the accepted updates, by part, as `Outliers.commit` takes them."""
+        found: dict[str, Lengths] = {}
+        for a in self._accepted:
+            found.setdefault(self.part[a.node.name], []).append((a.norm, a.reply.steps))
+        return found
+
+    def typical_steps(self) -> int:
+        """Returns the local steps of a node, by the rule of the aggregation: one node's number of images, which it may
+        have made up, decides nothing where that is a robust one."""
+        if self._config.server.robust:
+            return round(median(a.reply.steps for a in self._accepted))
+        return round(self._mean(lambda a: a.reply.steps))
+
+    def result(
+        self,
+        *,
+        weights: Vector,
+        ema: Vector,
+        delta: Vector,
+        asked: int,
+        connected: int,
+        bytes_other: int,
+        contraction: float,
+        seconds: float,
+    ) -> RoundResult:
+        """Returns what the round came to, given the global weights after its step, the aggregated update `delta`, and
+        what the round cannot know."""
+        traffic, evaluated = self.traffic, [a for a in self._accepted if a.evaluated]
+        losses = {a.node.name: a.reply.eval_loss for a in evaluated if a.reply.eval_loss is not None}
+        norm = euclidean_norm(delta)
+        return RoundResult(
+            round=self.number,
+            weights=weights,
+            ema=ema,
+            train_loss=self._mean(lambda a: a.reply.train_loss),
+            eval_loss=weighted((a.node.name, losses[a.node.name], a.node.held_out) for a in evaluated),
+            eval_levels=weighted_levels(
+                (a.node.name, a.reply.eval_levels, a.node.held_out) for a in evaluated if a.reply.eval_levels
+            ),
+            eval_losses=dict(sorted(losses.items())),
+            eval_spread=_spread([losses[a.node.name] for a in evaluated if a.node.held_out >= NOISE_LEVELS]),
+            connected=connected,
+            clients_ok=self.count,
+            clients_failed=asked - self.count,
+            failures=dict(sorted(traffic.failures.items())),
+            bytes_up=traffic.up.total(),
+            bytes_down=traffic.down.total(),
+            bytes_full=traffic.full,
+            bytes_up_fp32=traffic.float32_up,
+            bytes_down_fp32=traffic.float32_down,
+            bytes_other=traffic.other + bytes_other,
+            bytes_data_parallel=4 * len(delta) * sum(a.reply.steps for a in self._accepted),
+            nodes={name: {"up": traffic.up[name], "down": traffic.down[name]} for name in sorted(traffic.down)},
+            state_lost=sum(a.reply.state_lost for a in self._accepted),
+            coding_error=self._mean(lambda a: a.reply.coding_error),
+            local_steps=sum(a.reply.steps for a in self._accepted),
+            update_norm=norm,
+            drift=self._drift(norm),
+            contraction=contraction,
+            seconds=round(seconds, 3),
+        )
+
+    def _mean(self, figure: Callable[[_Accepted], float]) -> float:
+        """Returns the mean of a figure, weighted by the nodes' images."""
+        return weighted((a.node.name, figure(a), a.node.images) for a in self._accepted)
+
+    def _drift(self, norm: float) -> float:
+        """Returns how far the nodes' updates d_k are from their weighted mean d, over its `norm`:
+        sum w_k |d_k - d|^2 = sum w_k |d_k|^2 - |d|^2; NaN where updates are of parts, or weighted otherwise."""
+        if not norm or len({*self._receiver.parts}) > 1 or self._config.server.robust:
+            return math.nan
+        return math.sqrt(max(0.0, self._mean(lambda a: (a.norm * a.scale) ** 2) - norm**2)) / norm
+
+
+def weighted(values: Iterable[tuple[str, float, int]]) -> float:
+    """Returns the mean weighted by the third entry, summed in order of name so that its bits are fixed; NaN of none."""
+    ordered = sorted(values)
+    return sum(v * w for _, v, w in ordered) / sum(w for _, _, w in ordered) if ordered else math.nan
+
+
+def weighted_levels(values: Iterable[tuple[str, list[float], int]]) -> list[float]:
+    """Returns the same of lists of equal length, place by place."""
+    ordered = [*values]
+    return [
+        weighted((name, levels[i], w) for name, levels, w in ordered) for i in range(NOISE_LEVELS if ordered else 0)
+    ]
+
+
+def _spread(losses: list[float]) -> float:
+    """Returns the standard deviation of the nodes' held-out losses; one of fewer images than noise levels is of some
+    levels only."""
+    return pstdev(losses) if losses else math.nan
+
+
+def _aggregator(config: RunConfig, size: int, total: int, decode: Callable[[Frame], Iterator[Vector]]) -> Aggregator:
+    """Returns the running aggregate of a part of so many values, by `server.aggregation`."""
+    s = config.server
+    if not s.robust:
+        return StreamingMean(size, total)
+    return RobustMean(size, 0.5 if s.aggregation == "median" else s.trim_share, decode, expanded(config.out_dir))

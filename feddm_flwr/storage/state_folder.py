@@ -1,0 +1,55 @@
+"""Where a machine's nodes keep what they remember of runs, and when that is removed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from feddm_flwr.storage.atomic import forgotten
+
+log = logging.getLogger(__name__)
+
+RUN_UUID = r"[0-9a-f]{32}"  # the name of a run's folder
+
+
+def state_root(configured: str | None) -> Path:
+    """`state-path` of the node config, else `feddm` in the user's XDG state folder."""
+    if configured:
+        return Path(configured).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "feddm"
+
+
+def check_writable(root: Path) -> None:
+    """Make the folder and a file in it.
+
+    Raises:
+        OSError: that cannot be done.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=root):
+        pass
+
+
+def forget_run(root: Path, run: str) -> None:
+    """Remove what the nodes of this machine kept of a run that is over."""
+    shutil.rmtree(root / run, ignore_errors=True)
+
+
+def forget_old(root: Path, run: str) -> None:
+    """Remove the folders of other runs that nobody wrote to for two weeks, but no node's own model."""
+    for folder in root.iterdir():
+        if not re.fullmatch(RUN_UUID, folder.name) or folder.name == run:
+            continue
+        try:
+            if any(folder.glob("*/pipeline")):
+                continue
+            touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except OSError:  # another node was faster
+            continue
+        if forgotten(touched):
+            log.info("removing %s: nobody used it for two weeks", folder)
+            shutil.rmtree(folder, ignore_errors=True)

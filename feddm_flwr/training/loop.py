@@ -1,0 +1,104 @@
+"""The local loop of a node: an objective is minimized on its own examples."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from feddm_flwr.compute.cuda_graph import side_stream
+from feddm_flwr.config import RunConfig, derive_seed, local_steps
+from feddm_flwr.models.parameters import load_vector, trainable
+from feddm_flwr.training.objectives import Objective
+from feddm_flwr.training.step import Step
+from feddm_flwr.vector import Vector
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where in the run a node stands."""
+
+    round: int  # counted from 1
+    steps_before: int  # local steps in all earlier rounds
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a node's local training; the weights are in the model."""
+
+    loss: float  # mean over the round's steps
+    steps: int
+
+
+def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) -> float:
+    """The learning rate of a local step (from 0): linear warm-up over the global step, then constant,
+    or a cosine from 1 to 0 over the share of the run that is done."""
+    t = config.train
+    warmup = min(1.0, (progress.steps_before + step + 1) / (t.warmup_steps + 1))
+    if t.lr_schedule == "constant":
+        return t.learning_rate * warmup
+    done = (progress.round - 1 + step / steps) / config.num_server_rounds
+    return t.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    config: RunConfig,
+    name: str,
+    progress: Progress,
+    device: torch.device,
+    start: Vector | None = None,
+) -> Trained:
+    """Train the model, which is on the device, in place on the objective's examples, from fresh optimizer state.
+
+    It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
+        torch.OutOfMemoryError: not even one image fits into memory.
+    """
+    t = config.train
+    model.train()
+    parameters: list[Tensor] = [*trainable(model)]
+    received = [p.detach().clone() for p in parameters] if t.mu > 0 else []
+    if start is not None:
+        load_vector(model, start)
+    take_step = Step(model, objective, config, parameters, received)
+    steps = local_steps(config, len(objective))
+    random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
+    total, done = torch.zeros((), device=device), 0
+    deadline = time.monotonic() + (t.max_seconds or math.inf)
+    with _seeded_dropout(config, name, progress, device), side_stream(device, take_step.records):
+        for step, batch in zip(range(steps), _batches(len(objective), t.batch_size, random), strict=False):
+            loss = take_step(objective.draw(batch, random), learning_rate(config, progress, step, steps))
+            total += loss
+            done += 1
+            if t.max_seconds and device.type == "cuda":
+                torch.cuda.synchronize()  # the clock is to tell of steps that were done, not launched
+            if time.monotonic() > deadline:
+                break
+    mean = float(total) / done  # the one synchronization with the device; NaN and inf survive the sum
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
+    return Trained(mean, done)
+
+
+def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:
+    """Index batches without end: every image once per epoch, each epoch in a new order."""
+    while True:
+        order = torch.randperm(size, generator=random, device=random.device)
+        yield from order.split(batch_size)
+
+
+@contextmanager
+def _seeded_dropout(config: RunConfig, name: str, progress: Progress, device: torch.device) -> Iterator[None]:
+    """Dropout draws from the global generator: seed it for the round, restore it after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(config.seed, name, progress.round, "dropout"))
+        yield

@@ -1,0 +1,116 @@
+"""What is minimized: the denoising loss on pixels or latents, or an autoencoder's reconstruction and KL loss.
+
+An objective holds a node's examples on the device. It draws all that is random in a step, but for dropout, for the
+whole batch at once, so that a step gives the same gradients, up to the order of sums, into however many pieces it is
+cut.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from feddm_flwr.compute.precision import autocast
+from feddm_flwr.config import NOISE_LEVELS, RunConfig, derive_seed
+from feddm_flwr.data.node_data import Labels
+from feddm_flwr.models import diffusion
+from feddm_flwr.training.examples import Latents, Pixels
+
+Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation on held-out examples came to."""
+
+    loss: float = math.nan  # NaN where there are none
+    levels: list[float] = field(default_factory=list)  # the same by noise level, from the least noise to the most
+    latent_power: float = math.nan  # an autoencoder's: the mean square of its latents
+
+
+class Objective(Protocol):
+    """A loss over a node's examples."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
+        """The examples with these places, and everything random about them."""
+
+    def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        """The loss of each, shape (B,), float32."""
+
+    def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
+        """The network on at most `limit` of the examples, as those of node `name`; always the same way."""
+
+
+class Denoising:
+    """The simple loss of Ho et al. 2020, eq. 14, with the configured target and weights."""
+
+    def __init__(self, config: RunConfig, examples: Pixels | Latents, labels: Labels, device: torch.device) -> None:
+        d = config.diffusion
+        self._config, self._examples, self._device = config, examples, device
+        self._labels = torch.from_numpy(labels).to(device)
+        self._abar = diffusion.alphas_cumprod(d.schedule, d.timesteps).to(device)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
+        """x_0, timestep, noise and label of each."""
+        c, device, size = self._config, self._device, len(index)
+        x0 = self._examples.draw(index, random)
+        t = torch.randint(c.diffusion.timesteps, (size,), generator=random, device=device)
+        noise = torch.randn(x0.shape, generator=random, device=device)
+        labels = self._labels[index]
+        if c.model.class_conditional:
+            hidden = torch.rand(size, generator=random, device=device) < c.train.class_dropout
+            labels = labels.masked_fill(hidden, len(c.data.class_names))
+        return x0, t, noise, labels
+
+    def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        """Weighted squared errors."""
+        d, t = self._config.diffusion, drawn[1]
+        return self._squared_errors(network, drawn) * diffusion.loss_weight(
+            d.prediction, self._abar[t], d.min_snr_gamma
+        )
+
+    def _squared_errors(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        """Mean squared error of the prediction for each example."""
+        x0, t, noise, labels = drawn
+        abar = self._abar[t]
+        classes = labels if self._config.model.class_conditional else None
+        with autocast(self._config.train.precision, self._device):
+            prediction: Tensor = network(diffusion.add_noise(x0, noise, abar), t, classes).sample
+        goal = diffusion.target(self._config.diffusion.prediction, x0, noise, abar)
+        return (prediction.float() - goal).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def fixed_losses(self, network: nn.Module, limit: int, name: str) -> Tensor:
+        """The squared errors of the first `limit` examples, (B,), with noise and timesteps that are the same in every
+        round: the timesteps are the middles of equal parts of 0..T, in order, so that few stand for all."""
+        size = min(limit, len(self))
+        network.eval()
+        random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "held-out loss"))
+        index = torch.arange(size, device=self._device)
+        x0 = self._examples.fixed(index)
+        noise = torch.randn(x0.shape, generator=random).to(self._device)
+        spread = ((np.arange(size) + 0.5) * (self._config.diffusion.timesteps / size)).astype(np.int64)
+        drawn = (x0, torch.from_numpy(spread).to(self._device), noise, self._labels[index])
+        pieces = zip(
+            *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True
+        )
+        return torch.cat([self._squared_errors(network, piece) for piece in pieces])
+
+    def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
+        """The mean of these, and that of each tenth of the timesteps."""
+        if min(limit, len(self)) == 0:
+            return HeldOut()
+        losses = self.fixed_losses(network, limit, name).double().cpu()
+        levels = [float(part.mean()) for part in losses.tensor_split(NOISE_LEVELS)]
+        return HeldOut(float(losses.mean()), levels)

@@ -1,0 +1,158 @@
+"""One optimizer step of the local loop: from what was drawn for a batch to the new weights."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
+from feddm_flwr.config import RunConfig
+from feddm_flwr.training.objectives import Drawn, Objective
+
+log = logging.getLogger(__name__)
+
+_LEAST = 1e-3  # of the largest norm of a parameter's gradient: smaller ones are rounding
+_ALIKE = 2.0  # the most that norms differ by, for other dropout
+
+
+class Step:
+    """The steps of one training; they change the parameters in place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        config: RunConfig,
+        parameters: list[Tensor],
+        received: list[Tensor],
+    ) -> None:
+        """`received`: where the proximal term pulls the parameters, if it has a weight."""
+        t, self._device = config.train, parameters[0].device
+        self._model, self._objective, self._config = model, objective, config
+        self._parameters, self._received = parameters, received
+        self._micro = t.micro_batch or t.batch_size
+        # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
+        # usual stream, whatever the current one is.
+        self.records = self._device.type == "cuda" and t.cuda_graph and t.optimizer == "adamw" and not t.checkpointing
+        # A graph reads the learning rate from the GPU's memory.
+        self._rate = torch.tensor(t.learning_rate, device=self._device) if self.records else None
+        self._optimizer = _optimizer(config, parameters, self._rate)
+        self._compiled = _compiled(model, config, self._device)
+        self._checked = self._compiled is None
+        self._recording = CudaGraph(self._device, self.records)
+
+    def __call__(self, drawn: Drawn, rate: float) -> Tensor:
+        """One step with this learning rate; its mean loss, on the device, which the next step may overwrite.
+
+        Raises:
+            torch.OutOfMemoryError: not even one image fits into memory.
+        """
+        if self._rate is None:
+            self._optimizer.param_groups[0]["lr"] = rate
+        else:
+            self._rate.fill_(rate)
+        if not self._checked:
+            self._check(drawn)
+        return self._recording(self._step, *drawn)
+
+    def _step(self, *drawn: Tensor) -> Tensor:
+        t = self._config.train
+        loss = self._backward(drawn)
+        if t.mu > 0:
+            add_proximal_gradient(self._parameters, self._received, t.mu)
+        torch.nn.utils.clip_grad_norm_(self._parameters, t.max_grad_norm, foreach=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _backward(self, drawn: Drawn) -> Tensor:
+        """Leave the gradients of the mean loss in the parameters, whatever was there, from pieces of so many images as
+        fit into memory; returns that loss."""
+        self._optimizer.zero_grad(set_to_none=True)  # of a recording that failed half-way, or a check
+        size = len(drawn[0])
+        while True:
+            loss = torch.zeros((), device=self._device)
+            try:
+                for piece in zip(*(tensor.split(self._micro) for tensor in drawn), strict=True):
+                    # Every other size would be compiled by itself.
+                    usual = len(piece[0]) == min(self._micro, self._config.train.batch_size)
+                    network = self._compiled if self._compiled is not None and usual else self._model
+                    part = self._objective.losses(network, piece).sum() / size
+                    part.backward()
+                    loss += part.detach()
+                return loss
+            except torch.OutOfMemoryError:
+                if is_recording(self._device):
+                    raise
+                part = loss  # the graph of the piece that failed is held by nothing then
+                if self._recording.drop():
+                    log.warning("out of memory: from here on without a CUDA graph, which holds that of a step")
+                elif self._micro == 1:
+                    raise
+                else:
+                    self._micro = (min(self._micro, size) + 1) // 2
+                    log.warning(
+                        "out of memory: from here on %d images at a time; gradients are accumulated", self._micro
+                    )
+            self._optimizer.zero_grad(set_to_none=True)
+            release_memory()
+
+    def _check(self, drawn: Drawn) -> None:
+        """Go on without the compiled network where it can't be had, or is wrong: on a CPU, torch 2.13's gave
+        gradients of 0 without a word."""
+        self._checked, compiled, self._compiled = True, self._compiled, None
+        expected = self._norms(drawn)
+        self._compiled = compiled
+        try:
+            found = self._norms(drawn)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, for one
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            large = expected > _LEAST * expected.max()
+            ratio = (found / expected)[large]
+            if bool(((ratio < _ALIKE) & (ratio > 1 / _ALIKE)).all()):
+                return
+            why = f"its gradients are {float(ratio.min()):.2g} to {float(ratio.max()):.2g} times what they should be"
+        log.warning("train.compile: the network is not compiled (%s)", why)
+        self._compiled = None
+
+    def _norms(self, drawn: Drawn) -> Tensor:
+        """Of the gradient of every parameter."""
+        self._backward(drawn)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        return torch.stack(torch._foreach_norm(gradients))
+
+
+def _compiled(model: nn.Module, config: RunConfig, device: torch.device) -> Any:
+    """The network with its operations fused, where that is asked for; on a CPU it would be no faster."""
+    return torch.compile(model, dynamic=False) if config.train.compile and device.type == "cuda" else None
+
+
+@torch.no_grad()
+def add_proximal_gradient(parameters: list[Tensor], received: list[Tensor], mu: float) -> None:
+    """Add mu * (w - w_t) to the gradients: the gradient of mu/2 * ||w - w_t||^2
+    (Li et al. 2020, FedProx, eq. 2), with w_t the received weights."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert len(gradients) == len(parameters)
+    torch._foreach_add_(gradients, torch._foreach_sub(parameters, received), alpha=mu)
+
+
+def _optimizer(config: RunConfig, parameters: list[Tensor], rate: Tensor | None) -> torch.optim.Optimizer:
+    t = config.train
+    if t.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            parameters, t.learning_rate, weight_decay=t.weight_decay
+        )
+        return eight_bit
+    if rate is None:
+        return torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the first is not recorded
+    return torch.optim.AdamW(parameters, rate, weight_decay=t.weight_decay, fused=True, capturable=True)
