@@ -29,7 +29,16 @@ EVERY = [registry.make(name, **OPTIONS) for name in CODECS] + [
     sparse.Budget(ratio=6),
 ]
 EVEN_GRIDS = [grid.Int8, grid.Int4, grid.Int3]
-every = pytest.mark.parametrize("c", EVERY, ids=repr)
+every = pytest.mark.every_codec
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The laws of `every` codec are those of extensions too, which `--codec` names."""
+    if metafunc.definition.get_closest_marker("every_codec"):
+        own = [registry.make(name, **OPTIONS) for name in metafunc.config.getoption("--codec")]
+        metafunc.parametrize("c", [*EVERY, *own], ids=repr)
+
+
 vectors = arrays(np.float32, st.integers(0, 700), elements=st.floats(-1e6, 1e6, width=32))
 
 

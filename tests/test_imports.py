@@ -20,7 +20,7 @@ LEVELS = [
     "compute protocol aggregation codecs data reporting",
     "exchange models",
     "training evaluation",
-    "server node cli",  # three processes: never each other
+    "server node cli contrib",  # three processes, and what users add: never each other
     "server_app client_app",
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms.split()}
@@ -30,7 +30,7 @@ NO_TORCH = {"config", "storage", "vector", "protocol", "aggregation", "data", "r
 FLWR = {"server_app", "client_app", "server", "cli"}
 #: Costly to import: only inside the functions that need them, but for the rooms that are about them.
 HEAVY = {"bitsandbytes", "torch", "diffusers", "datasets", "flwr_datasets", "matplotlib", "sklearn", "ray"}
-MAY_BE_HEAVY = {"codecs", "compute", "evaluation", "exchange", "models", "server", "training"}
+MAY_BE_HEAVY = {"codecs", "compute", "evaluation", "exchange", "models", "server", "training", "contrib"}
 #: Of rooms that are light, the modules that nobody imports before torch is needed.
 HEAVY_MODULES = {"cli.trained_model", "node.train", "node.evaluate"}
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from feddm_flwr.config import ConfigError
+from feddm_flwr.config.plugins import is_plugin, load
 from feddm_flwr.vector import PIECE, Vector
 
 State = dict[str, Vector]
@@ -24,8 +27,21 @@ class ServerOptimizer:
 
 
 def server_optimizer(name: str, learning_rate: float, momentum: float) -> ServerOptimizer:
-    """`averaging | nesterov | adam`, with step size eta and momentum beta."""
-    return {"averaging": averaging, "nesterov": nesterov, "adam": adam}[name](learning_rate, momentum)
+    """Returns `averaging | nesterov | adam`, or an extension, with step size eta and momentum beta.
+
+    Raises:
+        ConfigError: the extension makes no server optimizer.
+    """
+    if not is_plugin(name):
+        return {"averaging": averaging, "nesterov": nesterov, "adam": adam}[name](learning_rate, momentum)
+    make: Any = load(key := "server.optimizer", name)
+    try:
+        made = make(learning_rate, momentum)
+    except TypeError as error:
+        raise ConfigError(f"{key} = {name!r}: must be a function of a step size and a momentum ({error})") from error
+    if not isinstance(made, ServerOptimizer):
+        raise ConfigError(f"{key} = {name!r}: must return a feddm_flwr.ServerOptimizer, not {type(made).__name__}")
+    return made
 
 
 def averaging(eta: float, beta: float = 0.0) -> ServerOptimizer:

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from feddm_flwr.cli.arguments import check_folder, run_config_keys
-from feddm_flwr.config import ConfigError, RunConfig, expanded, least_replies, local_path, nodes_asked, parse
+from feddm_flwr.config import (
+    KEYS,
+    ConfigError,
+    RunConfig,
+    expanded,
+    flatten,
+    least_replies,
+    local_path,
+    nodes_asked,
+    parse,
+)
+from feddm_flwr.config.plugins import is_plugin
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -22,6 +33,10 @@ def run_command(options: argparse.Namespace) -> int:
     if options.resume:
         overrides = resumed_keys(options) | overrides
     config, local = parse(overrides), launch.is_local(options.superlink)
+    if any(is_plugin(str(value)) for key, value in flatten(config).items() if KEYS[key].plugin):
+        from feddm_flwr.exchange.extensions import check_extensions  # which takes torch
+
+        check_extensions(config)
     for name in ("num_supernodes", "client_cpus", "client_gpus"):
         if not local and (value := getattr(options, name)) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} = {value}: is for a simulation; a SuperLink has its nodes")

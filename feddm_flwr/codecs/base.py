@@ -14,7 +14,8 @@ without sums, so that every machine gets the same bits.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,11 +43,15 @@ def largest_of(vector: Tensor) -> float:
     return largest
 
 
-class Codec(Protocol):
-    """What the exchange asks of a codec. A dataclass whose fields are its options, all integers."""
+class Codec(ABC):
+    """A codec is a frozen dataclass whose fields are its options, all integers with a default."""
 
+    #: What frames call it.
     name: ClassVar[str]
+    #: Whether most values decode to 0: then deltas are coded, not weights, and no median is taken of them.
+    sparse: ClassVar[bool] = False
 
+    @abstractmethod
     def init(self, vector: Tensor, seed: int) -> State:
         """The state before the first chunk of a vector; `seed` is for codecs that draw at random.
 
@@ -54,9 +59,11 @@ class Codec(Protocol):
             ValueError: a value is NaN, infinite or beyond `LARGEST`.
         """
 
+    @abstractmethod
     def encode(self, values: Tensor, state: State) -> Planes:
         """The planes of one chunk of the vector."""
 
+    @abstractmethod
     def decode(self, planes: Planes, out: Tensor) -> None:
         """Put the values of one chunk into `out`, float32 (n,): any planes within the limits decode to finite
         values or raise.
@@ -65,5 +72,6 @@ class Codec(Protocol):
             FrameError: the planes do not stand for that many finite values.
         """
 
+    @abstractmethod
     def limits(self, size: int) -> list[int]:
         """The most bytes that each plane of a chunk of `size` values can have."""

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddm_flwr.codecs.base import LARGEST, Planes, State, largest_of
+from feddm_flwr.codecs.base import LARGEST, Codec, Planes, State, largest_of
 from feddm_flwr.codecs.framing import FrameError
 from feddm_flwr.codecs.packing import bytes_of, from_bfloat16, numbers_of, to_bfloat16
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Codec):
     """`none`: float32 as it is. Bytes are grouped by significance, which saves a little."""
 
     name: ClassVar[str] = "none"
@@ -39,7 +39,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class BFloat16:
+class BFloat16(Codec):
     """`bf16`: rounded to nearest. Relative error at most 2^-8."""
 
     name: ClassVar[str] = "bf16"
@@ -59,7 +59,7 @@ class BFloat16:
 
 
 @dataclass(frozen=True)
-class Float16:
+class Float16(Codec):
     """`fp16`, in units of a power of two for the whole vector, so that its largest value is near the
     top of the range and nothing overflows. Error: at most 2^-11 of the value, or 2^-38 of the largest.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from feddm_flwr.codecs import packing
-from feddm_flwr.codecs.base import LARGEST, Planes, State, largest_of
+from feddm_flwr.codecs.base import LARGEST, Codec, Planes, State, largest_of
 from feddm_flwr.codecs.packing import from_bfloat16, to_bfloat16
 
 #: Shares of a block's largest magnitude that are tried as its clipping range.
@@ -20,7 +20,7 @@ _TERNARY_THRESHOLD = 1.0
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Codec):
     """Every value gets a digit 0..levels-1 and stands for (digit - (levels - 1) / 2) * step, with one
     step, a bfloat16, for each block of values. Digits are packed `per_byte` to a byte.
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from feddm_flwr.codecs import packing
-from feddm_flwr.codecs.base import LARGEST, Planes, State, largest_of
+from feddm_flwr.codecs.base import LARGEST, Codec, Planes, State, largest_of
 from feddm_flwr.codecs.framing import FrameError, compress
 from feddm_flwr.codecs.grid import Grid, Middle2, Middle4
 from feddm_flwr.codecs.packing import bytes_of, numbers_of
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Codec):
     """`topk`: of each chunk the `per_million` largest magnitudes, the rest is zero; their values at
     2 or 4 bits (sparsification as in SparseLoCo, Sarfi et al. 2025).
 
@@ -27,6 +27,7 @@ class TopK:
     """
 
     name: ClassVar[str] = "topk"
+    sparse: ClassVar[bool] = True
     per_million: int = 50_000
     bits: int = 2
     block_size: int = 256
@@ -72,7 +73,7 @@ _SAMPLE = 1 << 20  # values that the search for the step looks at
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Codec):
     """`budget`: as little squared error as `ratio` (times fewer bytes than float32) allows.
 
     One step for the whole vector, entropy-coded, with a dead zone: at the least total error for a
@@ -84,6 +85,7 @@ class Budget:
     """
 
     name: ClassVar[str] = "budget"
+    sparse: ClassVar[bool] = True
     ratio: int = 80
 
     def init(self, vector: Tensor, seed: int) -> State:

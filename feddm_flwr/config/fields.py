@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 Scalar = bool | int | float | str
 #: Raw default of a key that the strategy, model preset or data set decides unless the user does.
 PRESET = "preset"
+#: What tells an extension's name from a built-in one.
+PLUGIN_MARK = ":"
 
 
 class ConfigError(ValueError):
@@ -28,8 +30,10 @@ def key(
     above: float | None = None,
     high: float | None = None,
     below: float | None = None,
+    plugin: bool = False,
 ) -> Any:
-    """A documented field; its bounds are inclusive (`low`, `high`) or exclusive (`above`, `below`)."""
+    """Returns a documented field; its bounds are inclusive (`low`, `high`) or exclusive (`above`, `below`). A `plugin`
+    key takes extensions beside its choices (see `config.plugins`)."""
     meta = {
         "default": default,
         "doc": doc,
@@ -38,6 +42,7 @@ def key(
         "above": above,
         "high": high,
         "below": below,
+        "plugin": plugin,
     }
     return field(metadata=meta)
 
@@ -55,11 +60,12 @@ class KeySpec:
     above: float | None
     high: float | None
     below: float | None
+    plugin: bool
 
     def allowed(self) -> str:
         """What a value must be, in words."""
         if self.choices:
-            text = " | ".join(self.choices)
+            text = " | ".join(self.choices) + (" | feddm_flwr.contrib.MODULE:NAME" if self.plugin else "")
         elif self.kind in (int, float):
             text = "an integer" if self.kind is int else "a number"
             bounds = [("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below)]
@@ -91,7 +97,7 @@ class KeySpec:
             raise wrong
         if isinstance(result, int | float) and not isinstance(result, bool) and not self._within(result):
             raise wrong
-        if self.choices and result not in self.choices:
+        if self.choices and result not in self.choices and not (self.plugin and PLUGIN_MARK in result):
             raise wrong
         return result
 

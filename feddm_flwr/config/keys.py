@@ -22,6 +22,7 @@ PARTITION_OF = {
     "data.shards-per-node": "shard",
     "data.natural-column": "natural",
 }
+SPARSE_CODECS = frozenset({"topk", "budget"})  # of which most values decode to 0
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
 
@@ -194,8 +195,8 @@ class Train:
 class Codec:
     """How weights travel."""
 
-    uplink: str = key(PRESET, "coding of what nodes send", choices=CODECS)
-    downlink: str = key(PRESET, "coding of what the server sends", choices=CODECS)
+    uplink: str = key(PRESET, "coding of what nodes send", choices=CODECS, plugin=True)
+    downlink: str = key(PRESET, "coding of what the server sends", choices=CODECS, plugin=True)
     target: str = key(
         PRESET,
         "what is coded: the `weights` themselves (the paper's scheme; no node keeps state), or the `delta`, which is "
@@ -261,7 +262,9 @@ class Server:
     clip_norm: float = key(
         0.0, "an update this many times longer than the median of earlier rounds is shortened to it; 0: none is", low=0
     )
-    optimizer: str = key(PRESET, "rule applied to the averaged update", choices=("averaging", "nesterov", "adam"))
+    optimizer: str = key(
+        PRESET, "rule applied to the averaged update", choices=("averaging", "nesterov", "adam"), plugin=True
+    )
     learning_rate: float = key(PRESET, "server step size", above=0)
     momentum: float = key(PRESET, "momentum of nesterov, beta1 of adam", low=0, below=1)
     ema_decay: float = key(

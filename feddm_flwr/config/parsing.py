@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from feddm_flwr.config.fields import PRESET, ConfigError, Scalar, sections
+from feddm_flwr.config.fields import PLUGIN_MARK, PRESET, ConfigError, Scalar, sections
 from feddm_flwr.config.keys import (
     KEYS,
     RunConfig,
 )
+from feddm_flwr.config.plugins import check_there
 from feddm_flwr.config.presets import ARCHITECTURE, decided
 from feddm_flwr.config.validation import contradictions
 
@@ -48,14 +49,17 @@ def parse(run_config: Mapping[str, object]) -> RunConfig:
             if name not in presets and undecided:
                 continue  # that is said, and would decide this
             if name not in presets:
-                data = run_config.get("data.name", KEYS["data.name"].default)
-                problems.append(f"{name} must be set for data.name = {data!r}: {spec.doc}")
+                decider = "server.optimizer" if name.startswith("server.") else "data.name"
+                decided_by = run_config.get(decider, KEYS[decider].default)
+                problems.append(f"{name} must be set for {decider} = {decided_by!r}: {spec.doc}")
                 continue
             value = presets[name]
         elif run_config.get("model.init-from") and name in ARCHITECTURE and value != presets.get(name):
             problems.append(f"{name} = {value!r} with model.init-from: that model decides it; leave it out")
         try:
             values[name] = spec.convert(value)
+            if spec.plugin and PLUGIN_MARK in values[name]:
+                check_there(name, values[name])
         except ConfigError as error:
             problems.append(str(error))
     if not problems:

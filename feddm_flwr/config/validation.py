@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from feddm_flwr.config.keys import KEYS, PARTITION_OF, RunConfig
+from feddm_flwr.config.keys import CODECS, KEYS, PARTITION_OF, SPARSE_CODECS, RunConfig
+from feddm_flwr.config.plugins import is_plugin
 
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
 _CLIPPED = {"int8", "int4", "int3"}
@@ -49,9 +50,7 @@ def contradictions(c: RunConfig) -> Iterator[str]:
             f"codec.stochastic-rounding = true with {sorted(coarse)[0]!r} and codec.target = 'delta': must be false; "
             "its errors are larger than what is coded, and would add up from round to round"
         )
-    sparse = {"topk", "budget"} & {c.codec.uplink, c.codec.downlink}
-    if sparse and c.codec.target == "weights":
-        yield f"codec.target = 'weights' with {sorted(sparse)[0]!r}: most weights would become 0; must be delta"
+    yield from about_sparse_codecs(c, SPARSE_CODECS)
     if c.codec.topk_bits == 3:
         yield "codec.topk-bits = 3 is not allowed: must be 2 or 4"
     if c.strategy not in ("feddm-vanilla", "feddm-prox") and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
@@ -77,11 +76,6 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield "data.natural-column = '' with data.partition = 'natural': must name a column"
     if c.resume and not c.run_name:
         yield "run-name = '' with resume = true: must name the run to go on with"
-    if c.server.robust and c.codec.uplink in ("topk", "budget"):
-        yield (
-            f"server.aggregation = {c.server.aggregation!r} with codec.uplink = {c.codec.uplink!r}: must be mean; "
-            "most values of such an update are 0, and so would be the median"
-        )
     if c.server.robust and c.exchange.parts == "usplit":
         yield (
             f"server.aggregation = {c.server.aggregation!r} with exchange.parts = 'usplit': must be mean; "
@@ -101,10 +95,24 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         )
 
 
+def about_sparse_codecs(c: RunConfig, sparse: Collection[str]) -> Iterator[str]:
+    """Yields what cannot work with those of the run's codecs that are `sparse`."""
+    for name in sorted({c.codec.uplink, c.codec.downlink} & {*sparse}):
+        if c.codec.target == "weights":
+            yield f"codec.target = 'weights' with {name!r}: most weights would become 0; must be delta"
+    if c.server.robust and c.codec.uplink in sparse:
+        yield (
+            f"server.aggregation = {c.server.aggregation!r} with codec.uplink = {c.codec.uplink!r}: must be mean; "
+            "most values of such an update are 0, and so would be the median"
+        )
+
+
 def _without_effect(c: RunConfig) -> Iterator[str]:
     """Keys that a user set for nothing: what was meant is another run."""
     partition, rule = f"data.partition = {c.data.partition!r}", f"server.aggregation = {c.server.aggregation!r}"
     coded = {c.codec.uplink, c.codec.downlink}
+    if any(map(is_plugin, coded)):  # which may have any of the options
+        coded = {*CODECS}
     codecs = f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r}"
     taught, classes = c.model.class_conditional, f"model.class-conditional = {str(c.model.class_conditional).lower()}"
     for name, given, acts, state, where in (

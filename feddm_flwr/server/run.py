@@ -21,6 +21,7 @@ from feddm_flwr.config import ConfigError, RunConfig, expanded, flatten, parse
 from feddm_flwr.config.resume import check_same_run
 from feddm_flwr.evaluation import grids
 from feddm_flwr.evaluation.global_model import GlobalModel
+from feddm_flwr.exchange.extensions import check_extensions
 from feddm_flwr.exchange.partial import Split, split_of
 from feddm_flwr.models import networks, parameters, pipelines, pretrained
 from feddm_flwr.protocol.failures import RunFailedError
@@ -44,6 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     """One run, from the run config to the report."""
     _log_to_stdout()
     config = parse(context.run_config)
+    check_extensions(config)
     name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = expanded(config.out_dir).resolve() / name
     run = RunDirectory(path, resume=config.resume, simulated=simulated(grid))
