@@ -26,7 +26,7 @@ import machine
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pool_grid import PoolGrid, pool
 
 from feddm_flwr.config import RunConfig, parse

@@ -20,7 +20,8 @@ from typing import Any
 import machine
 import torch
 
-from feddm_flwr.cli import arguments, trained_model
+from feddm_flwr.cli import trained_model
+from feddm_flwr.cli.arguments import run_config_keys
 from feddm_flwr.config import parse
 from feddm_flwr.data import node_data
 from feddm_flwr.data.images import Images
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    config = parse(arguments._overrides([str(options.run / "config.toml"), *options.run_config]))
+    config = parse(run_config_keys([str(options.run / "config.toml"), *options.run_config]))
     real, classes, _ = node_data.load_all(config)
     network = features.recipe("classifier", config.data.channels, lambda: (real, classes), state_root(None)).build()
     told, rows = network(real), list[dict[str, Any]]()

@@ -17,7 +17,7 @@ from feddm_flwr.config.fields import PRESET
 from feddm_flwr.config.presets import STRATEGIES
 from feddm_flwr.reporting.records import nest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 

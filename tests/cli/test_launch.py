@@ -14,7 +14,7 @@ from feddm_flwr.cli import launch
 from feddm_flwr.cli.progress import Display
 from feddm_flwr.config import parse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

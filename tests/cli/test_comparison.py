@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from local_grid import nodes, run_server
 
-from feddm_flwr.cli import comparison, comparison_tables, run
+from feddm_flwr.cli import comparison, comparison_tables
 from feddm_flwr.cli import main as cli
+from feddm_flwr.cli.arguments import run_config_keys
 from feddm_flwr.cli.options import parser
+from feddm_flwr.cli.run import resumed_keys
 from feddm_flwr.config import ConfigError, parse
 
 FILE = """
@@ -34,9 +36,9 @@ QUICK = {"eval.features": "random", "eval.samples": 16, "sample.steps": 2, "samp
 def in_process(arguments: list[str]) -> int:
     """`feddm run local …`, with nodes in this process."""
     chosen = parser().parse_args(arguments)
-    keys = arguments._overrides(chosen.run_config)
+    keys = run_config_keys(chosen.run_config)
     if chosen.resume:
-        keys = run._resumed(chosen) | keys
+        keys = resumed_keys(chosen) | keys
     config = parse(keys)
     run_server(config, nodes(config, chosen.num_supernodes))
     return 0

@@ -31,7 +31,7 @@ from feddm_flwr.protocol.replies import Introduction
 from feddm_flwr.reporting.records import status_of, write_status
 from feddm_flwr.reporting.run_directory import RunDirectory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 QUICK = (
     'model.preset="tiny" num-server-rounds=2 train.local-steps=10 train.warmup-steps=5 sample.steps=10 sample.count=9 '
