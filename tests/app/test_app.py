@@ -187,7 +187,7 @@ def test_samples_are_drawn_as_grid_folder_and_array(
     done = feddm(*drawing, "grid.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
-    assert main([*drawing, "folder/"]) == main.main([*drawing, "images.npz"]) == 0
+    assert main([*drawing, "folder/"]) == main([*drawing, "images.npz"]) == 0
     images = np.load(tmp_path / "images.npz")["images"]
     assert images.shape == (5, 8, 8, 1)
     for i, image in enumerate(images):

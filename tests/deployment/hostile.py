@@ -13,6 +13,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from feddm_flwr import client_app
+from feddm_flwr.codecs import framing
 from feddm_flwr.codecs.floating import Identity
 from feddm_flwr.exchange.channel import exact
 
@@ -33,7 +34,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def spoil(frame: bytes, number: int, folder: Path) -> bytes:
-    header, offset = frame.read_header(frame)
+    header, offset = framing.read_header(frame)
     honest = exact(header.layout, header.size).decode(frame, "weights", number)
     folder.mkdir(exist_ok=True)
     if number == 1:  # a bit flipped on the way
@@ -41,13 +42,13 @@ def spoil(frame: bytes, number: int, folder: Path) -> bytes:
         return frame[:-5] + bytes([frame[-5] ^ 1]) + frame[-4:]
     if number == 2:  # values that the encoder would refuse
         planes = Identity().encode(torch.full((header.size,), torch.nan), ())
-        return frame.write(header, [planes])
+        return framing.write(header, [planes])
     if number == 3:  # an update without measure
         return exact(header.layout, header.size).encode(100 * honest, "weights", number)
     if number == 4:  # what it sent in round 1
         return (folder / "first").read_bytes()
     if number == 5:  # another model
-        text = struct.pack("<4sHI", frame.MAGIC, frame.VERSION, 2) + b"{}"
+        text = struct.pack("<4sHI", framing.MAGIC, framing.VERSION, 2) + b"{}"
         return text + struct.pack("<I", zlib.crc32(text)) + frame[offset:]
     if number == 6:  # more than there is any use for
         return os.urandom(20_000_000)

@@ -253,11 +253,11 @@ def test_a_run_that_was_killed_is_not_shown_as_running(tmp_path: Path) -> None:
     run = tmp_path / "killed"
     code = f"""
 import os, pathlib
-from feddm_flwr import report, tracking
+from feddm_flwr.reporting import records, run_directory
 from feddm_flwr.config import flatten, parse
-run = tracking.RunDirectory(pathlib.Path({str(run)!r}))
+run = run_directory.RunDirectory(pathlib.Path({str(run)!r}))
 run.begin(flatten(parse({{}})), None)
-print(tracking.status_of(run.path), flush=True)
+print(records.status_of(run.path), flush=True)
 os.kill(os.getpid(), 9)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
