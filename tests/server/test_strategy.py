@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     ObjectUnavailableError,
-    inflatable_class_registry,
 )
 from flwr.superlink.grid import http_grid
 from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_query, on_train, run
@@ -25,7 +23,7 @@ from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_query,
 from feddm_flwr.client_app import app
 from feddm_flwr.config import ConfigError, RunConfig, flatten
 from feddm_flwr.protocol.failures import RunFailedError
-from feddm_flwr.server.federation import flower_patches, liveness
+from feddm_flwr.server.federation import liveness
 from feddm_flwr.server.federation.roster import Roster
 from feddm_flwr.server.round import RoundResult
 
@@ -563,41 +561,6 @@ def test_a_run_that_is_resumed_does_not_wait_for_a_node_that_finds_something_wro
     handlers[997] = on_query(handlers[997], problem="data-path = '/data': no such folder")
     assert len(roster.wait(LocalGrid(handlers), first=True)) == 3
     assert "left out: node-3: data-path = '/data': no such folder" in caplog.messages
-
-
-def test_an_array_that_would_grow_as_it_is_unpacked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4)
-    flower_patches.install()
-    inflate = inflatable_class_registry["Array"].inflate  # as Flower calls it
-    honest, bomb = (Array("uint8", (8,), "feddm.frame", data) for data in (b"abcdefgh", b"abcdabcd"))
-    monkeypatch.setattr(flower_patches.pulling, "left", 14, raising=False)
-    assert inflate(honest.deflate(), honest.children).data == b"abcdefgh"  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="an array of 8 bytes, where 6 were left"):
-        inflate(bomb.deflate(), bomb.children)
-    whole = Array("uint8", (4,), "feddm.frame", b"abcd")
-    with pytest.raises(ValueError, match="an array of other things than chunks"):
-        inflate(whole.deflate(), {"an array's": whole})
-
-
-def test_a_reply_of_a_real_node_that_is_too_large_is_not_fetched_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched = []
-
-    def fetch(name: str) -> bytes:
-        fetched.append(name)
-        return bytes(100)
-
-    monkeypatch.setattr(flower_patches.pulling, "reply", flower_patches.PendingReply(1000), raising=False)
-    flower_patches.install()
-    pull = http_grid.pull_objects  # type: ignore[attr-defined]
-    assert len(pull(object_ids=[str(i) for i in range(10)], pull_object_fn=fetch)) == 10  # as Flower calls it
-    fetched.clear()
-    with pytest.raises(ObjectPullError, match="a reply of more than 1000 bytes"):
-        pull(object_ids=[str(i) for i in range(100)], pull_object_fn=fetch)
-    assert len(fetched) < 50
-    fetched.clear()
-    with pytest.raises(ObjectPullError, match="a reply of more than 100 objects"):
-        pull(object_ids=[str(i) for i in range(101)], pull_object_fn=fetch)
-    assert not fetched
 
 
 def test_a_reply_that_names_one_frame_often_is_counted_once() -> None:
