@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.utils.logging import disable_progress_bar
 
+from feddm_flwr.compute.device import usual_device
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data import node_data
 from feddm_flwr.data.images import Images
@@ -62,7 +62,7 @@ def draw(
     names = pipelines.class_names(pipeline)
     if not names and how.guidance not in (None, 1.0):
         raise ConfigError(f"--guidance = {how.guidance:g}: the model knows no classes")
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(usual_device())
     return sampling.sample(
         pipeline.unet,
         pipeline.scheduler.config,

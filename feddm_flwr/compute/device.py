@@ -28,4 +28,9 @@ def prepare_process(config: RunConfig) -> torch.device:
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     torch.use_deterministic_algorithms(config.train.deterministic)  # set or reset: the process may have served others
+    return usual_device()
+
+
+def usual_device() -> torch.device:
+    """Returns the GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from feddm_flwr.compute.device import usual_device
 from feddm_flwr.config import ConfigError, derive_seed
 from feddm_flwr.data.images import Images
 from feddm_flwr.models.pixels import to_network
@@ -73,9 +74,8 @@ class Recipe:
         Raises:
             ConfigError: what it needs is not installed here, or cannot be downloaded.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         build = {"classifier": _convolutional, "random": _convolutional, "dinov2": _dinov2, "inception": _inception}
-        return build[self.facts["kind"]](self, device)
+        return build[self.facts["kind"]](self, usual_device())
 
 
 def read(path: Path) -> Recipe:
@@ -116,7 +116,7 @@ class _Convolutional(nn.Module):
         self.head = nn.Linear(64, classes)
 
 
-def _convolutional(made: Recipe, device: str) -> FeatureNetwork:
+def _convolutional(made: Recipe, device: torch.device) -> FeatureNetwork:
     facts = made.facts
     network = _Convolutional(facts["channels"], len(facts["classes"]) or 1)
     network.load_state_dict(made.tensors)
@@ -199,7 +199,7 @@ def _read_dinov2(name: str) -> Recipe:
     return Recipe({"kind": "dinov2", "name": f"dinov2 ({name}, class token)", "config": config}, tensors)
 
 
-def _dinov2(made: Recipe, device: str) -> FeatureNetwork:
+def _dinov2(made: Recipe, device: torch.device) -> FeatureNetwork:
     try:
         from transformers import AutoConfig, AutoModel
     except ModuleNotFoundError as error:
@@ -221,7 +221,7 @@ def _dinov2(made: Recipe, device: str) -> FeatureNetwork:
     return FeatureNetwork(made.facts["name"], f"antialiased bicubic to {side}x{side}", extract)
 
 
-def _inception(_: Recipe, device: str) -> FeatureNetwork:
+def _inception(_: Recipe, device: torch.device) -> FeatureNetwork:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

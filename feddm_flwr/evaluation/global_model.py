@@ -1,4 +1,4 @@
-"""Samples of the model that is being trained."""
+"""The model that is being trained, at whatever weights, and samples of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feddm_flwr.compute.device import usual_device
 from feddm_flwr.config import RunConfig
 from feddm_flwr.data.images import Images
 from feddm_flwr.evaluation import grids, sampling
@@ -23,18 +24,18 @@ class GlobalModel:
     def __init__(self, network: torch.nn.Module, config: RunConfig, files: pretrained.Assets) -> None:
         self.network, self.config, self.files = network, config, files
 
-    def load(self, weights: Vector) -> None:
-        """Take these weights, on the GPU where there is one."""
-        self.network.to("cuda" if torch.cuda.is_available() else "cpu")
-        parameters.load_vector(self.network, weights)
+    def at(self, weights: Vector) -> torch.nn.Module:
+        """Returns the network with these weights, on the GPU where there is one."""
+        parameters.load_vector(self.network.to(usual_device()), weights)
+        return self.network
 
-    def draw(self, count: int, guidance: float, labels: Sequence[int] | None = None) -> Images:
-        """Samples by the run's seed; by default as many of each class as can be."""
+    def draw(self, weights: Vector, count: int, guidance: float, labels: Sequence[int] | None = None) -> Images:
+        """Returns samples of these weights by the run's seed; by default as many of each class as can be."""
         c = self.config
         if labels is None and c.taught_classes:
             labels = grids.every_class(len(c.taught_classes), count)
         return sampling.sample(
-            self.network,
+            self.at(weights),
             pipelines.noise_scheduler(c).config,
             count,
             c.sample.steps,
@@ -55,7 +56,7 @@ class GlobalModel:
 
     @torch.no_grad()
     def inputs(self, images: Images) -> Tensor:
-        """Images as the U-Net sees them: pixels in [-1, 1], or latents."""
+        """Returns images as the U-Net sees them: pixels in [-1, 1], or latents."""
         x = to_network(torch.from_numpy(images).to(self._device))
         if autoencoder := self._autoencoder():
             shift, scale = scaling(autoencoder.config)

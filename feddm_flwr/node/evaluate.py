@@ -23,6 +23,7 @@ from feddm_flwr.models import networks, parameters
 from feddm_flwr.models.pretrained import FEATURES, Assets
 from feddm_flwr.node.assets import assets_of
 from feddm_flwr.node.outcome import Outcome
+from feddm_flwr.protocol.replies import Audit, FinalReply
 from feddm_flwr.protocol.tasks import REFERENCE, SAMPLES, WEIGHTS, Frames, Scalar
 from feddm_flwr.training.build import build_objectives
 from feddm_flwr.training.objectives import Denoising
@@ -52,8 +53,8 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[s
         log.info("summing the features of %d images", len(data.train) + len(data.held_out))
         seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
         return Outcome(report, statistics(seen, data.classes, config.eval.min_images // _PER_CLASS).pack())
-    report |= _final(config, name, data, assets, root, frames, device)
-    return Outcome(report, b"done")
+    final = _final(config, name, data, assets, root, frames, device)
+    return Outcome(report | final.to_record(), b"done")
 
 
 def _final(
@@ -64,14 +65,14 @@ def _final(
     root: Path,
     frames: Frames,
     device: torch.device,
-) -> dict[str, Scalar]:
+) -> FinalReply:
     network = networks.build(config, assets).to(device)
     layout = parameters.layout(network)
     channel = exact(layout.fingerprint, layout.size)
     parameters.load_vector(network, channel.decode(frames[WEIGHTS], "weights", config.num_server_rounds))
     trained, unseen = build_objectives(config, data, assets, root, device)
     held_out = unseen.held_out(network, config.eval.images, name)
-    report: dict[str, Scalar] = {"eval-loss": held_out.loss, "latent-power": held_out.latent_power}
+    audit = None
     if config.eval.audit and isinstance(trained, Denoising) and isinstance(unseen, Denoising):
         shape = (-1, config.data.channels, config.data.image_size, config.data.image_size)
         samples = np.frombuffer(frames[SAMPLES], np.uint8).reshape(shape)
@@ -80,5 +81,5 @@ def _final(
         unseen_ones = data.held_out[:_AUDITED]
         near = near_copies(extract(samples), extract(data.train), extract(unseen_ones))
         losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
-        report |= {"near": near, "members-auc": separability(*losses), "unseen": len(unseen_ones)}
-    return report
+        audit = Audit(near, separability(*losses), len(unseen_ones))
+    return FinalReply(held_out.loss, held_out.latent_power, audit)

@@ -1,8 +1,9 @@
-"""What a node says of itself and of its training, checked in one place: it may be broken, or lie."""
+"""What a node says of itself, its training and the final model, checked in one place: it may be broken, or lie."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ class TrainReply:
             "images": self.images,
             "steps": self.steps,
             "train-loss": self.train_loss,
-            "eval-loss": float("nan") if self.eval_loss is None else self.eval_loss,
+            "eval-loss": math.nan if self.eval_loss is None else self.eval_loss,
             "eval-levels": json.dumps(self.eval_levels),
             "coding-error": self.coding_error,
             "state-lost": self.state_lost,
@@ -113,6 +114,51 @@ class TrainReply:
         evaluated = eval_loss if 0 <= eval_loss <= ABSURD else None  # NaN where it was not
         levels = levels_of(said.get("eval-levels"))
         return cls(images, steps, train_loss, evaluated, levels, coding_error, lost)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a node found in samples of the final model, and in the model's losses."""
+
+    near: int  # samples that are near to its training images
+    members_auc: float  # how well a low loss tells its training images from its held-out ones: 0.5 is chance
+    unseen: int  # held-out images that this was measured with
+
+
+@dataclass(frozen=True)
+class FinalReply:
+    """What a node says of the weights that are shipped."""
+
+    eval_loss: float | None  # None where it has no held-out images
+    latent_power: float | None  # an autoencoder's: the mean square of its latents
+    audit: Audit | None = None  # None where it was not asked for one
+
+    def to_record(self) -> dict[str, Scalar]:
+        """Returns the reply as a record of scalars."""
+        said: dict[str, Scalar] = {
+            "eval-loss": math.nan if self.eval_loss is None else self.eval_loss,
+            "latent-power": math.nan if self.latent_power is None else self.latent_power,
+        }
+        if self.audit:
+            said |= {"near": self.audit.near, "members-auc": self.audit.members_auc, "unseen": self.audit.unseen}
+        return said
+
+    @classmethod
+    def from_record(cls, said: Mapping[str, object], samples: int, held_out: int) -> Self | Failure:
+        """Returns what a node with `held_out` images said, given that it got so many `samples`; a figure that no honest
+        node has counts as none."""
+        loss, power = said.get("eval-loss"), said.get("latent-power")
+        if not isinstance(loss, float):
+            return Failure("malformed", f"eval-loss = {clean(repr(loss))}")
+        near, auc, unseen = said.get("near"), said.get("members-auc"), said.get("unseen")
+        audit = None
+        if type(near) is int and 0 <= near <= samples and type(unseen) is int and 0 < unseen <= held_out:
+            audit = Audit(near, auc, unseen) if isinstance(auc, float) and 0 <= auc <= 1 else None
+        return cls(
+            loss if 0 <= loss <= ABSURD else None,
+            power if isinstance(power, float) and 0 < power <= ABSURD else None,
+            audit,
+        )
 
 
 def levels_of(text: object) -> list[float]:

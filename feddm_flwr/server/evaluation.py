@@ -1,15 +1,13 @@
-"""What the server finds out about the global model: FID, KID and coverage against images that it never sees, gauges,
-and, at the end, what the nodes say of it."""
+"""What the server finds out about the global model: FID, KID and coverage against images that it never sees, and how
+steep its denoiser is."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 from collections import Counter
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,31 +20,27 @@ from feddm_flwr.data.images import Images
 from feddm_flwr.data.node_data import load_all
 from feddm_flwr.evaluation import features, grids, lipschitz, statistics
 from feddm_flwr.evaluation.global_model import GlobalModel
-from feddm_flwr.evaluation.memorization import near_by_chance
 from feddm_flwr.evaluation.statistics import Statistics
-from feddm_flwr.exchange.channel import exact
 from feddm_flwr.models import diffusion
-from feddm_flwr.models.parameters import layout
 from feddm_flwr.models.pretrained import FEATURES
 from feddm_flwr.protocol.failures import Failure, clean
-from feddm_flwr.protocol.replies import ABSURD
-from feddm_flwr.protocol.tasks import FINAL, REFERENCE, REPORT, SAMPLES, WEIGHTS
+from feddm_flwr.protocol.tasks import REFERENCE
 from feddm_flwr.server.federation.transport import frame_of
 from feddm_flwr.server.strategy import FedDM
 from feddm_flwr.storage.atomic import UNFINISHED, whole_file
 from feddm_flwr.storage.state_folder import state_root
+from feddm_flwr.vector import Vector
 
 log = logging.getLogger(__name__)
 
 _LEVELS = (0.05, 0.25, 0.5, 0.9)  # of the time steps, where the denoiser's steepness is looked at
 _LOOKED_AT = 2  # samples at each
-_AUDITED = 256  # samples that nodes compare with their images
 #: What the figures of a run's rounds must have in common.
 _SAME = ("eval.features", "eval.features-from", "eval.min-images", "eval.samples", "sample.scheduler", "sample.steps")
 
 
 def check_reference(config: RunConfig, run: Path) -> None:
-    """Compare the configuration of a run that is resumed with what its figures were made by.
+    """Compares the configuration of a run that is resumed with what its figures were made by.
 
     Raises:
         ConfigError: later figures could not be set beside the earlier ones.
@@ -61,10 +55,10 @@ def check_reference(config: RunConfig, run: Path) -> None:
 
 
 class GlobalEvaluation:
-    """Judges a run's models; what it takes for that lies in the run's folder."""
+    """Evaluates a run's models; what it takes for that lies in the run's folder."""
 
     def __init__(self, model: GlobalModel, run: Path) -> None:
-        """Read or make the feature network.
+        """Reads or makes the feature network.
 
         Raises:
             ConfigError: it cannot be had.
@@ -87,7 +81,7 @@ class GlobalEvaluation:
         self._counts: dict[str, int] = {}  # of the real images, by class
 
     def refer(self, feddm: FedDM, grid: Grid) -> None:
-        """Have the nodes sum the features of their images, once for a run: the reference."""
+        """Has the nodes sum the features of their images, once for a run: the reference."""
         kept, facts = self._folder / "sums", self._folder / "facts.json"
         config, size = self._model.config, self._size()
         if not kept.exists():
@@ -112,35 +106,35 @@ class GlobalEvaluation:
         without = f" without {', '.join(said['without'])}" if said["without"] else ""
         log.info("reference=%d images%s features=%s", self._real.count, without, self._network.name)
 
-    def figures(self) -> dict[str, Any]:
-        """FID, KID, coverage by class and the gauge of steepness of the model with the weights that it has now."""
+    def figures(self, weights: Vector) -> dict[str, Any]:
+        """Returns FID, KID, coverage by class and the steepness of the model with these weights."""
         assert self._real
         config = self._model.config
         names = config.taught_classes
         labels = grids.labels_like(self._counts, names, config.eval.samples) if names else None
-        images = self._model.draw(config.eval.samples, 1.0, labels)
+        images = self._model.draw(weights, config.eval.samples, 1.0, labels)
         seen = self._network(images)
         fake = statistics.statistics(seen)
         by_class = statistics.coverage(self._real, self._counts, seen)
         found: dict[str, Any] = {"fid": statistics.fid(self._real, fake), "kid": statistics.kid(self._real, fake)}
         if by_class:
             found |= {"coverage": statistics.covered(by_class, self._counts), "coverage_by_class": by_class}
-        found["lipschitz"] = self._steepness(images, labels)
+        found["lipschitz"] = self._steepness(weights, images, labels)
         kid = "" if found["kid"] is None else f" kid={found['kid']:.5f}"
         log.info("fid=%.4f%s samples=%d", found["fid"], kid, len(images))
         return found
 
-    def _steepness(self, images: Images, labels: list[int] | None) -> float:
+    def _steepness(self, weights: Vector, images: Images, labels: list[int] | None) -> float:
         config = self._model.config
         every = max(1, len(images) // (_LOOKED_AT * len(_LEVELS)))
         some = images[::every][: _LOOKED_AT * len(_LEVELS)]
-        x0 = self._model.inputs(some)
+        network, x0 = self._model.at(weights), self._model.inputs(some)
         steps = [int(level * config.diffusion.timesteps) for level in _LEVELS for _ in range(_LOOKED_AT)]
         t = torch.tensor(steps, device=x0.device)
         abar = diffusion.alphas_cumprod(config.diffusion.schedule, config.diffusion.timesteps).to(x0.device)[t]
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed)).to(x0.device)
         own = None if labels is None else torch.tensor(labels[::every][: len(x0)], device=x0.device)
-        return lipschitz.lipschitz(self._model.network, diffusion.add_noise(x0, noise, abar), t, own)
+        return lipschitz.lipschitz(network, diffusion.add_noise(x0, noise, abar), t, own)
 
     def _size(self) -> int:
         c = self._model.config.data
@@ -148,7 +142,7 @@ class GlobalEvaluation:
 
 
 def _readable(config: RunConfig) -> tuple[Images, list[str]]:
-    """The images of `data.name`, for a classifier."""
+    """Returns the images of `data.name`, for a classifier."""
     try:
         images, classes, _ = load_all(config)
     except ConfigError as error:
@@ -159,7 +153,7 @@ def _readable(config: RunConfig) -> tuple[Images, list[str]]:
 
 
 def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tuple[Statistics, list[str]]:
-    """The sums of all nodes that can be had, added in order of name, and the nodes that are not among them."""
+    """Returns the sums of all nodes that can be had, added in order of name, and the nodes that are not among them."""
     names: list[str] = []
     # So that memory does not grow with the nodes, not even where /tmp is memory.
     with tempfile.TemporaryDirectory(dir=recipe.parent, prefix=UNFINISHED) as spooled:
@@ -188,53 +182,3 @@ def _gather(feddm: FedDM, grid: Grid, recipe: Path, size: int, least: int) -> tu
             for i in places
         )
         return statistics.total(parts), sorted({*known} - {*names})
-
-
-def final(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> dict[str, Any]:
-    """What the nodes say of the averaged weights at the end: the held-out loss, the power of an autoencoder's latents
-    (the median of the nodes, which a few cannot move far) and, where asked for, the audit."""
-    own = layout(model.network)
-    frame = exact(own.fingerprint, own.size).encode(feddm.ema, "weights", model.config.num_server_rounds, 0)
-    frames, audit = {WEIGHTS: frame}, recipe is not None and model.config.eval.audit
-    samples = min(_AUDITED, model.config.eval.samples)
-    if audit:
-        model.load(feddm.ema)
-        frames[SAMPLES] = model.draw(samples, 1.0).tobytes()
-    sent = {FEATURES: recipe.read_bytes()} if audit and recipe else {}
-    losses, powers, audited = [], [], {}
-    for node, reply in feddm.ask(grid, FINAL, frames, sent):
-        said: dict[str, Any] = {}
-        if isinstance(reply, RecordDict) and REPORT in reply.config_records:
-            said = dict(reply.config_records[REPORT])
-        loss, power, near, auc, unseen = (
-            said.get(key) for key in ("eval-loss", "latent-power", "near", "members-auc", "unseen")
-        )
-        if not isinstance(loss, float):
-            log.warning(
-                "node=%s: no final evaluation: %s", node.name, reply if isinstance(reply, Failure) else "malformed"
-            )
-            continue
-        if 0 <= loss <= ABSURD:
-            losses.append((node.held_out, loss))
-        if isinstance(power, float) and 0 < power <= ABSURD:
-            powers.append(power)
-        if not (type(near) is int and 0 <= near <= samples and type(unseen) is int and 0 < unseen <= node.held_out):
-            continue
-        if isinstance(auc, float) and 0 <= auc <= 1:
-            pairs = min(node.images, unseen)
-            audited[node.name] = {
-                "near": near,
-                "by_chance": near_by_chance(samples, unseen),
-                "members_auc": auc,
-                "members_auc_error": 0.5 / math.sqrt(pairs),  # the most that its standard error can be
-            }
-    weight = sum(n for n, _ in losses)
-    found: dict[str, Any] = {
-        "eval_loss": sum(n * loss for n, loss in losses) / weight if weight else None,
-        "latent_power": median(powers) if powers else None,
-        "bytes_other": feddm.bytes_other,
-    }
-    if audited:
-        found |= {"audit": dict(sorted(audited.items())), "audit_samples": samples}
-    log.info("final held-out loss of the averaged weights: %s", found["eval_loss"])
-    return found

@@ -23,7 +23,7 @@ from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.models import networks, parameters, pipelines, pretrained
 from feddm_flwr.models.autoencoder import decode
 from feddm_flwr.models.vgg16 import VGG16
-from feddm_flwr.server.evaluation import final
+from feddm_flwr.server.final_evaluation import evaluate_at_nodes
 from feddm_flwr.server.round import RoundResult
 from feddm_flwr.server.strategy import FedDM
 from feddm_flwr.storage.state_folder import state_root
@@ -40,7 +40,7 @@ def trained(folder: Path, **keys: Any) -> list[RoundResult]:
     rounds = list(feddm.run(grid))
     assert all(r.clients_ok == 4 and not r.failures for r in rounds)
     parameters.load_vector(network, feddm.ema)
-    last = final(feddm, grid, GlobalModel(network, c, files), None) if c.stage == "autoencoder" else {}
+    last = evaluate_at_nodes(feddm, grid, GlobalModel(network, c, files), None) if c.stage == "autoencoder" else {}
     pipelines.save(network, c, files, folder / "model", "card", last.get("latent_power"))
     return rounds
 

@@ -21,6 +21,7 @@ from feddm_flwr.reporting import comparison_page, report, trackers
 from feddm_flwr.reporting.records import read_metrics, status_of
 from feddm_flwr.reporting.run_directory import RunDirectory
 from feddm_flwr.server.evaluation import GlobalEvaluation
+from feddm_flwr.vector import Vector
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -84,11 +85,11 @@ def test_an_evaluation_that_fails_or_is_killed_costs_no_round_and_is_made_up_for
     def fail(error: type[BaseException], at: int) -> None:
         calls: list[int] = []
 
-        def failing(self: GlobalEvaluation) -> dict[str, Any]:
+        def failing(self: GlobalEvaluation, weights: Vector) -> dict[str, Any]:
             calls.append(1)
             if len(calls) == at:
                 raise error
-            return figures(self)
+            return figures(self, weights)
 
         monkeypatch.setattr(GlobalEvaluation, "figures", failing)
 

@@ -23,7 +23,8 @@ from feddm_flwr.evaluation.memorization import near_by_chance, near_copies, sepa
 from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.models import networks, parameters
 from feddm_flwr.protocol.replies import levels_of
-from feddm_flwr.server.evaluation import GlobalEvaluation, check_reference, final
+from feddm_flwr.server.evaluation import GlobalEvaluation, check_reference
+from feddm_flwr.server.final_evaluation import evaluate_at_nodes
 from feddm_flwr.server.strategy import FedDM
 
 
@@ -65,7 +66,7 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     assert judge._real.count == pooled.count == 1438
     for ours, theirs in ((judge._real.second, pooled.second), (judge._real.third, pooled.third)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
-    found = judge.figures()
+    found = judge.figures(feddm.ema)
     assert found["fid"] > 0
     assert found["lipschitz"] > 0
     assert 0 <= found["coverage"] <= 1
@@ -73,7 +74,7 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     # What was gathered is kept: no node is asked again.
     again = GlobalEvaluation(of, tmp_path)
     again.refer(feddm, LocalGrid({}))
-    assert again.figures() == found
+    assert again.figures(feddm.ema) == found
     for keys, said in (
         ({"eval__features": "dinov2"}, f"eval.features = 'dinov2': was '{kind}' in the run to resume"),
         ({"eval__samples": 33}, "eval.samples = 33: was 32 in the run to resume, and must stay so"),
@@ -131,7 +132,7 @@ def test_the_end_of_a_run_is_judged_by_the_nodes(tmp_path: Path) -> None:
     of, feddm = federation(c)
     grid, judge = LocalGrid(nodes(c)), GlobalEvaluation(of, tmp_path)
     done = list(feddm.run(grid))
-    found = final(feddm, grid, of, judge.recipe)
+    found = evaluate_at_nodes(feddm, grid, of, judge.recipe)
     assert {*found["audit"]} == {f"node-{i}" for i in range(4)}
     assert all(0 <= a["near"] <= 32 and 0.3 < a["members_auc"] < 0.7 for a in found["audit"].values())
     assert all(a["by_chance"] == pytest.approx(32 * 1.35 / 37, rel=0.05) for a in found["audit"].values())
