@@ -24,8 +24,8 @@ from feddm_flwr.data.node_data import Images, load_all
 
 def score(samples: Images) -> dict[str, float | list[int]]:
     """The figures for uint8 samples (N, 1, 8, 8)."""
-    train, labels, _ = load_all(parse({"data.split": "train"}))
-    test, test_labels, _ = load_all(parse({"data.split": "test"}))
+    train, labels, _ = load_all(parse({"data.split": "train"}).data)
+    test, test_labels, _ = load_all(parse({"data.split": "test"}).data)
     real, held_out, made = (x.reshape(len(x), -1) / 255 for x in (train, test, samples))
     nearest = NearestNeighbors(n_neighbors=1).fit(real)
     near = nearest.kneighbors(held_out)[0][:, 0]

@@ -240,7 +240,7 @@ def main() -> None:
     logging.getLogger("feddm_flwr").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     job = {**JOB, "data.name": options.train}
-    images, _, _ = load_all(parse({**job, "data.name": options.test, "data.partition": "iid"}))
+    images, _, _ = load_all(parse({**job, "data.name": options.test, "data.partition": "iid"}).data)
     images = images[:2048]
     results = json.loads(options.out.read_text()) if options.out.exists() else {"job": JOB, "runs": []}
     results |= machine.facts(options.processes)

@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     config = parse(run_config_keys([str(options.run / "config.toml"), *options.run_config]))
-    real, classes, _ = node_data.load_all(config)
+    real, classes, _ = node_data.load_all(config.data)
     network = features.recipe("classifier", config.data.channels, lambda: (real, classes), state_root(None)).build()
     told, rows = network(real), list[dict[str, Any]]()
     pipeline = pipelines.load(trained_model.find(options.run))

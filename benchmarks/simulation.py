@@ -94,17 +94,20 @@ def plain(steps: int, preset: str) -> float:
 import json, sys, time
 from pathlib import Path
 import tempfile
-from feddm_flwr import architecture, data, objectives, training
+from feddm_flwr.compute.device import prepare_process
 from feddm_flwr.config import parse
+from feddm_flwr.data.node_data import load_node
+from feddm_flwr.models import networks
+from feddm_flwr.training import examples, loop, objectives
 config = parse(json.loads({json.dumps(json.dumps(keys))}))
-device = training.prepare_process(config)
+device = prepare_process(config)
 with tempfile.TemporaryDirectory() as folder:
-    own = data.load_node(config, (0, 1), None, Path(folder))
-    network = architecture.build(config, {{}}).to(device)
-    objective = objectives.Denoising(config, objectives.Pixels(own.train, False, device), own.train_labels, device)
+    own = load_node(config.data, config.seed, (0, 1), None, Path(folder))
+    network = networks.build(config, {{}}).to(device)
+    objective = objectives.Denoising(config, examples.Pixels(own.train, False, device), own.train_labels, device)
     for number in (1, 2):
         start = time.monotonic()
-        training.train(network, objective, config, "node", training.Progress(number, 0), device)
+        loop.train(network, objective, config, "node", loop.Progress(number, 0), device)
     print((time.monotonic() - start) / {steps})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

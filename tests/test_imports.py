@@ -20,6 +20,7 @@ LEVELS = [
     "compute protocol aggregation codecs data reporting",
     "exchange models",
     "training evaluation",
+    "extensions",
     "server node cli contrib",  # three processes, and what users add: never each other
     "server_app client_app",
 ]

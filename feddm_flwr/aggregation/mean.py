@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 
+from feddm_flwr.aggregation.base import Aggregator
 from feddm_flwr.vector import PIECE, Vector
 
 #: Binary places of the fixed-point sum: 2^-32 is far below float32's resolution of weights.
@@ -16,7 +15,7 @@ _LIMIT = 2.0**62
 _ROUNDING = np.float64(1.5 * 2.0**52)
 
 
-class StreamingMean:
+class StreamingMean(Aggregator):
     """The weighted mean of vectors that are added one by one and can be freed at once.
 
     Each vector enters as `round(weight * v * 2^S)` in 64-bit integers, whose addition is associative:
@@ -72,17 +71,3 @@ class StreamingMean:
         for start in range(0, len(result), PIECE):
             result[start : start + PIECE] = (self._sum[start : start + PIECE] - self._offset) / divisor
         return result
-
-
-class Aggregator(Protocol):
-    """A rule by which the updates of a round become one; `RobustMean` has others."""
-
-    @property
-    def count(self) -> int:
-        """Vectors added."""
-
-    def add(self, vector: Vector, weight: int, frame: bytes, scale: float) -> None:
-        """Add a node's update, and the frame that holds it before it was scaled."""
-
-    def mean(self) -> Vector:
-        """The result."""

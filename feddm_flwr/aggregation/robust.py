@@ -6,21 +6,18 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
 
+from feddm_flwr.aggregation.base import Aggregator, Decode
 from feddm_flwr.vector import Vector
 
 _SLICE = 1 << 16  # values that are sorted at a time
 
-#: The updates in a coded reply, one chunk after the other.
-Decode = Callable[[memoryview], Iterator[Vector]]
 
-
-class RobustMean:
+class RobustMean(Aggregator):
     """A `StreamingMean` by another rule, which needs all replies of a round.
 
     They are spooled to disk as they came, coded, and decoded chunk by chunk. Memory: one chunk of each.

@@ -33,7 +33,7 @@ def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
     guessed = _guess(keys)
     config = parse({**guessed, **keys})
     # Here all that is broken is to be seen.
-    images, classes, found = load_all(replace(config, data=replace(config.data, max_broken=1 - 1e-9)))
+    images, classes, found = load_all(replace(config.data, max_broken=1 - 1e-9))
     lines = [
         f"images   {len(images)} of {found.extent()}, {len(found.broken)} more cannot be read",
         f"modes    {_counts(found.modes)}",
@@ -54,7 +54,7 @@ def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
     grids.grid(images[order]).save(output)
     lines.append(f"sheet    {output}: {len(order)} as the model sees them{', by class' if classes else ''}")
     if nodes:
-        shares = partitions(config, nodes)
+        shares = partitions(config.data, config.seed, nodes)
         lines += [f"node-{i:<4} {sum(share.values())} images: {_counts(share)}" for i, share in enumerate(shares)]
         if left := len(images) + len(found.broken) - sum(sum(share.values()) for share in shares):
             lines.append(f"  {left} images of classes that no node has are left out")
@@ -69,7 +69,7 @@ def _guess(keys: Mapping[str, Any]) -> dict[str, int]:
     if not wanted or name in DATASETS or keys.get("data.streaming"):
         return {}
     config = parse({"data.image-size": _SIZES[0], "data.channels": 3, **keys, "data.max-broken": 1 - 1e-9})
-    source = open_named(config)
+    source = open_named(config.data)
     rows = np.linspace(0, len(source.table) - 1, min(_GLANCED_AT, len(source.table))).round().astype(int).tolist()
     out = np.empty((len(rows), config.data.channels, config.data.image_size, config.data.image_size), np.uint8)
     found = source.decode(rows, out)

@@ -33,8 +33,8 @@ def run_command(options: argparse.Namespace) -> int:
     if options.resume:
         overrides = resumed_keys(options) | overrides
     config, local = parse(overrides), launch.is_local(options.superlink)
-    if any(is_plugin(str(value)) for key, value in flatten(config).items() if KEYS[key].plugin):
-        from feddm_flwr.exchange.extensions import check_extensions  # which takes torch
+    if any(KEYS[key].plugin and is_plugin(str(value)) for key, value in flatten(config).items()):
+        from feddm_flwr.extensions import check_extensions  # which takes torch
 
         check_extensions(config)
     for name in ("num_supernodes", "client_cpus", "client_gpus"):
@@ -130,6 +130,6 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
             raise ConfigError(f"{key} = {name!r}: no such file or folder")
     if (path := local_path(config.data.name)) and folder.is_relative_to(path.resolve()):
         raise ConfigError(f"out-dir = {config.out_dir!r}: lies in data.name = {config.data.name!r}; grids are images")
-    if (tracker := config.tracker) != "none" and not find_spec(tracker):
+    if (tracker := config.tracker) in ("wandb", "mlflow") and not find_spec(tracker):
         raise ConfigError(f"tracker = {tracker!r}: {tracker} is not installed: pip install 'feddm-flwr[{tracker}]'")
     check_folder(folder.parent, f"out-dir = {config.out_dir!r}")

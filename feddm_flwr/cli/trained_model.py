@@ -82,7 +82,7 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
     Raises:
         ConfigError: images, model or feature network cannot be had, or do not fit each other.
     """
-    real, classes, _ = node_data.load_all(config)
+    real, classes, _ = node_data.load_all(config.data)
     if len(real) < _LEAST:
         raise ConfigError(
             f"data.name = {config.data.name!r}: {len(real)} images; at least {_LEAST} can be compared with"

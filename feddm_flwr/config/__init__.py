@@ -1,18 +1,8 @@
 """The run configuration: every key, what `preset` stands for, and what contradicts what."""
 
 from feddm_flwr.config.fields import ConfigError
-from feddm_flwr.config.keys import (
-    CODECS,
-    KEYS,
-    NODE_NAME,
-    NOISE_LEVELS,
-    PARTITION_OF,
-    SCHEDULERS,
-    SPARSE_CODECS,
-    Codec,
-    RunConfig,
-    class_name,
-)
+from feddm_flwr.config.keys import KEYS, Codec, RunConfig
+from feddm_flwr.config.names import CODECS, NODE_NAME, NOISE_LEVELS, PARTITION_OF, SCHEDULERS, SPARSE_CODECS, class_name
 from feddm_flwr.config.parsing import (
     defaults,
     derive_seed,

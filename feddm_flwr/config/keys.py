@@ -5,26 +5,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass, field
 
 from feddm_flwr.config.fields import PRESET, KeySpec, key, sections
+from feddm_flwr.config.names import CODECS, SCHEDULERS, class_name
 from feddm_flwr.config.presets import MODELS, STRATEGIES
-
-#: A node's name: it goes into logs, seeds and file names.
-NODE_NAME = r"(?!\.)[\w.-]{1,64}"
-NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
-SCHEDULERS = ("ddim", "dpmsolver++", "unipc", "ddpm")
-#: Keys that act with one `data.partition` only.
-PARTITION_OF = {
-    "data.alpha": "dirichlet",
-    "data.classes-per-node": "pathological",
-    "data.shards-per-node": "shard",
-    "data.natural-column": "natural",
-}
-SPARSE_CODECS = frozenset({"topk", "budget"})  # of which most values decode to 0
-#: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
-CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
 
 
 @dataclass(frozen=True)
@@ -39,6 +24,12 @@ class Data:
     split: str = key(
         "train",
         "split of a hub data set that is trained on; or of a folder that has train, test, … in it",
+    )
+    reader: str = key(
+        "auto",
+        "how the files of data.name, or of a node's data-path, are read: by what they are, or by an extension",
+        choices=("auto",),
+        plugin=True,
     )
     streaming: bool = key(
         False, "read a hub data set or parquet as a stream: only decoded images are kept on disk, at their final size"
@@ -78,11 +69,6 @@ class Data:
     def class_names(self) -> tuple[str, ...]:
         """`classes` one by one; the place of a class is its label."""
         return tuple(class_name(name) for name in self.classes.split(",") if name.strip())
-
-
-def class_name(text: str) -> str:
-    """A class as it is compared: a Mac writes an umlaut of a folder's name as two characters."""
-    return unicodedata.normalize("NFC", text).strip()
 
 
 @dataclass(frozen=True)
@@ -162,6 +148,12 @@ class Train:
         "share of the images whose class is hidden in training, for guidance (Ho and Salimans 2022)",
         low=0,
         below=1,
+    )
+    objective: str = key(
+        "denoising",
+        "what is minimized with stage = diffusion: the weighted squared error of the denoiser",
+        choices=("denoising",),
+        plugin=True,
     )
     optimizer: str = key(
         "adamw",
@@ -252,6 +244,7 @@ class Server:
         "or `median`, which a few broken or hostile nodes cannot move far, and which take three replies (not with "
         "`topk`, `budget` and `usplit`)",
         choices=("mean", "trimmed-mean", "median"),
+        plugin=True,
     )
     trim_share: float = key(
         0.2, "share of the values that trimmed-mean drops at either end, at least one of three", above=0, below=0.5
@@ -359,6 +352,7 @@ class RunConfig:
         "none",
         "where figures and grids go beside the run's folder and TensorBoard: Weights & Biases, MLflow",
         choices=("none", "wandb", "mlflow"),
+        plugin=True,
     )
     wait_timeout: float = key(300.0, "seconds to wait for nodes before the run fails", above=0)
     data: Data = field(default_factory=Data)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from feddm_flwr.config.keys import CODECS, KEYS, PARTITION_OF, SPARSE_CODECS, RunConfig
+from feddm_flwr.config.keys import KEYS, RunConfig
+from feddm_flwr.config.names import CODECS, PARTITION_OF, SPARSE_CODECS
 from feddm_flwr.config.plugins import is_plugin
 
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end

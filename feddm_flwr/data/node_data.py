@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from feddm_flwr.config import ConfigError, RunConfig, derive_seed, parse
+from feddm_flwr.config import ConfigError, derive_seed
+from feddm_flwr.config.keys import Data
+from feddm_flwr.data.files import stamp_of
 from feddm_flwr.data.images import Decoded, Images
 from feddm_flwr.data.partition import partition_rows
 from feddm_flwr.data.source import Source
-from feddm_flwr.data.sources import open_named, open_own, open_source, stamp_of
+from feddm_flwr.data.sources import open_named, open_own, open_source
 from feddm_flwr.storage.array_cache import array, cached, facts, new_array, write_facts
 
 log = logging.getLogger(__name__)
@@ -43,46 +45,51 @@ class NodeData:
     fingerprint: str = ""  # of the images and their order; empty where they are not cached
 
 
-def load_node(config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, root: Path) -> NodeData:
-    """The data of one node: all of `data_path`, or partition i of n of `data.name`; decoded once into a cache
-    below `root`, which every run and process with the same data shares.
+def load_node(data: Data, seed: int, partition: tuple[int, int] | None, data_path: str | None, root: Path) -> NodeData:
+    """Returns the data of one node: all of `data_path`, or partition i of n of `data.name` by the `seed`; decoded once
+    into a cache below `root`, which every run and process with the same data shares.
 
     Raises:
         ConfigError: a key does not fit the data, images cannot be read, or the cache cannot be written.
     """
-    if data_path and config.data.name == "digits":  # the default, whose size and channels would go unnoticed
+    if data_path and data.name == "digits":  # the default, whose size and channels would go unnoticed
         raise ConfigError(
             "data.name = 'digits' but this node has a data-path: set data.name to what the federation's images "
             "are called, data.image-size and data.channels"
         )
     if not data_path and not partition:
         raise ConfigError("the node has neither data-path nor partition-id and num-partitions in its --node-config")
-    origin = f"data-path = {data_path!r}" if data_path else f"data.name = {config.data.name!r}"
-    data = config.data if not data_path else replace(config.data, name="own")
-    essence = replace(parse({}), data=data, seed=config.seed)
-    load = _load_own if data_path else _load_node
-    partition = None if data_path else partition
-    return load(essence, partition, data_path, origin, stamp_of(data_path or config.data.name, origin), root)
+    origin = f"data-path = {data_path!r}" if data_path else f"data.name = {data.name!r}"
+    stamp = stamp_of(data_path or data.name, origin, every=data.reader != "auto")
+    if data_path:
+        return _load_own(replace(data, name="own"), seed, None, data_path, origin, stamp, root)
+    return _load_node(data, seed, partition, None, origin, stamp, root)
 
 
 @lru_cache(maxsize=1024)  # a process has several simulated nodes
 def _load_node(
-    config: RunConfig, partition: tuple[int, int] | None, data_path: str | None, origin: str, stamp: str, root: Path
+    d: Data,
+    seed: int,
+    partition: tuple[int, int] | None,
+    data_path: str | None,
+    origin: str,
+    stamp: str,
+    root: Path,
 ) -> NodeData:
     """`stamp` tells the files' states apart."""
-    d, name = config.data, data_path or config.data.name
+    name = data_path or d.name
 
     def open_here(scratch: Path) -> Source:
         if data_path:
-            return open_own(config, data_path, origin, stamp=stamp, scratch=scratch)
-        return open_source(config, name, origin, stamp=stamp)
+            return open_own(d, data_path, origin, stamp=stamp, scratch=scratch)
+        return open_source(d, name, origin, stamp=stamp)
 
     # What a hub has under a name may change: the library knows.
     version = stamp or open_here(root).version
     key = {
         "format": _FORMAT,
-        "data": asdict(replace(d, classes="", eval_fraction=0)),
-        "seed": config.seed,
+        "data": _essence(d),
+        "seed": seed,
         "partition": partition,
         "place": name,
     }
@@ -90,11 +97,11 @@ def _load_node(
     def fill(folder: Path) -> None:
         source = open_here(scratch := folder / "scratch")
         if source.streamed:
-            source = _kept(config, source, name, root)
-        rows = partition_rows(config, source, *partition) if partition else [*range(len(source.table))]
+            source = _kept(d, source, name, root)
+        rows = partition_rows(d, seed, source, *partition) if partition else [*range(len(source.table))]
         # By name, or by row: what is held out stays so when images are added or removed.
         names = source.names or range(len(source.table))
-        rows = sorted(rows, key=lambda row: derive_seed(config.seed, "held out", partition, names[row]))
+        rows = sorted(rows, key=lambda row: derive_seed(seed, "held out", partition, names[row]))
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
         decoded = source.decode(rows, images)
         classes = _classes(source, d.label_column)
@@ -119,7 +126,7 @@ def _load_node(
             f"{origin}: {count} images are too few; at least one is needed to train on, "
             "and one to hold out where data.eval-fraction is above 0"
         )
-    images, labels = kept[:count], _labels(config, own, count, origin, bool(data_path))
+    images, labels = kept[:count], _labels(d, own, count, origin, bool(data_path))
     return NodeData(
         train=images[held_out:],
         held_out=images[:held_out],
@@ -137,44 +144,51 @@ def _load_node(
 _load_own = lru_cache(maxsize=1)(_load_node.__wrapped__)
 
 
-def _labels(config: RunConfig, own: list[str], count: int, origin: str, secret: bool) -> Labels:
-    names = {name: i for i, name in enumerate(config.data.class_names)}
+def _labels(d: Data, own: list[str], count: int, origin: str, secret: bool) -> Labels:
+    names = {name: i for i, name in enumerate(d.class_names)}
     if not names:
         return np.zeros(count, np.int64)
     if not own:
-        column = config.data.label_column
+        column = d.label_column
         raise ConfigError(f"data.label-column = {column!r}: no such column, nor class folders; {origin} has no classes")
     if unknown := sorted({*own} - {*names}):
         others = f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}"
         if secret:
             log.warning("%s also has the classes %s", origin, others)
             others = f"{len(unknown)} more, which the node's own log names"
-        raise ConfigError(f"data.classes = {config.data.classes!r}: must name every class; {origin} also has {others}")
+        raise ConfigError(f"data.classes = {d.classes!r}: must name every class; {origin} also has {others}")
     return np.array([names[name] for name in own], np.int64)
 
 
-def load_all(config: RunConfig) -> tuple[Images, list[str], Decoded]:
+def load_all(d: Data) -> tuple[Images, list[str], Decoded]:
     """Every image of `data.name`, its class (empty where unknown), and what was found on the way.
 
     Raises:
         ConfigError: as `load_node`.
     """
-    source, d = open_named(config), config.data
+    source = open_named(d)
     images = np.empty((len(source.table), d.channels, d.image_size, d.image_size), np.uint8)
     decoded = source.decode(range(len(images)), images)
-    classes = source.classes(config.data.label_column)
+    classes = source.classes(d.label_column)
     return images[: len(decoded.kept)], [classes[i] for i in decoded.kept] if classes else [], decoded
 
 
-def partitions(config: RunConfig, count: int) -> list[dict[str, int]]:
+def partitions(d: Data, seed: int, count: int) -> list[dict[str, int]]:
     """How many images of each class (of class "" where unknown) each node of a simulation would have.
 
     Raises:
         ConfigError: as `load_node`.
     """
-    source = open_named(config)
-    classes = source.classes(config.data.label_column) or [""] * len(source.table)
-    return [dict(Counter(classes[row] for row in partition_rows(config, source, i, count))) for i in range(count)]
+    source = open_named(d)
+    classes = source.classes(d.label_column) or [""] * len(source.table)
+    return [dict(Counter(classes[row] for row in partition_rows(d, seed, source, i, count))) for i in range(count)]
+
+
+def _essence(d: Data) -> dict[str, object]:
+    """Returns what of the keys decides what is decoded; a key that came later is not in it at its default, so that what
+    was cached before stays of use."""
+    found = asdict(replace(d, classes="", eval_fraction=0))
+    return {key: value for key, value in found.items() if (key, value) != ("reader", "auto")}
 
 
 @lru_cache(maxsize=1)
@@ -183,9 +197,8 @@ def _classes(source: Source, column: str) -> list[str]:
 
 
 @lru_cache(maxsize=1)  # so that the nodes of a simulation have one source
-def _kept(config: RunConfig, source: Source, name: str, root: Path) -> Source:
+def _kept(d: Data, source: Source, name: str, root: Path) -> Source:
     """A stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
-    d = config.data
     shape = (len(source.table), d.channels, d.image_size, d.image_size)
     chosen = (name, d.split, d.image_column, d.white, d.max_broken)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from feddm_flwr.config import ConfigError, RunConfig, derive_seed
+from feddm_flwr.config import ConfigError, derive_seed
+from feddm_flwr.config.keys import Data
 from feddm_flwr.data.source import Source
 
 log = logging.getLogger(__name__)
@@ -19,22 +20,21 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 
-def partition_rows(config: RunConfig, source: Source, index: int, count: int) -> list[int]:
+def partition_rows(data: Data, seed: int, source: Source, index: int, count: int) -> list[int]:
     """The rows of partition `index` of `count`, through flwr-datasets' partitioners but for `iid` and `pathological`.
 
     Raises:
         ConfigError: the images cannot be shared out like that.
     """
-    chosen: list[int] = _partitioner(config, source, count).load_partition(index)["row"][:]
+    chosen: list[int] = _partitioner(data, seed, source, count).load_partition(index)["row"][:]
     return chosen
 
 
 @lru_cache(maxsize=1)  # it shares out all images at once, and the nodes of a simulation ask one after the other
-def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner | _Even | _Pathological:
+def _partitioner(d: Data, run_seed: int, source: Source, count: int) -> Partitioner | _Even | _Pathological:
     from datasets import Dataset
 
-    d = config.data
-    seed = derive_seed(config.seed, "partition") % 2**32
+    seed = derive_seed(run_seed, "partition") % 2**32
     makers: dict[str, tuple[str, Callable[[], Partitioner | _Even | _Pathological]]] = {
         "iid": ("", lambda: _Even(count)),
         "dirichlet": (
@@ -51,7 +51,7 @@ def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner |
     column, make = makers[d.partition]
     rows = len(source.table)
     if count > rows:
-        problem = _problem(config, source, count)
+        problem = _problem(d, source, count)
         raise ConfigError(f"{problem}: more partitions than images; use at most {rows} nodes")
     if column and column not in source.table.column_names:
         key = "data.natural-column" if d.partition == "natural" else "data.label-column"
@@ -73,7 +73,7 @@ def _partitioner(config: RunConfig, source: Source, count: int) -> Partitioner |
             raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
         partitions.load_partition(0)  # deals all of them; one that failed must not be kept
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{_problem(config, source, count)}: {error}") from error
+        raise ConfigError(f"{_problem(d, source, count)}: {error}") from error
     return partitions
 
 
@@ -83,11 +83,9 @@ def _flower() -> Any:
     return partitioner
 
 
-def _problem(config: RunConfig, source: Source, count: int) -> str:
+def _problem(d: Data, source: Source, count: int) -> str:
     """What could not be done."""
-    return (
-        f"data.partition = {config.data.partition!r} for {count} nodes and {len(source.table)} images ({source.origin})"
-    )
+    return f"data.partition = {d.partition!r} for {count} nodes and {len(source.table)} images ({source.origin})"
 
 
 class _Even:

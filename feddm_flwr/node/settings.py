@@ -38,7 +38,7 @@ def node_data(config: RunConfig, own: NodeConfig) -> NodeData:
     if "partition-id" in own and "num-partitions" in own:
         partition = (int(str(own["partition-id"])), int(str(own["num-partitions"])))
     path = own.get("data-path")
-    return load_node(config, partition, str(path) if path is not None else None, node_state_root(own))
+    return load_node(config.data, config.seed, partition, str(path) if path is not None else None, node_state_root(own))
 
 
 def node_state_root(own: NodeConfig) -> Path:

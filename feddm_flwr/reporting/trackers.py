@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from feddm_flwr.config.fields import ConfigError
+from feddm_flwr.config.plugins import is_plugin, load_class
 
 log = logging.getLogger(__name__)
 
@@ -23,20 +25,24 @@ _PROJECT = "feddm"
 _ENOUGH = 3  # failures on end
 
 
-class Tracker(Protocol):
-    """One of them."""
+class Tracker(ABC):
+    """One of them. An extension's is made as `Tracker(run, identity, config)`: the run's folder, a text that stays the
+    same when it is resumed, and its flat configuration without places."""
 
+    @abstractmethod
     def log(self, figures: Mapping[str, float], number: int) -> None:
         """The figures of a round."""
 
+    @abstractmethod
     def image(self, path: Path, number: int) -> None:
         """A grid of a round."""
 
+    @abstractmethod
     def finish(self, *, completed: bool) -> None:
         """The run is over."""
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in the run's folder, written here and now: tensorboardX's SummaryWriter has a thread, which one error
     of the disk ends, and a queue, which then holds up the run for ever."""
 
@@ -62,7 +68,7 @@ class TensorBoard:
         self._events.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """wandb; its environment variables say where to."""
 
     def __init__(self, run: Path, identity: str, config: Mapping[str, object]) -> None:
@@ -87,7 +93,7 @@ class WeightsAndBiases:
         self._run.finish(exit_code=0 if completed else 1)
 
 
-class MLflow:
+class MLflow(Tracker):
     """mlflow; its environment variables say where to."""
 
     def __init__(self, run: Path, identity: str, config: Mapping[str, object]) -> None:
@@ -122,7 +128,7 @@ class MLflow:
         self._client.set_terminated(self._id, "FINISHED" if completed else "FAILED")
 
 
-class Unfailing:
+class Unfailing(Tracker):
     """A tracker whose errors cost nothing else; after a few on end it is left alone, since each may take minutes."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
@@ -164,8 +170,9 @@ def make(kind: str, run: Path, identity: str, config: Mapping[str, object], afte
     trackers: list[Tracker] = [Unfailing("tensorboard", TensorBoard(run / "tensorboard", after))]
     if kind != "none":
         try:
-            services: dict[str, type[WeightsAndBiases | MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
-            service = services[kind](run, identity, config)
+            service: Tracker = tracker_class(kind)(run, identity, config)  # type: ignore[call-arg]
+        except ConfigError:
+            raise
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"tracker = {kind!r}: {error.name} is not installed: pip install 'feddm-flwr[{kind}]'"
@@ -176,3 +183,14 @@ def make(kind: str, run: Path, identity: str, config: Mapping[str, object], afte
             ) from error
         trackers.append(Unfailing(kind, service))
     return trackers
+
+
+def tracker_class(kind: str) -> type[Tracker]:
+    """Returns the class of `tracker`, which is not "none".
+
+    Raises:
+        ConfigError: an extension's is no tracker.
+    """
+    if is_plugin(kind):
+        return load_class("tracker", kind, Tracker)  # type: ignore[type-abstract]
+    return {"wandb": WeightsAndBiases, "mlflow": MLflow}[kind]

@@ -144,7 +144,7 @@ class GlobalEvaluation:
 def _readable(config: RunConfig) -> tuple[Images, list[str]]:
     """Returns the images of `data.name`, for a classifier."""
     try:
-        images, classes, _ = load_all(config)
+        images, classes, _ = load_all(config.data)
     except ConfigError as error:
         raise ConfigError(
             f"eval.features = 'classifier': the server has no images to train it on ({error}); use random or dinov2"

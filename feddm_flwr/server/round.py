@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from flwr.app import RecordDict
 
-from feddm_flwr.aggregation.mean import Aggregator, StreamingMean
+from feddm_flwr.aggregation.base import Aggregator, aggregator_class
+from feddm_flwr.aggregation.mean import StreamingMean
 from feddm_flwr.aggregation.outliers import Lengths, Outliers
 from feddm_flwr.aggregation.robust import RobustMean
 from feddm_flwr.codecs.framing import Frame, FrameError
 from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, local_steps
+from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, clean
 from feddm_flwr.protocol.replies import Introduction, TrainReply
@@ -273,6 +275,8 @@ def _spread(losses: list[float]) -> float:
 def _aggregator(config: RunConfig, size: int, total: int, decode: Callable[[Frame], Iterator[Vector]]) -> Aggregator:
     """Returns the running aggregate of a part of so many values, by `server.aggregation`."""
     s = config.server
+    if is_plugin(s.aggregation):
+        return aggregator_class(s.aggregation).make(size, decode, expanded(config.out_dir))
     if not s.robust:
         return StreamingMean(size, total)
     return RobustMean(size, 0.5 if s.aggregation == "median" else s.trim_share, decode, expanded(config.out_dir))

@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from feddm_flwr.config import ConfigError, RunConfig, expanded, flatten, parse
 from feddm_flwr.config.resume import check_same_run
 from feddm_flwr.evaluation.global_model import GlobalModel
-from feddm_flwr.exchange.extensions import check_extensions
 from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.extensions import check_extensions
 from feddm_flwr.models import networks, parameters, pretrained
 from feddm_flwr.reporting import traffic
 from feddm_flwr.reporting.progress import MARK

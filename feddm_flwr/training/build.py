@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from feddm_flwr.config import RunConfig
+from feddm_flwr.config.plugins import is_plugin, load_class
 from feddm_flwr.data.node_data import NodeData
 from feddm_flwr.models.pretrained import AUTOENCODER, PERCEPTUAL, Assets, tensors_of
 from feddm_flwr.models.vgg16 import VGG16
@@ -43,10 +44,17 @@ def _denoising(config: RunConfig, data: NodeData, assets: Assets, root: Path, de
         train, held_out = encoded(data, assets[AUTOENCODER], config.data.flip, root, device)
     else:
         train, held_out = _pixels(config, data, device)
-    return (
-        Denoising(config, train, data.train_labels, device),
-        Denoising(config, held_out, data.held_out_labels, device),
-    )
+    kind = objective_class(config.train.objective)
+    return kind(config, train, data.train_labels, device), kind(config, held_out, data.held_out_labels, device)
+
+
+def objective_class(name: str) -> type[Denoising]:
+    """Returns the class of `train.objective`.
+
+    Raises:
+        ConfigError: an extension's is no subclass of `Denoising`.
+    """
+    return load_class("train.objective", name, Denoising) if is_plugin(name) else Denoising
 
 
 def _pixels(config: RunConfig, data: NodeData, device: torch.device) -> tuple[Pixels, Pixels]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from feddm_flwr.compute.cuda_graph import side_stream
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.models.parameters import load_vector, trainable
+from feddm_flwr.training.gradient_terms import gradient_terms
 from feddm_flwr.training.objectives import Objective
 from feddm_flwr.training.step import Step
 from feddm_flwr.vector import Vector
@@ -66,10 +67,12 @@ def train(
     t = config.train
     model.train()
     parameters: list[Tensor] = [*trainable(model)]
-    received = [p.detach().clone() for p in parameters] if t.mu > 0 else []
+    terms = gradient_terms(config)
+    for term in terms:
+        term.start(parameters)
     if start is not None:
         load_vector(model, start)
-    take_step = Step(model, objective, config, parameters, received)
+    take_step = Step(model, objective, config, parameters, terms)
     steps = local_steps(config, len(objective))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0

@@ -8,8 +8,8 @@ cut.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from feddm_flwr.compute.precision import autocast
 from feddm_flwr.config import NOISE_LEVELS, RunConfig, derive_seed
 from feddm_flwr.data.node_data import Labels
 from feddm_flwr.models import diffusion
-from feddm_flwr.training.examples import Latents, Pixels
+from feddm_flwr.training.examples import Examples
 
 Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
 
@@ -33,26 +33,30 @@ class HeldOut:
     latent_power: float = math.nan  # an autoencoder's: the mean square of its latents
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """A loss over a node's examples."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """How many examples there are."""
 
+    @abstractmethod
     def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
         """The examples with these places, and everything random about them."""
 
+    @abstractmethod
     def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
         """The loss of each, shape (B,), float32."""
 
+    @abstractmethod
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
         """The network on at most `limit` of the examples, as those of node `name`; always the same way."""
 
 
-class Denoising:
+class Denoising(Objective):
     """The simple loss of Ho et al. 2020, eq. 14, with the configured target and weights."""
 
-    def __init__(self, config: RunConfig, examples: Pixels | Latents, labels: Labels, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, examples: Examples, labels: Labels, device: torch.device) -> None:
         d = config.diffusion
         self._config, self._examples, self._device = config, examples, device
         self._labels = torch.from_numpy(labels).to(device)
@@ -74,21 +78,23 @@ class Denoising:
         return x0, t, noise, labels
 
     def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
-        """Weighted squared errors."""
+        """Returns the weighted distance of each prediction to what it should be, shape (B,)."""
         d, t = self._config.diffusion, drawn[1]
-        return self._squared_errors(network, drawn) * diffusion.loss_weight(
-            d.prediction, self._abar[t], d.min_snr_gamma
-        )
+        weight = diffusion.loss_weight(d.prediction, self._abar[t], d.min_snr_gamma)
+        return self.distance(*self._predict(network, drawn)) * weight
 
-    def _squared_errors(self, network: nn.Module, drawn: Drawn) -> Tensor:
-        """Mean squared error of the prediction for each example."""
+    def distance(self, prediction: Tensor, goal: Tensor) -> Tensor:
+        """Returns what is minimized, for each of predictions and goals (B, C, H, W): the mean squared error, (B,)."""
+        return _squared_error(prediction, goal)
+
+    def _predict(self, network: nn.Module, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """Returns the predictions for what was drawn, float32, and what they should be."""
         x0, t, noise, labels = drawn
         abar = self._abar[t]
         classes = labels if self._config.model.class_conditional else None
         with autocast(self._config.train.precision, self._device):
             prediction: Tensor = network(diffusion.add_noise(x0, noise, abar), t, classes).sample
-        goal = diffusion.target(self._config.diffusion.prediction, x0, noise, abar)
-        return (prediction.float() - goal).square().flatten(1).mean(1)
+        return prediction.float(), diffusion.target(self._config.diffusion.prediction, x0, noise, abar)
 
     @torch.no_grad()
     def fixed_losses(self, network: nn.Module, limit: int, name: str) -> Tensor:
@@ -105,7 +111,7 @@ class Denoising:
         pieces = zip(
             *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True
         )
-        return torch.cat([self._squared_errors(network, piece) for piece in pieces])
+        return torch.cat([_squared_error(*self._predict(network, piece)) for piece in pieces])
 
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
         """The mean of these, and that of each tenth of the timesteps."""
@@ -114,3 +120,7 @@ class Denoising:
         losses = self.fixed_losses(network, limit, name).double().cpu()
         levels = [float(part.mean()) for part in losses.tensor_split(NOISE_LEVELS)]
         return HeldOut(float(losses.mean()), levels)
+
+
+def _squared_error(prediction: Tensor, goal: Tensor) -> Tensor:
+    return (prediction - goal).square().flatten(1).mean(1)

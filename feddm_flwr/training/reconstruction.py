@@ -11,10 +11,10 @@ from feddm_flwr.compute.precision import autocast
 from feddm_flwr.config import RunConfig
 from feddm_flwr.models.vgg16 import VGG16
 from feddm_flwr.training.examples import Pixels
-from feddm_flwr.training.objectives import Drawn, HeldOut
+from feddm_flwr.training.objectives import Drawn, HeldOut, Objective
 
 
-class Reconstruction:
+class Reconstruction(Objective):
     """An autoencoder's loss: mean absolute error, the KL divergence of the latents from a standard normal, and, where
     a network is given for it, the difference in looks (Rombach et al. 2022, appendix G, without the adversary)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
 from feddm_flwr.config import RunConfig
+from feddm_flwr.training.gradient_terms import GradientTerm
 from feddm_flwr.training.objectives import Drawn, Objective
 
 log = logging.getLogger(__name__)
@@ -28,12 +30,12 @@ class Step:
         objective: Objective,
         config: RunConfig,
         parameters: list[Tensor],
-        received: list[Tensor],
+        terms: Sequence[GradientTerm] = (),
     ) -> None:
-        """`received`: where the proximal term pulls the parameters, if it has a weight."""
+        """Takes steps on the objective and on the `terms`, which have been started."""
         t, self._device = config.train, parameters[0].device
         self._model, self._objective, self._config = model, objective, config
-        self._parameters, self._received = parameters, received
+        self._parameters, self._terms = parameters, terms
         self._micro = t.micro_batch or t.batch_size
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
         # usual stream, whatever the current one is.
@@ -62,8 +64,8 @@ class Step:
     def _step(self, *drawn: Tensor) -> Tensor:
         t = self._config.train
         loss = self._backward(drawn)
-        if t.mu > 0:
-            add_proximal_gradient(self._parameters, self._received, t.mu)
+        for term in self._terms:
+            term.add(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, t.max_grad_norm, foreach=True)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -132,15 +134,6 @@ class Step:
 def _compiled(model: nn.Module, config: RunConfig, device: torch.device) -> Any:
     """The network with its operations fused, where that is asked for; on a CPU it would be no faster."""
     return torch.compile(model, dynamic=False) if config.train.compile and device.type == "cuda" else None
-
-
-@torch.no_grad()
-def add_proximal_gradient(parameters: list[Tensor], received: list[Tensor], mu: float) -> None:
-    """Add mu * (w - w_t) to the gradients: the gradient of mu/2 * ||w - w_t||^2
-    (Li et al. 2020, FedProx, eq. 2), with w_t the received weights."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    assert len(gradients) == len(parameters)
-    torch._foreach_add_(gradients, torch._foreach_sub(parameters, received), alpha=mu)
 
 
 def _optimizer(config: RunConfig, parameters: list[Tensor], rate: Tensor | None) -> torch.optim.Optimizer:

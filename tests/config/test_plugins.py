@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from local_grid import config, run
+import torch
+from local_grid import config, node, run, run_server
 
 import feddm_flwr
 from feddm_flwr import contrib
 from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.contrib.huber import Huber
 from feddm_flwr.contrib.yogi import yogi
-from feddm_flwr.exchange.extensions import check_extensions
+from feddm_flwr.data.node_data import load_all, load_node
+from feddm_flwr.extensions import check_extensions
 
 FLOAT8, YOGI = "feddm_flwr.contrib.fp8:Float8", "feddm_flwr.contrib.yogi:yogi"
+HUBER, ARRAYS = "feddm_flwr.contrib.huber:Huber", "feddm_flwr.contrib.arrays:Arrays"
 
 
 @pytest.fixture
@@ -35,6 +41,77 @@ def test_a_run_with_a_codec_and_a_server_optimizer_of_contrib() -> None:
     assert run(own)[-1].weights.tobytes() == coded[-1].weights.tobytes()
     c = config(server__optimizer=YOGI, server__learning_rate=0.01, server__momentum=0.9)
     assert run(c)[-1].weights.tobytes() != run(config())[-1].weights.tobytes()
+
+
+def test_an_objective_of_contrib_is_minimized_and_held_out_losses_stay_comparable() -> None:
+    plain, own = run(config(num_server_rounds=3)), run(config(num_server_rounds=3, train__objective=HUBER))
+    assert own[0].eval_loss == plain[0].eval_loss  # of the same weights, the first ones
+    assert own[2].eval_loss < own[1].eval_loss < own[0].eval_loss
+    assert own[0].train_loss != plain[0].train_loss
+    prediction, goal = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    huber = Huber.distance(object.__new__(Huber), prediction, goal)
+    distance, c = (prediction - goal).flatten(1).norm(dim=1), 0.00054 * 8
+    torch.testing.assert_close(huber, (distance**2 + c**2).sqrt() - c)
+
+
+def test_a_reader_of_contrib_reads_what_nodes_have(tmp_path: Path) -> None:
+    images, classes, _ = load_all(parse({}).data)
+    for i in range(4):
+        np.savez(tmp_path / f"{i}.npz", images=images[i::4, 0], labels=np.array([int(c) for c in classes[i::4]]))
+    keys = {"data__name": "digits-as-arrays", "data__image_size": 8, "data__channels": 1, "data__reader": ARRAYS}
+    c = config(data__classes=",".join(map(str, range(10))), **keys)
+    handlers = {i: node(c, i, **{"data-path": str(tmp_path / f"{i}.npz")}) for i in range(4)}
+    done = run(c, handlers)
+    assert done[-1].train_loss < done[0].train_loss
+    data = load_node(c.data, 0, None, str(tmp_path / "0.npz"), tmp_path / "state")
+    assert {image.tobytes() for image in (*data.train, *data.held_out)} == {image.tobytes() for image in images[0::4]}
+    assert data.class_counts == {str(n): classes[0::4].count(str(n)) for n in range(10)}
+    np.savez(tmp_path / "0.npz", images=images[:20, 0])  # as a site adds to its images
+    assert len(load_node(replace(c.data, classes=""), 0, None, str(tmp_path / "0.npz"), tmp_path / "state").train) == 18
+    (tmp_path / "0.npz").write_text("nothing")
+    with pytest.raises(ConfigError, match=r"data-path = .*: must be an .npz file with images \(ValueError\)"):
+        load_node(c.data, 0, None, str(tmp_path / "0.npz"), tmp_path / "state")
+
+
+def test_an_aggregator_and_a_tracker_of_the_users_own(extension: Path, tmp_path: Path) -> None:
+    extension.write_text(
+        """
+import json
+import numpy as np
+from feddm_flwr import Aggregator, Tracker
+
+class Unweighted(Aggregator):
+    def __init__(self, size):
+        self._sum, self._count = np.zeros(size), 0
+    @property
+    def count(self):
+        return self._count
+    def add(self, vector, weight, frame, scale):
+        self._sum += vector
+        self._count += 1
+    def mean(self):
+        return (self._sum / max(1, self._count)).astype(np.float32)
+
+class Notes(Tracker):
+    def __init__(self, run, identity, config):
+        self._file = run / "notes.jsonl"
+    def log(self, figures, number):
+        with self._file.open("a") as file:
+            file.write(json.dumps([number, sorted(figures)]) + chr(10))
+    def image(self, path, number): ...
+    def finish(self, *, completed): ...
+"""
+    )
+    own = "feddm_flwr.contrib.own"
+    equal = {"data__partition": "iid", "num_server_rounds": 2, "data__eval_fraction": 0.0, "eval__every": 0}
+    ours, mean = run(config(server__aggregation=f"{own}:Unweighted", **equal))[-1], run(config(**equal))[-1]
+    # Nodes have 359 or 360 images.
+    assert 0 < np.linalg.norm(ours.weights - mean.weights) < 1e-3 * np.linalg.norm(mean.weights)
+    quick = {"sample__count": 1, "sample__steps": 1, "out_dir": str(tmp_path), "run_name": "x"}
+    run_server(config(tracker=f"{own}:Notes", **quick))
+    lines = [json.loads(line) for line in (tmp_path / "x" / "notes.jsonl").read_text().splitlines()]
+    assert [number for number, _ in lines] == [1, 2]
+    assert "train_loss" in lines[0][1]
 
 
 def test_yogi_is_that_of_the_paper() -> None:
@@ -58,6 +135,7 @@ def test_yogi_is_that_of_the_paper() -> None:
         ("codec.uplink", "feddm_flwr.contrib.no:Codec", "there is no feddm_flwr/contrib/no.py"),
         ("codec.downlink", "feddm_flwr.contrib.fp8:Float9", r"has no class or function Float9; it has \['Float8'\]"),
         ("codec.uplink", "float8", r"must be none \| .* \| feddm_flwr.contrib.MODULE:NAME, or preset"),
+        ("data.reader", "npz", r"must be auto \| feddm_flwr.contrib.MODULE:NAME"),
         ("train.optimizer", FLOAT8, r"must be adamw \| adamw8bit"),
         ("server.optimizer", YOGI, "server.learning-rate must be set for server.optimizer = '"),
     ],
@@ -89,6 +167,20 @@ def test_what_is_no_codec_is_refused_before_anything_starts(text: str, said: str
     keys = {"strategy": "feddm-quant", "codec.target": "weights", "codec.uplink": "feddm_flwr.contrib.own:Own"}
     with pytest.raises(ConfigError, match=said):  # the one line or the other
         check_extensions(parse(keys))
+
+
+@pytest.mark.parametrize(
+    ("key", "base"),
+    [
+        ("data.reader", "Reader"),
+        ("server.aggregation", "Aggregator"),
+        ("tracker", "Tracker"),
+        ("train.objective", "Denoising"),
+    ],
+)
+def test_each_key_takes_what_is_of_its_base(key: str, base: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = '{FLOAT8}': must be a subclass of feddm_flwr.{base}"):
+        check_extensions(parse({key: FLOAT8}))
 
 
 def test_what_makes_no_server_optimizer_is_refused(extension: Path) -> None:

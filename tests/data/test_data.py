@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from feddm_flwr.cli import inspect_data
 from feddm_flwr.config import ConfigError, RunConfig, parse
-from feddm_flwr.data import images, node_data, sources
+from feddm_flwr.data import images, node_data, readers, sources
 from feddm_flwr.data.node_data import NodeData, load_all, load_node
 from feddm_flwr.storage.state_folder import state_root
 
@@ -34,7 +34,7 @@ def node(index: int, count: int, **keys: Any) -> NodeData:
 
 
 def load(config: RunConfig, partition: tuple[int, int] | None, path: str | None) -> NodeData:
-    return load_node(config, partition, path, state_root(None))
+    return load_node(config.data, config.seed, partition, path, state_root(None))
 
 
 def both(data: NodeData) -> list[bytes]:
@@ -45,7 +45,7 @@ def both(data: NodeData) -> list[bytes]:
 def test_partitions_share_out_every_image_once(partition: str, lost: int) -> None:
     """Shards are of equal size: fewer images than there are shards remain."""
     nodes = [node(i, 4, data__partition=partition) for i in range(4)]
-    everything = Counter(image.tobytes() for image in load_all(parse({}))[0])
+    everything = Counter(image.tobytes() for image in load_all(parse({}).data)[0])
     shared = Counter(b for n in nodes for b in both(n))
     assert shared <= everything
     assert (everything - shared).total() <= lost
@@ -62,7 +62,7 @@ def test_pathological_nodes_hold_few_classes_and_every_class_as_many_nodes(
     keys: dict[str, Any] = {"data__partition": "pathological", "data__classes-per-node": each}
     nodes = [node(i, count, **keys) for i in range(count)]
     assert {len(n.class_counts) for n in nodes} == {each}
-    everything, shared = Counter(load_all(parse({}))[1]), Counter[str]()
+    everything, shared = Counter(load_all(parse({}).data)[1]), Counter[str]()
     held = Counter(dict.fromkeys(everything, 0))
     for n in nodes:
         shared.update(n.class_counts)
@@ -88,15 +88,15 @@ def test_partitions_depend_on_the_seed_and_on_nothing_else() -> None:
 
 
 def test_digits_are_those_of_scikit_learn() -> None:
-    whole = [load_all(parse({"data.split": split}))[0] for split in ("train", "test")]
+    whole = [load_all(parse({"data.split": split}).data)[0] for split in ("train", "test")]
     ours = Counter(image.tobytes() for image in np.concatenate(whole))
     theirs = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
     assert ours == Counter(image.tobytes() for image in theirs)
 
 
 def test_digits_keep_a_test_split() -> None:
-    train, labels, _ = load_all(parse({}))
-    test, _, _ = load_all(parse({"data.split": "test"}))
+    train, labels, _ = load_all(parse({}).data)
+    test, _, _ = load_all(parse({"data.split": "test"}).data)
     assert (len(train), len(test)) == (1438, 359)
     assert len(labels) == len(train)
     assert train.max() == 255
@@ -284,13 +284,13 @@ def test_a_split_is_a_subfolder_or_files_of_that_name_and_never_ignored(tmp_path
             place.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (i, count, 0)).save(place / f"{i}.png")
     keys = {**SHAPE, "data.name": str(tmp_path / "folder")}
-    assert len(load_all(parse(keys))[0]) == 4
-    assert len(load_all(parse({**keys, "data.split": "test"}))[0]) == 3
-    assert load_all(parse({**keys, "data.split": "test"}))[1] == ["cat"] * 3
+    assert len(load_all(parse(keys).data)[0]) == 4
+    assert len(load_all(parse({**keys, "data.split": "test"}).data)[0]) == 3
+    assert load_all(parse({**keys, "data.split": "test"}).data)[1] == ["cat"] * 3
     with pytest.raises(ConfigError, match=r"data.split = 'val': .* has no such split; there are: test, train"):
-        load_all(parse({**keys, "data.split": "val"}))
+        load_all(parse({**keys, "data.split": "val"}).data)
     with pytest.raises(ConfigError, match=r"data.split = 'test': .* has no such split; there are: none"):
-        load_all(parse({**keys, "data.name": str(tmp_path / "folder" / "train"), "data.split": "test"}))
+        load_all(parse({**keys, "data.name": str(tmp_path / "folder" / "train"), "data.split": "test"}).data)
 
 
 def test_rows_without_a_class_are_a_class_of_their_own(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_rows_without_a_class_are_a_class_of_their_own(tmp_path: Path) -> None:
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["round", "square"])})
     rows = {"image": [Image.new("RGB", (16, 16))] * 3, "label": [1, -1, None]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
-    found = load_all(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}))[1]
+    found = load_all(parse({**SHAPE, "data.name": str(tmp_path / "x.parquet")}).data)[1]
     assert found == ["square", "unlabelled", "unlabelled"]
     keys = {**SHAPE, "data.name": str(tmp_path / "x.parquet"), "data.eval-fraction": 0.0}
     chosen = parse({**keys, "data.partition": "pathological", "data.classes-per-node": 1})
@@ -318,7 +318,7 @@ def test_an_image_at_an_address_is_fetched(tmp_path: Path) -> None:
     out = np.zeros((2, 3, 16, 16), np.uint8)
     config = parse({**SHAPE, "data.max-broken": 0.6})
     cells = [{"bytes": None, "path": f"memory://hub/{name}.png"} for name in "ab"]
-    found = images.decode(config.data, map(sources._file, cells), ["a", "b"], "here", out)
+    found = images.decode(config.data, map(readers._file, cells), ["a", "b"], "here", out)
     assert (found.kept, found.broken) == ([0], {"b": "FileNotFoundError"})
     assert out[0].min() == 255
 
@@ -545,9 +545,9 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
 
 def test_a_state_folder_among_the_images_changes_nothing(tmp_path: Path) -> None:
     pictures(tmp_path, [f"{i}.png" for i in range(4)])
-    first = load_node(OWN, None, str(tmp_path), tmp_path / "state")
+    first = load_node(OWN.data, OWN.seed, None, str(tmp_path), tmp_path / "state")
     (tmp_path / "notes.csv").write_text("more every day")
-    assert load_node(OWN, None, str(tmp_path), tmp_path / "state") is first
+    assert load_node(OWN.data, OWN.seed, None, str(tmp_path), tmp_path / "state") is first
 
 
 def test_splits_beside_other_folders_of_images_are_not_taken_for_classes(tmp_path: Path) -> None:
@@ -585,7 +585,7 @@ def test_what_goes_wrong_while_a_stream_is_read_is_not_blamed_on_the_cache(
     def broken_off(*_: object) -> None:
         raise TimeoutError
 
-    monkeypatch.setattr(sources, "decode", broken_off)
+    monkeypatch.setattr(readers, "decode", broken_off)
     keys = {"data.name": str(tmp_path / "some.parquet"), "data.image-size": 8, "data.channels": 1}
     with pytest.raises(ConfigError, match=r"some.parquet': cannot be read \(TimeoutError\)"):
         load(parse({**keys, "data.streaming": True}), (0, 3), None)

@@ -63,7 +63,7 @@ def test_a_floor_is_there_where_the_real_images_suffice() -> None:
 
 
 def test_a_classifier_tells_its_classes_apart_and_is_the_same_each_time(tmp_path: Path) -> None:
-    images, classes, _ = load_all(parse({}))
+    images, classes, _ = load_all(parse({}).data)
     first = features.recipe("classifier", 1, lambda: (images, classes), tmp_path / "one").build()
     assert float(first.name.partition(", ")[2].partition("%")[0]) > 90
     second = features.recipe("classifier", 1, lambda: (images, classes), tmp_path / "two").build()
@@ -75,7 +75,7 @@ def test_a_classifier_tells_its_classes_apart_and_is_the_same_each_time(tmp_path
 def test_dinov2_is_read_from_a_folder_and_grey_images_are_fit_to_it(tmp_path: Path) -> None:
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=224)
     Dinov2Model(config).save_pretrained(tmp_path)
-    images, classes, _ = load_all(parse({}))
+    images, classes, _ = load_all(parse({}).data)
     network = features.recipe("dinov2", 1, lambda: (images, classes), tmp_path, str(tmp_path))
     (tmp_path / "features.safetensors").write_bytes(network.bytes())  # as nodes get it
     network, again = network.build(), features.read(tmp_path / "features.safetensors").build()

@@ -88,7 +88,7 @@ def test_an_autoencoder_is_trained_and_a_latent_model_on_it(tmp_path: Path) -> N
     autoencoder = AutoencoderKL.from_pretrained(tmp_path / "first" / "model").eval()
     power = []
     for i in range(4):  # the nodes' own, on the weights that are shipped
-        held_out = load_node(config(**exact), (i, 4), None, state_root(None)).held_out[:256]
+        held_out = load_node(config(**exact).data, 0, (i, 4), None, state_root(None)).held_out[:256]
         with torch.no_grad():
             latents = autoencoder.encode(torch.from_numpy(held_out).float() / 127.5 - 1).latent_dist
         power.append(float((latents.mean.square() + latents.var).mean()))

@@ -59,7 +59,7 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     of, feddm = federation(c)
     judge = GlobalEvaluation(of, tmp_path)
     judge.refer(feddm, LocalGrid(nodes(c)))
-    images, classes, _ = load_all(c)
+    images, classes, _ = load_all(c.data)
     network = features.read(judge.recipe).build()
     pooled = statistics.statistics(network(images), classes)
     assert judge._real

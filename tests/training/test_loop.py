@@ -20,6 +20,7 @@ from feddm_flwr.data.node_data import NodeData, load_node
 from feddm_flwr.models import networks, parameters
 from feddm_flwr.training import loop, step
 from feddm_flwr.training.examples import Pixels
+from feddm_flwr.training.gradient_terms import Proximal
 from feddm_flwr.training.loop import Progress
 from feddm_flwr.training.objectives import Denoising
 from feddm_flwr.vector import Vector
@@ -33,7 +34,7 @@ def config(**keys: object) -> RunConfig:
 
 
 def node_of_four(c: RunConfig) -> NodeData:
-    return load_node(c, (0, 4), None, Path(tempfile.gettempdir()) / "feddm-tests")
+    return load_node(c.data, c.seed, (0, 4), None, Path(tempfile.gettempdir()) / "feddm-tests")
 
 
 def objective(c: RunConfig, images: Images) -> Denoising:
@@ -57,7 +58,9 @@ def test_the_proximal_gradient_is_that_of_the_objective() -> None:
     objective = sum((p**3).sum() for p in w) + mu / 2 * distance
     expected = torch.autograd.grad(objective, w)
     sum((p**3).sum() for p in w).backward()
-    step.add_proximal_gradient(w, received, mu)
+    term = Proximal(mu)
+    term.start(received)
+    term.add(w)
     for p, gradient in zip(w, expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
 
@@ -114,11 +117,11 @@ def test_a_held_out_loss_is_of_all_noise_levels_however_few_images_there_are(
 ) -> None:
     c, seen = config(), []
 
-    def losses(self: Denoising, network: object, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def predict(self: Denoising, network: object, drawn: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         seen.extend(drawn[1].tolist())
-        return torch.zeros(len(drawn[1]))
+        return drawn[0], drawn[0]
 
-    monkeypatch.setattr(Denoising, "_squared_errors", losses)
+    monkeypatch.setattr(Denoising, "_predict", predict)
     objective(c, node_of_four(c).held_out).fixed_losses(networks.build(c, {}), count, "node")
     assert len(seen) == count
     assert np.mean(seen) == pytest.approx(499.5, abs=1)
