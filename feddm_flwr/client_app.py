@@ -56,7 +56,7 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
 
 
 def _check_installed(config: RunConfig) -> None:
-    """Find out whether the packages are here that only some runs need to train.
+    """Finds out whether the packages are here that only some runs need to train.
 
     Raises:
         ConfigError: one is not.

@@ -10,7 +10,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run, from the run config to the report."""
+    """Does one run, from the run config to the report."""
     # Flower starts a simulation's nodes only once this module is imported: torch must not be among its imports.
     from feddm_flwr.server import run
 

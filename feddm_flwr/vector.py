@@ -35,7 +35,8 @@ class Layout:
 
 
 def euclidean_norm(vector: Vector, origin: Vector | None = None) -> float:
-    """The Euclidean norm, or distance from `origin`, summed in float64 piece by piece: finite if all values are."""
+    """Returns the Euclidean norm, or distance from `origin`, summed in float64 piece by piece: finite if all values
+    are."""
     pieces = (slice(start, start + PIECE) for start in range(0, len(vector), PIECE))
     parts = (vector[piece] if origin is None else vector[piece] - origin[piece] for piece in pieces)
     return math.sqrt(math.fsum(float(np.square(part, dtype=np.float64).sum()) for part in parts))

@@ -36,7 +36,7 @@ class StreamingMean(Aggregator):
         return self._count
 
     def add(self, vector: Vector, weight: int, frame: bytes = b"", scale: float = 1.0) -> None:
-        """Add a finite vector, weighted by a number of images; other rules need its `frame` and `scale`.
+        """Adds a finite vector, weighted by a number of images; other rules need its `frame` and `scale`.
 
         Raises:
             ValueError: the values are so large that a sum of such vectors could overflow; nothing
@@ -65,7 +65,7 @@ class StreamingMean(Aggregator):
         self._count += 1
 
     def mean(self) -> Vector:
-        """The mean as float32; zeros where nothing was added."""
+        """Returns the mean as float32; zeros where nothing was added."""
         divisor = max(self.weight, 1) * 2.0**FRACTION_BITS
         result = np.empty(len(self._sum), np.float32)
         for start in range(0, len(result), PIECE):

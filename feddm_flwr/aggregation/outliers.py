@@ -34,7 +34,7 @@ class Outliers:
         self._rounds: dict[str, list[Lengths]] = {}
 
     def check(self, part: str, update: Vector, steps: int = 1) -> tuple[float, float]:
-        """The norm of an update of a part that came of so many local steps, and the factor by which it is to be
+        """Returns the norm of an update of a part that came of so many local steps, and the factor by which it is to be
         shortened.
 
         Raises:
@@ -56,21 +56,21 @@ class Outliers:
         return norm, min(1.0, self._clip * usual / norm) if self._clip and norm else 1.0
 
     def commit(self, norms: Norms) -> None:
-        """Remember what was accepted in a round, as it was before shortening."""
+        """Remembers what was accepted in a round, as it was before shortening."""
         for part, values in norms.items():
             self._rounds[part] = [*self._rounds.get(part, []), sorted(values)][-_ROUNDS:]
 
     def state(self) -> dict[str, list[Lengths]]:
-        """What `restore` takes."""
+        """Returns what `restore` takes."""
         return dict(self._rounds)
 
     def restore(self, state: dict[str, list[Lengths]]) -> None:
-        """Go on from a `state`."""
+        """Goes on from a `state`."""
         self._rounds = dict(state)
 
 
 def _usual(earlier: Lengths, steps: int) -> float:
-    """The norm that is to be expected of so many steps: in proportion to them, as where all go one way, or to their
-    root, as where they are mostly noise (AdamW's first step is as long as any), whichever is longer."""
+    """Returns the norm that is to be expected of so many steps: in proportion to them, as where all go one way, or to
+    their root, as where they are mostly noise (AdamW's first step is as long as any), whichever is longer."""
     most = min(steps, _MORE * median(s for _, s in earlier))
     return max(float(most**power * median(norm / s**power for norm, s in earlier)) for power in (1.0, 0.5))

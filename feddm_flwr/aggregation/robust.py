@@ -37,7 +37,7 @@ class RobustMean(Aggregator):
         return len(self._spool)
 
     def add(self, vector: Vector, weight: int, frame: bytes, scale: float) -> None:
-        """Add the coded update in `frame`, times `scale`; `vector` is the same, decoded.
+        """Adds the coded update in `frame`, times `scale`; `vector` is the same, decoded.
 
         Raises:
             OSError: the disk is full.
@@ -48,7 +48,7 @@ class RobustMean(Aggregator):
         self._spool.append((slice(start, start + len(frame)), scale))
 
     def mean(self) -> Vector:
-        """The result as float32; zeros where nothing was added. It does not depend on the order."""
+        """Returns the result as float32; zeros where nothing was added. It does not depend on the order."""
         result = np.zeros(self._size, np.float32)
         count, start = self.count, 0
         if not count:

@@ -45,7 +45,7 @@ def server_optimizer(name: str, learning_rate: float, momentum: float) -> Server
 
 
 def averaging(eta: float, beta: float = 0.0) -> ServerOptimizer:
-    """w <- w + eta * delta: federated averaging at eta = 1 (McMahan et al. 2017). Ignores beta."""
+    """Returns w <- w + eta * delta: federated averaging at eta = 1 (McMahan et al. 2017). Ignores beta."""
 
     def update(w: Vector, delta: Vector, state: State) -> tuple[Vector, State]:
         return w + np.float32(eta) * delta, state
@@ -54,8 +54,8 @@ def averaging(eta: float, beta: float = 0.0) -> ServerOptimizer:
 
 
 def nesterov(eta: float, beta: float) -> ServerOptimizer:
-    """m <- beta m + delta; w <- w + eta (delta + beta m): the outer step of DiLoCo
-    (Douillard et al. 2023)."""
+    """Returns m <- beta m + delta; w <- w + eta (delta + beta m): the outer step of DiLoCo (Douillard et al.
+    2023)."""
 
     def update(w: Vector, delta: Vector, state: State) -> tuple[Vector, State]:
         m: Vector = np.float32(beta) * state["m"] + delta
@@ -66,7 +66,7 @@ def nesterov(eta: float, beta: float) -> ServerOptimizer:
 
 
 def adam(eta: float, beta: float, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
-    """FedAdam (Reddi et al. 2021, algorithm 2): no bias correction, v starts at tau^2."""
+    """Returns FedAdam (Reddi et al. 2021, algorithm 2): no bias correction, v starts at tau^2."""
 
     def update(w: Vector, delta: Vector, state: State) -> tuple[Vector, State]:
         m: Vector = np.float32(beta) * state["m"] + np.float32(1 - beta) * delta
@@ -78,13 +78,13 @@ def adam(eta: float, beta: float, beta2: float = 0.99, tau: float = 1e-3) -> Ser
 
 
 def ema_factor(decay: float, steps_before: int, steps: int) -> float:
-    """What remains of the average in a round of `steps` local steps after `steps_before` others:
-    min(decay, (1 + s) / (10 + s))^H. A decay per round would ship the initial noise of a short run."""
+    """Returns what remains of the average in a round of `steps` local steps after `steps_before` others: min(decay, (1
+    + s) / (10 + s))^H. A decay per round would ship the initial noise of a short run."""
     return float(min(decay, (1 + steps_before) / (10 + steps_before)) ** steps)
 
 
 def ema_update(ema: Vector, weights: Vector, factor: float) -> Vector:
-    """factor * ema + (1 - factor) * weights."""
+    """Returns factor * ema + (1 - factor) * weights."""
     result: Vector = np.float32(factor) * ema
     for start in range(0, len(result), PIECE):
         result[start : start + PIECE] += np.float32(1 - factor) * weights[start : start + PIECE]

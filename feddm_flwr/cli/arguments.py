@@ -11,7 +11,7 @@ from feddm_flwr.config import ConfigError
 
 
 def check_folder(folder: Path, origin: str) -> None:
-    """What cannot be written is known before the work.
+    """Checks that a folder can be written to, before the work.
 
     Raises:
         ConfigError: no file can be put in the folder, or it cannot be made; `origin` says who asked for it.
@@ -25,7 +25,7 @@ def check_folder(folder: Path, origin: str) -> None:
 
 
 def check_output(output: Path, *endings: str) -> None:
-    """A file to write, as `check_folder`.
+    """Checks that a file can be written, as `check_folder` a folder.
 
     Raises:
         ConfigError: the name has another ending, is a folder's, or nothing can be written there.
@@ -39,7 +39,7 @@ def check_output(output: Path, *endings: str) -> None:
 
 
 def run_config_keys(arguments: list[str]) -> dict[str, Any]:
-    """The run-config keys of every `-c`, later ones winning.
+    """Returns the run-config keys of every `-c`; later ones win.
 
     Flower itself merges several `-c` by table: of two that set keys of one table it loses the first.
     """

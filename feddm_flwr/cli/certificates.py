@@ -24,7 +24,7 @@ Key = ec.EllipticCurvePrivateKey
 
 
 def make(folder: Path, hosts: list[str], nodes: list[str], days: int) -> list[Path]:
-    """Make what is not there yet; returns the new files.
+    """Makes what is not there yet; returns the new files.
 
     The CA and the keys of nodes are kept, so that more can be added later. Where there are `hosts` (names or
     addresses that nodes reach the SuperLink by), its certificate is made anew, valid for `days`, for them, for those
@@ -71,7 +71,7 @@ _OWN_HOSTS = ("127.0.0.1", "localhost", "superlink")
 
 
 def _names_of(path: Path) -> set[x509.GeneralName]:
-    """The names in a certificate, none where there is no such file."""
+    """Returns the names in a certificate, none where there is no such file."""
     if not path.exists():
         return set()
     certificate = x509.load_pem_x509_certificate(path.read_bytes())
@@ -156,7 +156,7 @@ def _pem(certificate: x509.Certificate) -> bytes:
 def _secret(
     path: Path, key: Key, form: serialization.PrivateFormat = serialization.PrivateFormat.TraditionalOpenSSL
 ) -> Path:
-    """Write a private key that only its owner can read."""
+    """Writes a private key that only its owner can read."""
     with whole_file(path, secret=True) as file:
         file.write(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
     return path

@@ -107,8 +107,8 @@ class Cell:
 
 
 def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | None) -> list[Cell]:
-    """The runs of a preset or a TOML file, seed by seed, so that the first seed's are done first. `common` keys,
-    `nodes` and the number of `seeds` win over those of the file.
+    """Returns the runs of a preset or a TOML file, seed by seed, so that the first seed's are done first. `common`
+    keys, `nodes` and the number of `seeds` win over those of the file.
 
     Raises:
         ConfigError: there is no such preset or file, or it, or one of its runs, is wrong.
@@ -193,7 +193,8 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
 
 
 def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
-    """Do a run in `folder`, or go on with it, unless it is done; `feddm` is the command line. Its exit code.
+    """Does a run in `folder`, or goes on with it, unless it is done; `feddm` is the command line. Returns its exit
+    code.
 
     Raises:
         ConfigError: the folder has a run of that name with other keys, or with unknown ones.
@@ -225,7 +226,7 @@ def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
 
 
 def _asked(run: Path, file: Path) -> Keys:
-    """What a run was started with, by its file; keys that are newer have their defaults."""
+    """Returns what a run was started with, by its file; keys that are newer have their defaults."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return flat({**found, "keys": flatten(parse(found["keys"]))})
@@ -237,7 +238,7 @@ def _asked(run: Path, file: Path) -> Keys:
 
 
 def result(cell: Cell, folder: Path) -> dict[str, Any]:
-    """What came of a run that is done."""
+    """Returns what came of a run that is done."""
     rows = read_metrics(folder / cell.name)
     judged = [row for row in rows if row.get("fid") is not None]
     config = parse(cell.keys)

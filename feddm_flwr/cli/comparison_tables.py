@@ -15,7 +15,7 @@ Results = Sequence[dict[str, Any]]
 
 
 def markdown(results: Results) -> str:
-    """A table for each condition."""
+    """Returns a table for each condition."""
     parts = []
     for condition in dict.fromkeys(r["condition"] for r in results):
         own = [r for r in results if r["condition"] == condition]
@@ -50,7 +50,7 @@ def markdown(results: Results) -> str:
 
 
 def table(results: Results) -> str:
-    """Every run as a line of CSV."""
+    """Returns every run as a line of CSV."""
     columns = [key for key in results[0] if key not in ("keys", "fid_by_round")]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -60,7 +60,7 @@ def table(results: Results) -> str:
 
 
 def plots(results: Results, folder: Path) -> list[Path]:
-    """FID against bytes, against rounds, and against the conditions, in PNG files."""
+    """Draws FID against bytes, rounds and conditions, as PNG files; returns their paths."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -121,17 +121,17 @@ def plots(results: Results, folder: Path) -> list[Path]:
 
 
 def _base(centralized: Results) -> list[float]:
-    """The FIDs that the others' are divided by: those of the one run on all images, by seed."""
+    """Returns the FIDs that the others' are divided by: those of the one run on all images, by seed."""
     return [r["fid"] for r in centralized] if len({r["run"] for r in centralized}) == 1 else []
 
 
 def _centralized(result: dict[str, Any]) -> bool:
-    """Whether one node has all images."""
+    """Tells whether one node has all images."""
     return bool(result["nodes"] == 1)
 
 
 def _setting(result: dict[str, Any]) -> str:
-    """What FIDs must have in common to be divided: real images, samples, how these are drawn, features."""
+    """Returns what FIDs must have in common to be divided: real images, samples, how these are drawn, features."""
     keys = ("data.name", "data.split", "data.image-size", "data.channels", "sample.scheduler", "sample.steps")
     chosen = [result["keys"].get(key, KEYS[key].default) for key in keys]
     return repr([*(result.get(key) for key in ("real", "samples", "features")), *chosen])

@@ -24,8 +24,8 @@ _GREY = ("1", "L", "LA", "I")
 
 
 def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
-    """What there is to say of the images that the run-config `keys` name; `output` gets the contact sheet and, for
-    more than 0 `nodes`, a plot of the classes of each lies beside it.
+    """Returns what there is to say of the images that the run-config `keys` name; `output` gets the contact sheet and,
+    for more than 0 `nodes`, a plot of the classes of each lies beside it.
 
     Raises:
         ConfigError: a key is wrong, or there are no images.
@@ -63,7 +63,7 @@ def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
 
 
 def _guess(keys: Mapping[str, Any]) -> dict[str, int]:
-    """`data.image-size` and `data.channels` where the keys do not say them, by a glance at some of the images."""
+    """Returns `data.image-size` and `data.channels` where the keys do not say them, by a glance at some images."""
     wanted = {"data.image-size", "data.channels"} - keys.keys()
     name = str(keys.get("data.name", "digits"))
     if not wanted or name in DATASETS or keys.get("data.streaming"):
@@ -86,7 +86,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _plot(shares: Sequence[Mapping[str, int]], partition: str, sheet: Path) -> Path:
-    """A bar for each node, of its images by class; the file is named after the contact sheet."""
+    """Draws a bar for each node, of its images by class; the file is named after the contact sheet."""
     from matplotlib.figure import Figure
 
     path = sheet.with_name(f"{sheet.stem}-nodes.png")

@@ -43,7 +43,7 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # one
 
 
 def find_app(folder: Path | None) -> Path:
-    """The folder whose `pyproject.toml` describes this Flower app.
+    """Returns the folder whose `pyproject.toml` describes this Flower app.
 
     Raises:
         ConfigError: there is none.
@@ -59,7 +59,7 @@ def find_app(folder: Path | None) -> Path:
 
 
 def is_local(superlink: str | None) -> bool:
-    """Whether the connection is (or falls back to) Flower's local simulation."""
+    """Tells whether the connection is (or falls back to) Flower's local simulation."""
     file = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "config.toml"
     try:
         connections = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.is_file() else {}
@@ -75,8 +75,8 @@ def is_local(superlink: str | None) -> bool:
 
 
 def environment(*, telemetry: bool) -> dict[str, str]:
-    """The environment for Flower's processes: this Python's commands first, nothing fetched, and
-    no usage reports unless asked for."""
+    """Returns the environment for Flower's processes: this Python's commands first, nothing fetched, and no usage
+    reports unless asked for."""
     env = dict(os.environ)
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     env |= {
@@ -93,7 +93,7 @@ def environment(*, telemetry: bool) -> dict[str, str]:
 
 
 def end_by_signal() -> None:
-    """Let SIGTERM and a closed terminal end a run as Ctrl-C does: stopped, with nothing left behind."""
+    """Lets SIGTERM and a closed terminal end a run as Ctrl-C does: stopped, with nothing left behind."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -217,7 +217,7 @@ def _count_gpus() -> int:
 def follow(
     app: Path, federation: Remote | Simulation, overrides: Mapping[str, object], config: RunConfig, *, verbose: bool
 ) -> int:
-    """Submit the run, show its progress, and return 0 only if it completed."""
+    """Submits the run and shows its progress; returns 0 only if it completed."""
     run_id, tail, completed = "", deque[str](maxlen=200), False
     run = Path(str(overrides.get("out-dir", "runs")), str(overrides.get("run-name", "")))
     with tempfile.TemporaryDirectory(prefix="feddm-") as folder, Display(config) as display:
@@ -280,8 +280,8 @@ def follow(
 
 
 def _staged(app: Path, folder: Path) -> Path:
-    """A copy of what Flower may send of the app. It looks at every file of the folder that it is given, and those of
-    a virtual environment there cost it 8 s."""
+    """Returns a copy of what Flower may send of the app. It looks at every file of the folder that it is given, and
+    those of a virtual environment there cost it 8 s."""
 
     def left_out(place: str, names: list[str]) -> list[str]:
         return [name for name in names if not _may_be_sent(Path(place, name))]
@@ -296,13 +296,13 @@ def _may_be_sent(path: Path) -> bool:
 
 
 def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of Flower's; the connection is its last argument."""
+    """Runs a command of Flower's; the connection is its last argument."""
     line = ["flwr", command, *arguments, *federation.arguments[:1]]
     return subprocess.run(line, env=federation.env, capture_output=True, text=True, check=False)
 
 
 def _status(run_id: str, federation: Remote | Simulation) -> tuple[str, str]:
-    """The run's status and its details, as `flwr ls` tells them."""
+    """Returns the run's status and its details, as `flwr ls` tells them."""
     status, details = "unknown", ""
     for _ in range(20):  # the log's end comes a moment before the status
         listed = _flwr(federation, "ls", f"--run-id={run_id}", "--format=json").stdout

@@ -17,7 +17,7 @@ from feddm_flwr.config import ConfigError, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    """Does what the command line says; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 stopped."""
     options = parser().parse_args(arguments)
     commands = {
         "run": run_command,

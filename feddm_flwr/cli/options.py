@@ -11,7 +11,7 @@ from feddm_flwr.config import SCHEDULERS, parse
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line takes; `command` is the name of the one that was given."""
+    """Returns what the command line takes; `command` is the name of the one that was given."""
     whole = argparse.ArgumentParser(
         prog="feddm", description="Train diffusion models across sites that keep their images."
     )

@@ -49,11 +49,11 @@ class Display:
             self._bar.stop()
 
     def print(self, text: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the bar."""
         self._console.print(text, markup=False)
 
     def take(self, line: str) -> None:
-        """Update from a line of the log; a node's text in it cannot pass for one of the server's."""
+        """Updates from a line of the log; a node's text in it cannot pass for one of the server's."""
         _, marked, text = line.rstrip().partition(MARK)
         if not marked:
             return
@@ -94,7 +94,7 @@ class Display:
         return f"up {self._up / 1e6:.1f} MB  down {self._down / 1e6:.1f} MB"
 
     def summary(self, folder: Path, *, local: bool) -> None:
-        """Where everything of the run in that folder lies."""
+        """Prints where everything of the run in that folder lies."""
         drawn = [*grid_files(folder).values()] if local else []
         self.print("")
         places = {"model": folder / "model", "grid": drawn[-1] if drawn else folder / "samples"}

@@ -66,7 +66,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def resumed_keys(options: argparse.Namespace) -> dict[str, Any]:
-    """The run-config keys of the run to go on with, and its nodes where it was a simulation."""
+    """Returns the run-config keys of the run to go on with, and its nodes where it was a simulation."""
     from feddm_flwr.cli.launch import is_local
     from feddm_flwr.reporting.records import check_kind
 
@@ -86,7 +86,7 @@ def resumed_keys(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _nodes_before(folder: Path) -> int:
-    """How many nodes the simulation had that is in a run's folder; 0 where no round was done."""
+    """Returns how many nodes the simulation had that is in a run's folder; 0 where no round was done."""
     from feddm_flwr.reporting.records import read_metrics, simulated_nodes
 
     try:
@@ -96,7 +96,7 @@ def _nodes_before(folder: Path) -> int:
 
 
 def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
-    """What would end a simulation is known before it starts.
+    """Checks what would end a simulation, before it starts.
 
     Raises:
         ConfigError: the run's folder exists (or does not, for one to resume) or cannot be made, there are too few

@@ -32,7 +32,7 @@ class How:
 
 
 def find(path: Path) -> Path:
-    """The pipeline folder that is meant: a run's, or the path itself.
+    """Returns the pipeline folder that is meant: a run's, or the path itself.
 
     Raises:
         ConfigError: there is none.
@@ -48,8 +48,8 @@ def find(path: Path) -> Path:
 def draw(
     folder: Path, how: How, count: int, of_class: str | None = None, like: Mapping[str, int] | None = None
 ) -> Images:
-    """Samples of the pipeline in a folder, uint8 (count, C, H, W): of one class, of all in proportion to the counts
-    that they are to be `like`, or of as many each.
+    """Returns samples of the pipeline in a folder, uint8 (count, C, H, W): of one class, of all in proportion to the
+    counts that they are to be `like`, or of as many each.
 
     Raises:
         ConfigError: the folder has no such pipeline, or it cannot do what is asked.
@@ -77,7 +77,7 @@ def draw(
 
 
 def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, kind_from: str = "") -> dict[str, Any]:
-    """The figures of that many samples against the images of `config.data`, with all that they depend on.
+    """Returns the figures of that many samples against the images of `config.data`, with all that they depend on.
 
     Raises:
         ConfigError: images, model or feature network cannot be had, or do not fit each other.
@@ -110,7 +110,7 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
 
 
 def _labels(asked: str | None, count: int, names: list[str], like: Mapping[str, int] | None) -> list[int] | None:
-    """The label of each image; None for a model without classes."""
+    """Returns the label of each image; None for a model without classes."""
     if not names:
         if asked is not None:
             raise ConfigError(f"--class = {asked!r}: the model knows no classes")

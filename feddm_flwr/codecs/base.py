@@ -31,7 +31,7 @@ LARGEST = 1e30
 
 
 def largest_of(vector: Tensor) -> float:
-    """The largest magnitude of a vector, shape (n,), that a codec is to encode.
+    """Returns the largest magnitude of a vector, shape (n,), that a codec is to encode.
 
     Raises:
         ValueError: a value is NaN, infinite or beyond `LARGEST`.
@@ -53,7 +53,7 @@ class Codec(ABC):
 
     @abstractmethod
     def init(self, vector: Tensor, seed: int) -> State:
-        """The state before the first chunk of a vector; `seed` is for codecs that draw at random.
+        """Returns the state before the first chunk of a vector; `seed` is for codecs that draw at random.
 
         Raises:
             ValueError: a value is NaN, infinite or beyond `LARGEST`.
@@ -61,12 +61,12 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, values: Tensor, state: State) -> Planes:
-        """The planes of one chunk of the vector."""
+        """Returns the planes of one chunk of the vector."""
 
     @abstractmethod
     def decode(self, planes: Planes, out: Tensor) -> None:
-        """Put the values of one chunk into `out`, float32 (n,): any planes within the limits decode to finite
-        values or raise.
+        """Puts the values of one chunk into `out`, float32 (n,): any planes within the limits decode to finite values
+        or raise.
 
         Raises:
             FrameError: the planes do not stand for that many finite values.
@@ -74,4 +74,4 @@ class Codec(ABC):
 
     @abstractmethod
     def limits(self, size: int) -> list[int]:
-        """The most bytes that each plane of a chunk of `size` values can have."""
+        """Returns the most bytes that each plane of a chunk of `size` values can have."""

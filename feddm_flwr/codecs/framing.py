@@ -56,19 +56,19 @@ class Header:
 
 
 def chunk_sizes(size: int) -> list[int]:
-    """How many values each chunk of a vector holds."""
+    """Returns how many values each chunk of a vector holds."""
     return [min(CHUNK, size - start) for start in range(0, size, CHUNK)]
 
 
 def compress(planes: Iterable[bytes]) -> bytes:
-    """The body of a chunk."""
+    """Returns the body of a chunk."""
     compressor = zstandard.ZstdCompressor(compression_params=_ZSTD)
     coded = [compressor.compress(plane) for plane in planes]
     return b"".join(part for plane in coded for part in (_PLANE_PREFIX.pack(len(plane)), plane))
 
 
 def ahead(chunks: Iterable[T], size: int) -> Iterator[T]:
-    """The chunks of a vector of `size` values, each made in a thread while the one before is used."""
+    """Yields the chunks of a vector of `size` values, each made in a thread while the one before is used."""
     iterator = iter(chunks)
     if size <= CHUNK:
         yield from iterator
@@ -81,7 +81,7 @@ def ahead(chunks: Iterable[T], size: int) -> Iterator[T]:
 
 
 def write(header: Header, chunks: Iterable[Iterable[bytes]]) -> bytes:
-    """The frame of a header and its chunks, each as the planes that the codec made."""
+    """Returns the frame of a header and its chunks, each as the planes that the codec made."""
     text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
     head = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
     parts = [head, _CRC.pack(zlib.crc32(head))]
@@ -92,7 +92,7 @@ def write(header: Header, chunks: Iterable[Iterable[bytes]]) -> bytes:
 
 
 def read_header(frame: Frame) -> tuple[Header, int]:
-    """The header and the offset of the first chunk.
+    """Returns the header and the offset of the first chunk.
 
     Raises:
         FrameError: the magic, version, length, checksum or a field of the header is wrong.
@@ -122,7 +122,7 @@ def read_header(frame: Frame) -> tuple[Header, int]:
 
 
 def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], list[int]]) -> Iterator[list[bytes]]:
-    """The planes of each chunk of a vector of `size` values, one chunk at a time.
+    """Yields the planes of each chunk of a vector of `size` values, one chunk at a time.
 
     `limits(n)` has the most bytes that each plane of n values can have. `size` must have been checked
     against what the receiver expects.
@@ -149,7 +149,7 @@ def read_chunks(frame: Frame, offset: int, size: int, limits: Callable[[int], li
 def _decompress(
     decompressor: zstandard.ZstdDecompressor, body: memoryview, limits: list[int], index: int
 ) -> list[bytes]:
-    """The planes in the body of a chunk."""
+    """Returns the planes in the body of a chunk."""
     planes, offset = [], 0
     for limit in limits:
         if offset + _PLANE_PREFIX.size > len(body):

@@ -68,7 +68,7 @@ class Grid(Codec):
         return -(-size // self.block_size)
 
     def _widest(self, blocks: Tensor) -> Tensor:
-        """The least bfloat16 step for each block with which nothing is clipped."""
+        """Returns the least bfloat16 step for each block with which nothing is clipped."""
         return _round_up(blocks.abs().amax(1) * (2 / (self.levels - 1)))
 
     def _quantize(self, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class Grid(Codec):
         return steps, digits
 
     def _digits(self, blocks: Tensor, steps: Tensor, chance: Tensor | float = 0.5) -> Tensor:
-        """The digits of blocks (B, K) with the steps (B,): a fraction above 1 - chance is rounded up."""
+        """Returns the digits of blocks (B, K) with the steps (B,): a fraction above 1 - chance is rounded up."""
         inverse = torch.where(steps > 0, 1 / steps, 0.0)  # a block of zeros, or one too small for a step
         scaled = (blocks * inverse[:, None]).add_(chance).add_((self.levels - 1) / 2)
         return scaled.floor_().clamp_(0, self.levels - 1).to(torch.uint8)
@@ -157,13 +157,13 @@ class Sign(Grid):
 
 
 def _counts(blocks: Tensor, size: int) -> Tensor:
-    """How many of a block's values are not padding, (B,)."""
+    """Returns how many of a block's values are not padding, (B,)."""
     ends = torch.arange(1, len(blocks) + 1, device=blocks.device) * blocks.shape[1]
     return blocks.shape[1] - (ends - size).clamp_(min=0)
 
 
 def _round_up(steps: Tensor) -> Tensor:
-    """The least bfloat16 >= each step >= 0, as float32; those without a normal inverse become 0."""
+    """Returns the least bfloat16 >= each step >= 0, as float32; those without a normal inverse become 0."""
     rounded = ((steps.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
     return torch.where(steps < 2 * torch.finfo(torch.float32).tiny, 0.0, rounded)
 

@@ -20,7 +20,7 @@ GROUP = 256
 
 
 def bytes_of(values: Tensor, kind: str) -> Planes:
-    """Numbers, shape (n,), as one plane of n bytes per byte of `kind`, a little-endian numpy type."""
+    """Returns numbers, shape (n,), as one plane of n bytes per byte of `kind`, a little-endian numpy type."""
     flat = values.cpu().numpy().astype(kind, copy=False)
     numbers = flat.view(f"<u{flat.itemsize}")
     # Shifts of whole numbers are several times as fast as strides of bytes.
@@ -28,7 +28,7 @@ def bytes_of(values: Tensor, kind: str) -> Planes:
 
 
 def numbers_of(planes: Planes, size: int, kind: str) -> NDArray[np.generic]:
-    """The inverse of `bytes_of`: `size` numbers in the machine's own byte order.
+    """Returns the inverse of `bytes_of`: `size` numbers in the machine's own byte order.
 
     Raises:
         FrameError: a plane has another length.
@@ -42,12 +42,12 @@ def numbers_of(planes: Planes, size: int, kind: str) -> NDArray[np.generic]:
 
 
 def to_bfloat16(values: Tensor) -> Planes:
-    """Two planes of n bytes: the values (n,) as bfloat16."""
+    """Returns two planes of n bytes: the values (n,) as bfloat16."""
     return bytes_of(values.to(torch.bfloat16).view(torch.int16), "<i2")
 
 
 def from_bfloat16(planes: Planes, size: int, largest: float) -> Tensor:
-    """The inverse, as float32 (size,).
+    """Returns the inverse, as float32 (size,).
 
     Raises:
         FrameError: a plane has another length, or a value is above `largest` or not finite.
@@ -69,7 +69,8 @@ def pack(digits: Tensor, levels: int, per_byte: int) -> bytes:
 
 
 def unpack(packed: bytes, out: Tensor, levels: int, per_byte: int) -> Tensor:
-    """The inverse of `pack`, each digit as the float32 digit - (levels - 1) / 2, into `out`, shape (n,), on the CPU.
+    """Returns the inverse of `pack`, each digit as the float32 digit - (levels - 1) / 2, into `out`, shape (n,), on the
+    CPU.
 
     Raises:
         FrameError: there are not ceil(n / per_byte) bytes, or one is too large.
@@ -92,15 +93,15 @@ def unpack(packed: bytes, out: Tensor, levels: int, per_byte: int) -> Tensor:
 
 @cache
 def _digits(levels: int, per_byte: int) -> NDArray[np.float32]:
-    """What each byte stands for, shape (levels^per_byte, per_byte)."""
+    """Returns what each byte stands for, shape (levels^per_byte, per_byte)."""
     number = np.arange(levels**per_byte)
     places = [number // levels**place % levels for place in range(per_byte)]
     return np.stack(places, 1).astype(np.float32) - np.float32((levels - 1) / 2)
 
 
 def to_gaps(positions: Tensor, size: int) -> Planes:
-    """Ascending positions within 0..size-1 as three planes: how many each group of 256 has (low and
-    high bytes), and for each position the gap to the one before it in its group."""
+    """Returns ascending positions within 0..size-1 as three planes: how many each group of 256 has (low and high
+    bytes), and for each position the gap to the one before it in its group."""
     group = positions // GROUP
     counts = torch.bincount(group, minlength=-(-size // GROUP))
     gaps = positions % GROUP
@@ -110,7 +111,7 @@ def to_gaps(positions: Tensor, size: int) -> Planes:
 
 
 def from_gaps(planes: Planes, size: int) -> Tensor:
-    """The inverse of `to_gaps`, int64.
+    """Returns the inverse of `to_gaps`, int64.
 
     Raises:
         FrameError: the planes do not stand for ascending positions within 0..size-1.

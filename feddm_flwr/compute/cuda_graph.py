@@ -36,7 +36,7 @@ class CudaGraph:
         self._graph: Any = None
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """What the function, always the same, returns, which the next call may overwrite."""
+        """Returns what the function, always the same, returns, which the next call may overwrite."""
         shapes = [tensor.shape for tensor in inputs]
         self._shapes = self._shapes or shapes
         if self._left < 0 or shapes != self._shapes:
@@ -51,7 +51,7 @@ class CudaGraph:
         return self._output
 
     def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> bool:
-        """Record the function, which does not run it."""
+        """Records the function, which does not run it."""
         graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
         gc.disable()  # an earlier graph that is garbage would be freed, which spoils the recording
         try:
@@ -73,7 +73,7 @@ class CudaGraph:
         return True
 
     def drop(self) -> bool:
-        """Give up what is recorded, and its memory, for good; returns False where nothing is."""
+        """Gives up what is recorded, and its memory, for good; returns False where nothing is."""
         if self._graph is None:
             return False
         self._stop()
@@ -85,7 +85,7 @@ class CudaGraph:
 
 @contextmanager
 def side_stream(device: torch.device, wanted: bool = True) -> Iterator[None]:
-    """Work on a stream of its own: there is no recording on the usual one."""
+    """Works on a stream of its own: there is no recording on the usual one."""
     if device.type != "cuda" or not wanted:
         yield
         return
@@ -100,16 +100,16 @@ def side_stream(device: torch.device, wanted: bool = True) -> Iterator[None]:
 
 @lru_cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """One for all of the process: with each, cuBLAS keeps memory for ever."""
+    """Returns one stream for all of the process: with each, cuBLAS keeps memory for ever."""
     return torch.cuda.Stream(device)
 
 
 def is_recording(device: torch.device) -> bool:
-    """Whether what is done now is recorded."""
+    """Tells whether what is done now is recorded."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def release_memory() -> None:
-    """Leave a GPU's memory that is not in use to other processes."""
+    """Leaves a GPU's memory that is not in use to other processes."""
     with suppress(RuntimeError):  # after a recording that failed, some versions of torch refuse
         torch.cuda.empty_cache()  # nothing where there is no GPU

@@ -14,7 +14,7 @@ _CORES = torch.get_num_threads()
 
 
 def prepare_process(config: RunConfig) -> torch.device:
-    """Fix thread count and determinism before any work; returns the device to train on.
+    """Fixes thread count and determinism before any work; returns the device to train on.
 
     Thread counts change the order of sums and so the bits of a result.
     """

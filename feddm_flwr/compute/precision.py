@@ -10,7 +10,7 @@ import torch
 
 @lru_cache
 def _computes_in_bf16() -> bool:
-    """Whether this processor is faster in bf16. Intel's without tiles are not, whatever instructions they have:
+    """Tells whether this processor is faster in bf16. Intel's without tiles are not, whatever instructions they have:
     measured, a convolutional U-Net trained at 0.7 times the speed of float32."""
     info = Path("/proc/cpuinfo")
     amd = info.is_file() and "AuthenticAMD" in info.read_text()
@@ -18,7 +18,7 @@ def _computes_in_bf16() -> bool:
 
 
 def in_bf16(precision: str, device: torch.device) -> bool:
-    """Whether `train.precision` means bf16 there: `auto` does where the hardware computes in it."""
+    """Tells whether `train.precision` means bf16 there: `auto` does where the hardware computes in it."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

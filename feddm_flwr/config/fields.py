@@ -63,7 +63,7 @@ class KeySpec:
     plugin: bool
 
     def allowed(self) -> str:
-        """What a value must be, in words."""
+        """Returns what a value must be, in words."""
         if self.choices:
             text = " | ".join(self.choices) + (" | feddm_flwr.contrib.MODULE:NAME" if self.plugin else "")
         elif self.kind in (int, float):
@@ -75,7 +75,7 @@ class KeySpec:
         return f"{text}, or {PRESET}" if self.default == PRESET else text
 
     def convert(self, value: object) -> Any:
-        """The value in its type.
+        """Returns the value in its type.
 
         Raises:
             ConfigError: the type or the value is not allowed.
@@ -112,7 +112,7 @@ class KeySpec:
 
 
 def sections(cls: type, top: bool = True) -> Iterator[tuple[str, type, list[KeySpec]]]:
-    """`(prefix, dataclass, keys)` of the top level and of every section, in order."""
+    """Yields `(prefix, dataclass, keys)` of the top level and of every section, in order."""
     hints = get_type_hints(cls)
     prefix = "" if top else f"{cls.__name__.lower()}."
     own = [f for f in fields(cls) if not is_dataclass(hints[f.name])]

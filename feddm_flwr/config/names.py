@@ -21,5 +21,5 @@ CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk"
 
 
 def class_name(text: str) -> str:
-    """A class as it is compared: a Mac writes an umlaut of a folder's name as two characters."""
+    """Returns a class as it is compared: a Mac writes an umlaut of a folder's name as two characters."""
     return unicodedata.normalize("NFC", text).strip()

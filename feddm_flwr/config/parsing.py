@@ -24,12 +24,12 @@ from feddm_flwr.config.validation import contradictions
 
 
 def defaults() -> dict[str, Scalar]:
-    """The raw defaults, as `pyproject.toml` has them."""
+    """Returns the raw defaults, as `pyproject.toml` has them."""
     return {name: spec.default for name, spec in KEYS.items()}
 
 
 def parse(run_config: Mapping[str, object]) -> RunConfig:
-    """Validate a flat run configuration; missing keys take their defaults.
+    """Validates a flat run configuration; missing keys take their defaults.
 
     Raises:
         ConfigError: one line for each unknown key, wrong type, wrong value or contradiction.
@@ -89,7 +89,7 @@ def _text(value: object) -> Scalar:
 
 
 def flatten(config: RunConfig) -> dict[str, Scalar]:
-    """The resolved configuration as dotted keys; `parse(flatten(c)) == c`."""
+    """Returns the resolved configuration as dotted keys; `parse(flatten(c)) == c`."""
     flat: dict[str, Scalar] = {}
     for prefix, _, specs in sections(RunConfig):
         part = getattr(config, prefix[:-1]) if prefix else config
@@ -99,23 +99,23 @@ def flatten(config: RunConfig) -> dict[str, Scalar]:
 
 
 def local_steps(config: RunConfig, images: int) -> int:
-    """How many optimizer steps a node with that many training images takes in a round."""
+    """Returns how many optimizer steps a node with that many training images takes in a round."""
     return config.train.local_steps or config.train.local_epochs * -(-images // config.train.batch_size)
 
 
 def nodes_asked(config: RunConfig, online: int) -> int:
-    """How many of the online nodes train in a round."""
+    """Returns how many of the online nodes train in a round."""
     return max(1, round(config.fraction_train * online))
 
 
 def least_replies(config: RunConfig, asked: int = 0) -> int:
-    """How many good replies a round needs of those that are `asked`, or at the least. Of two, a robust rule has none to
-    leave out."""
+    """Returns how many good replies a round needs of those that are `asked`, or at the least. Of two, a robust rule has
+    none to leave out."""
     return config.min_replies or max(3 if config.server.robust else 1, asked // 2 + 1)
 
 
 def local_path(name: str) -> Path | None:
-    """The path that a name means; None where it is an id on a hub, or the digits that are always there."""
+    """Returns the path that a name means; None where it is an id on a hub, or the digits that are always there."""
     if name == "digits":
         return None
     path = expanded(name)
@@ -123,7 +123,7 @@ def local_path(name: str) -> Path | None:
 
 
 def expanded(name: str) -> Path:
-    """A path with the home folder in place of `~`.
+    """Returns a path with the home folder in place of `~`.
 
     Raises:
         ConfigError: there is no such home folder.
@@ -135,6 +135,6 @@ def expanded(name: str) -> Path:
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from anything with a stable text, such as `(seed, node name, round)`."""
+    """Returns a 63-bit seed from anything with a stable text, such as `(seed, node name, round)`."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -121,7 +121,7 @@ OTHER_DATA: _Keys = {
 
 
 def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
-    """The values that stand for `preset`, given the user's other choices."""
+    """Returns the values that stand for `preset`, given the user's other choices."""
 
     def chosen(name: str, default: str) -> str:
         value = str(raw.get(name, PRESET))

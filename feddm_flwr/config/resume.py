@@ -18,7 +18,7 @@ _FREE = {
 
 
 def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -> None:
-    """Compare a configuration with the flat one of a checkpoint, of which so many rounds are `done`.
+    """Compares a configuration with the flat one of a checkpoint, of which so many rounds are `done`.
 
     Raises:
         ConfigError: one line for each key that is not the same and decides what the weights become, or fewer rounds

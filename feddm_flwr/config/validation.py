@@ -16,7 +16,7 @@ _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 
 
 def contradictions(c: RunConfig) -> Iterator[str]:
-    """One line for each."""
+    """Yields one line for each combination of keys that cannot work."""
     if (c.train.local_epochs > 0) == (c.train.local_steps > 0):
         yield (
             f"train.local-epochs = {c.train.local_epochs} and train.local-steps = {c.train.local_steps}: "
@@ -109,7 +109,7 @@ def about_sparse_codecs(c: RunConfig, sparse: Collection[str]) -> Iterator[str]:
 
 
 def _without_effect(c: RunConfig) -> Iterator[str]:
-    """Keys that a user set for nothing: what was meant is another run."""
+    """Yields keys that a user set for nothing: what was meant is another run."""
     partition, rule = f"data.partition = {c.data.partition!r}", f"server.aggregation = {c.server.aggregation!r}"
     coded = {c.codec.uplink, c.codec.downlink}
     if any(map(is_plugin, coded)):  # which may have any of the options

@@ -39,7 +39,7 @@ _SAY_EVERY = 10.0  # seconds
 
 
 def fit(data: Data, image: Image.Image) -> Images:
-    """One image as uint8 (C, H, W), by the rule at the head of this file.
+    """Returns one image as uint8 (C, H, W), by the rule at the head of this file.
 
     Raises:
         ValueError: floating-point pixels, whose range nobody knows.
@@ -78,13 +78,13 @@ class Decoded:
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's names: L, RGB, I;16, …
 
     def extent(self) -> str:
-        """The smallest and the largest size."""
+        """Returns the smallest and the largest size."""
         low, high = (f(self.sizes, key=lambda s: (s[0] * s[1], s), default=(0, 0)) for f in (min, max))
         return f"{low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if high != low else "")
 
 
 def _opened(file: bytes | Path | str) -> IO[bytes]:
-    """A file's bytes; text is an address, such as of a hub's file."""
+    """Returns a file's bytes; text is an address, such as of a hub's file."""
     if isinstance(file, bytes):
         return io.BytesIO(file)
     opened: IO[bytes] = file.open("rb") if isinstance(file, Path) else fsspec.open(file, "rb").open()
@@ -94,7 +94,7 @@ def _opened(file: bytes | Path | str) -> IO[bytes]:
 def decode(
     data: Data, files: Iterable[bytes | Path | str | None], names: Sequence[str], origin: str, out: Images
 ) -> Decoded:
-    """Decode image files, in parallel, into the first rows of `out`, shape (N, C, H, W).
+    """Decodes image files, in parallel, into the first rows of `out`, shape (N, C, H, W).
 
     Raises:
         ConfigError: more cannot be read than `data.max-broken` allows; the message counts them and names the first.

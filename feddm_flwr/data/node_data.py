@@ -76,7 +76,7 @@ def _load_node(
     stamp: str,
     root: Path,
 ) -> NodeData:
-    """`stamp` tells the files' states apart."""
+    """Does as `load_node`; `stamp` tells the files' states apart."""
     name = data_path or d.name
 
     def open_here(scratch: Path) -> Source:
@@ -161,7 +161,7 @@ def _labels(d: Data, own: list[str], count: int, origin: str, secret: bool) -> L
 
 
 def load_all(d: Data) -> tuple[Images, list[str], Decoded]:
-    """Every image of `data.name`, its class (empty where unknown), and what was found on the way.
+    """Returns every image of `data.name`, its class (empty where unknown), and what was found on the way.
 
     Raises:
         ConfigError: as `load_node`.
@@ -174,7 +174,7 @@ def load_all(d: Data) -> tuple[Images, list[str], Decoded]:
 
 
 def partitions(d: Data, seed: int, count: int) -> list[dict[str, int]]:
-    """How many images of each class (of class "" where unknown) each node of a simulation would have.
+    """Returns how many images of each class (of class "" where unknown) each node of a simulation would have.
 
     Raises:
         ConfigError: as `load_node`.
@@ -198,7 +198,7 @@ def _classes(source: Source, column: str) -> list[str]:
 
 @lru_cache(maxsize=1)  # so that the nodes of a simulation have one source
 def _kept(d: Data, source: Source, name: str, root: Path) -> Source:
-    """A stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
+    """Returns a stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
     shape = (len(source.table), d.channels, d.image_size, d.image_size)
     chosen = (name, d.split, d.image_column, d.white, d.max_broken)
 

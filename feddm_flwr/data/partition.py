@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def partition_rows(data: Data, seed: int, source: Source, index: int, count: int) -> list[int]:
-    """The rows of partition `index` of `count`, through flwr-datasets' partitioners but for `iid` and `pathological`.
+    """Returns the rows of partition `index` of `count`, through flwr-datasets' partitioners but for `iid` and
+    `pathological`.
 
     Raises:
         ConfigError: the images cannot be shared out like that.
@@ -84,7 +85,7 @@ def _flower() -> Any:
 
 
 def _problem(d: Data, source: Source, count: int) -> str:
-    """What could not be done."""
+    """Returns what could not be done."""
     return f"data.partition = {d.partition!r} for {count} nodes and {len(source.table)} images ({source.origin})"
 
 

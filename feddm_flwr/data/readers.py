@@ -56,7 +56,7 @@ def reader_class(name: str) -> type[Reader]:
 
 
 def read_table(data: Data, origin: str, own: bool, stamp: str, table: Dataset) -> Source:
-    """A data set that is on this machine's disk."""
+    """Returns a data set that is on this machine's disk."""
     import datasets
 
     column = data.image_column
@@ -71,7 +71,7 @@ def read_table(data: Data, origin: str, own: bool, stamp: str, table: Dataset) -
 
 
 def read_stream(data: Data, origin: str, own: bool, stamp: str, name: str, options: dict[str, Any]) -> Source:
-    """A data set of which nothing is kept but its classes. Parquet is read by column: these cost little."""
+    """Returns a data set of which nothing is kept but its classes. Parquet is read by column: these cost little."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -100,7 +100,7 @@ def read_stream(data: Data, origin: str, own: bool, stamp: str, name: str, optio
 
 
 def _file(cell: dict[str, Any] | None) -> bytes | Path | str | None:
-    """What a cell of an image column is decoded from."""
+    """Returns what a cell of an image column is decoded from."""
     if not cell or not (cell["bytes"] or cell["path"]):
         return None
     return cell["bytes"] or (cell["path"] if "://" in cell["path"] else Path(cell["path"]))
@@ -139,7 +139,7 @@ def read_digits(data: Data, origin: str) -> Source:
 
 
 def read_folder(data: Data, path: Path, origin: str, own: bool, stamp: str) -> Source:
-    """Images below a folder; the class is the name of the first subfolder, where there is one."""
+    """Returns images below a folder; the class is the name of the first subfolder, where there is one."""
     from datasets import Dataset
 
     files = sorted(_once(p for p in pictures(path) if p.is_file()))
@@ -158,7 +158,7 @@ def read_folder(data: Data, path: Path, origin: str, own: bool, stamp: str) -> S
 
 
 def _once(files: Iterable[Path]) -> Iterator[Path]:
-    """Without links to files that are there as well."""
+    """Yields files without links to files that are there as well."""
     links, seen = list[Path](), set[str]()
     for file in files:
         if file.is_symlink():
@@ -173,5 +173,5 @@ def _once(files: Iterable[Path]) -> Iterator[Path]:
 
 
 def _text(name: str) -> str:
-    """A file's name as text, though it be of another encoding than the system's."""
+    """Returns a file's name as text, though it be of another encoding than the system's."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -29,7 +29,7 @@ class Source:
     names: Sequence[str] = ()  # of the rows, where they have some that stay when others come and go
 
     def decode(self, rows: Sequence[int], out: Images) -> Decoded:
-        """Fill the beginning of an array with rows.
+        """Fills the beginning of an array with rows.
 
         Raises:
             ConfigError: they cannot be read, which is not to be taken for an error of where they are written.
@@ -40,7 +40,7 @@ class Source:
             raise ConfigError(f"{self.origin}: cannot be read ({error.strerror or type(error).__name__})") from error
 
     def classes(self, column: str) -> list[str]:
-        """The class of every row, or nothing where there is no such column."""
+        """Returns the class of every row, or nothing where there is no such column."""
         if column not in self.table.column_names:
             return []
         names: list[str] = getattr(self.table.features[column], "names", [])

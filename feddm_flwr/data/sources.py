@@ -22,7 +22,7 @@ _SPLITS = {"train", "test", "validation", "val"}
 
 @lru_cache(maxsize=2)
 def open_source(data: Data, name: str, origin: str, *, stamp: str) -> Source:
-    """A data set by name or path, nothing decoded yet.
+    """Returns a data set by name or path, nothing decoded yet.
 
     Raises:
         ConfigError: it cannot be had, or is not what the configuration says.
@@ -34,7 +34,7 @@ def open_source(data: Data, name: str, origin: str, *, stamp: str) -> Source:
 
 
 def open_named(data: Data) -> Source:
-    """The data set of `data.name` as it is now.
+    """Returns the data set of `data.name` as it is now.
 
     Raises:
         ConfigError: as `open_source`.
@@ -45,8 +45,8 @@ def open_named(data: Data) -> Source:
 
 
 def open_own(data: Data, path: str, origin: str, *, stamp: str, scratch: Path) -> Source:
-    """A node's own images, which must be here: no name is looked up elsewhere, and no file's name goes into a message.
-    Copies of them that the reading takes are made in `scratch`.
+    """Returns a node's own images, which must be here: no name is looked up elsewhere, and no file's name goes into a
+    message. Copies of them that the reading takes are made in `scratch`.
 
     Raises:
         ConfigError: as `open_source`.
@@ -105,7 +105,7 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
 
 
 def _split(found: dict[str, list[Path]], split: str, origin: str) -> list[Path]:
-    """What belongs to a split, where everything that was `found` is of one; nothing where there are none."""
+    """Returns what belongs to a split, where everything that was `found` is of one; nothing where there are none."""
     if len({*found} & _SPLITS) > 1 and not {*found} <= _SPLITS:
         there = ", ".join(sorted({*found} & _SPLITS))
         raise ConfigError(

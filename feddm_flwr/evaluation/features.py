@@ -65,11 +65,11 @@ class Recipe:
     tensors: dict[str, Tensor]
 
     def bytes(self) -> bytes:
-        """As a safetensors file with the facts in its metadata."""
+        """Returns as a safetensors file with the facts in its metadata."""
         return save({**self.tensors, "": torch.zeros(0)}, {"config": json.dumps(self.facts)})
 
     def build(self) -> FeatureNetwork:
-        """The network.
+        """Returns the network.
 
         Raises:
             ConfigError: what it needs is not installed here, or cannot be downloaded.
@@ -79,16 +79,16 @@ class Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a file."""
+    """Returns the recipe in a file."""
     return Recipe(config_of(path), {name: tensor for name, tensor in tensors_of(path).items() if name})
 
 
 def recipe(
     kind: str, channels: int, reference: Callable[[], tuple[Images, list[str]]], root: Path, folder: str = ""
 ) -> Recipe:
-    """The recipe of a kind of network, for images of so many channels. A classifier asks for the `reference` images and
-    their classes, and is kept in the cache below `root`. `folder` is where dinov2 is read from, a hub id or a folder;
-    empty: facebook/dinov2-base.
+    """Returns the recipe of a kind of network, for images of so many channels. A classifier asks for the `reference`
+    images and their classes, and is kept in the cache below `root`. `folder` is where dinov2 is read from, a hub id or
+    a folder; empty: facebook/dinov2-base.
 
     Raises:
         ConfigError: it cannot be had.
@@ -155,7 +155,7 @@ def _classifier(images: Images, classes: list[str], root: Path) -> Recipe:
 
 
 def _trained(images: Images, labels: np.ndarray[Any, Any]) -> tuple[_Convolutional, float]:
-    """The classifier, and the share of held-out images that it gets right."""
+    """Returns the classifier, and the share of held-out images that it gets right."""
     order = np.random.default_rng(derive_seed("classifier", _FORMAT)).permutation(len(images))[:_AT_MOST]
     held_out, train = np.split(order, [max(1, round(_HELD_OUT * len(order)))])
     log.info("training the classifier whose features are compared, on %d images", len(train))

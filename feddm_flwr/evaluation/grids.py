@@ -12,25 +12,25 @@ from feddm_flwr.data.images import Images
 
 
 def every_class(classes: int, count: int) -> list[int]:
-    """Labels for `count` images, as many of each class as can be, class by class."""
+    """Returns labels for `count` images, as many of each class as can be, class by class."""
     return [i * classes // count for i in range(count)]
 
 
 def labels_like(counts: Mapping[str, int], names: Sequence[str], count: int) -> list[int]:
-    """Labels of `count` samples, of each class in proportion to its images."""
+    """Returns labels of `count` samples, of each class in proportion to its images."""
     shares = np.cumsum([counts.get(name, 0) for name in names], dtype=float)
     places = (np.arange(count) + 0.5) / count * shares[-1]
     return [int(i) for i in np.searchsorted(shares, places, side="right")]
 
 
 def to_image(pixels: Images) -> Image.Image:
-    """One uint8 image (C, H, W) as a picture."""
+    """Returns one uint8 image (C, H, W) as a picture."""
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def grid(images: Images, cell: int = 56) -> Image.Image:
-    """The images in a near-square grid; small ones are enlarged smoothly to about `cell` pixels, since
-    nobody reads an 8x8 digit as it is."""
+    """Returns the images in a near-square grid; small ones are enlarged smoothly to about `cell` pixels, since nobody
+    reads an 8x8 digit as it is."""
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

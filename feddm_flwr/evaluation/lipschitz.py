@@ -12,8 +12,8 @@ _STEP = 1e-2  # of the finite differences, relative to the input's norm
 
 
 def lipschitz(network: Any, x: Tensor, t: Tensor, labels: Tensor | None) -> float:
-    """An estimate, from below, of the denoiser's Lipschitz constant in x: the largest singular value of its Jacobian at
-    the inputs x, (B, C, H, W), and time steps t, (B,), by the power method.
+    """Returns an estimate, from below, of the denoiser's Lipschitz constant in x: the largest singular value of its
+    Jacobian at the inputs x, (B, C, H, W), and time steps t, (B,), by the power method.
 
     The paper (FedDM, arXiv 2407.14730) assumes that the denoiser is Lipschitz. This says how steep it is where it was
     looked at, no more.

@@ -41,8 +41,8 @@ def sample(
     scheduler: str = "unipc",
     batch_size: int = 0,
 ) -> Images:
-    """Images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second order),
-    UniPC (Zhao et al. 2023) or DDPM's ancestral sampling (Ho et al. 2020), uint8 (count, C, H, W).
+    """Returns images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second
+    order), UniPC (Zhao et al. 2023) or DDPM's ancestral sampling (Ho et al. 2020), uint8 (count, C, H, W).
 
     `scheduler_config` is the configuration of the diffusers scheduler that the model was trained
     for. Noise is drawn on the CPU, image by image: image i depends on the seed and i
@@ -103,8 +103,8 @@ def sample(
 
 
 def _without_negative(solver: Any, steps: int) -> int:
-    """That many steps, or the next fewer without one below 0: diffusers' rounding adds it to some numbers of trailing
-    steps. It would stand for pure noise, and UniPC divides by its distance from step 0."""
+    """Returns that many steps, or the next fewer without one below 0: diffusers' rounding adds it to some numbers of
+    trailing steps. It would stand for pure noise, and UniPC divides by its distance from step 0."""
     while True:
         solver.set_timesteps(steps)
         if steps == 1 or solver.timesteps.min() >= 0:
@@ -113,5 +113,5 @@ def _without_negative(solver: Any, steps: int) -> int:
 
 
 def _noise_of(seed: int, image: int) -> torch.Generator:
-    """Where the noise of an image comes from that is added on the way."""
+    """Returns where the noise of an image comes from that is added on the way."""
     return torch.Generator().manual_seed(derive_seed("sampling", seed, image))

@@ -44,7 +44,7 @@ def compare(
     *,
     memorization: bool = False,
 ) -> dict[str, Any]:
-    """The figures for features (N, D) of real and of generated images.
+    """Returns the figures for features (N, D) of real and of generated images.
 
     `fid` (Heusel et al. 2017), `kid` and `kid_std` (Binkowski et al. 2018, over subsets), `precision` and `recall`
     (Kynkäänniemi et al. 2019), and `fid_floor`, the FID of as many real images against the rest, where there are
@@ -92,7 +92,7 @@ def compare(
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:
-    """The Fréchet distance of two sets of features (N, D), by torchmetrics."""
+    """Returns the Fréchet distance of two sets of features (N, D), by torchmetrics."""
     fid = FrechetInceptionDistance(Features(real.shape[1])).set_dtype(torch.float64)
     fid.update(real.double(), real=True)
     fid.update(fake.double(), real=False)
@@ -100,8 +100,8 @@ def frechet(real: Tensor, fake: Tensor) -> float:
 
 
 def precision_and_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    """The share of generated images within the real ones' manifold, and the other way round (Kynkäänniemi et al. 2019):
-    within the distance of some image to its third nearest neighbour."""
+    """Returns the share of generated images within the real ones' manifold, and the other way round (Kynkäänniemi et
+    al. 2019): within the distance of some image to its third nearest neighbour."""
     return _covered(fake, real), _covered(real, fake)
 
 
@@ -121,7 +121,7 @@ def _coverage_lines(result: dict[str, Any]) -> list[str]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The figures as they are printed."""
+    """Returns the figures as they are printed."""
     spread = " (no spread: too few samples)" if result["kid_std"] is None else f" ± {result['kid_std']:.5f}"
     floor = f"   (as many real images: {result['fid_floor']:.3f})" if "fid_floor" in result else ""
     guidance = f"guidance {result['guidance']:g}, " if result["guidance"] != 1 else ""

@@ -39,7 +39,7 @@ class Statistics:
         return len(self.first)
 
     def pack(self) -> bytes:
-        """As little-endian doubles; the classes in order of name."""
+        """Returns as little-endian doubles; the classes in order of name."""
         parts = [[self.count], self.first, self.second.ravel(), self.third.ravel(), [self.itself]]
         for _, (count, first) in sorted(self.classes.items()):
             parts += [[count], first]
@@ -47,7 +47,7 @@ class Statistics:
 
 
 def unpack(packed: bytes, size: int, classes: Sequence[str]) -> Statistics:
-    """What `pack` wrote, of features of that size and these classes.
+    """Returns what `pack` wrote, of features of that size and these classes.
 
     Raises:
         ValueError: it is something else.
@@ -78,8 +78,8 @@ def unpack(packed: bytes, size: int, classes: Sequence[str]) -> Statistics:
 
 
 def statistics(features: Tensor, classes: Sequence[str] = (), least: int = 0) -> Statistics:
-    """The statistics of features (N, D), and of each class where the N `classes` are known. Classes of fewer images
-    than `least` have no sums, nor have as many more that the sum of those without is over as many images."""
+    """Returns the statistics of features (N, D), and of each class where the N `classes` are known. Classes of fewer
+    images than `least` have no sums, nor have as many more that the sum of those without is over as many images."""
     x = features.double().numpy()
     size = x.shape[1]
     cubed = size <= _CUBED
@@ -109,7 +109,7 @@ def statistics(features: Tensor, classes: Sequence[str] = (), least: int = 0) ->
 
 
 def total(parts: Iterable[Statistics]) -> Statistics:
-    """The statistics of all images together; its last bits depend on the order."""
+    """Returns the statistics of all images together; its last bits depend on the order."""
     first, *rest = parts
     count, itself = first.count, first.itself
     sums = (first.first.copy(), first.second.copy(), first.third.copy())
@@ -125,8 +125,8 @@ def total(parts: Iterable[Statistics]) -> Statistics:
 
 
 def fid(real: Statistics, fake: Statistics) -> float:
-    """The Fréchet distance (Heusel et al. 2017): |m - n|^2 + tr(A + B - 2 (A B)^(1/2)). torchmetrics, which agrees,
-    takes no sums."""
+    """Returns the Fréchet distance (Heusel et al. 2017): |m - n|^2 + tr(A + B - 2 (A B)^(1/2)). torchmetrics, which
+    agrees, takes no sums."""
     a, b = _covariance(real), _covariance(fake)
     apart = real.first / real.count - fake.first / fake.count
     roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real
@@ -134,16 +134,17 @@ def fid(real: Statistics, fake: Statistics) -> float:
 
 
 def kid(real: Statistics, fake: Statistics) -> float | None:
-    """The unbiased estimate of the squared maximum mean discrepancy over all images (Binkowski et al. 2018), with
-    k(x, y) = (x.y / D + 1)^3, whose mean over pairs is that of the moments; None for wide features."""
+    """Returns the unbiased estimate of the squared maximum mean discrepancy over all images (Binkowski et al. 2018),
+    with k(x, y) = (x.y / D + 1)^3, whose mean over pairs is that of the moments; None for wide features."""
     if not real.third.size:
         return None
     return _mean_kernel(real) + _mean_kernel(fake) - 2 * _pairs(real, fake) / (real.count * fake.count)
 
 
 def coverage(real: Statistics, counts: Mapping[str, int], features: Tensor) -> dict[str, float]:
-    """The share of each class among images, by the nearest mean of a class, over its share among the real ones, of
-    which there are `counts`: 1 is as it should be, 0 is a class that never appears. Empty where no class is known."""
+    """Returns the share of each class among images, by the nearest mean of a class, over its share among the real ones,
+    of which there are `counts`: 1 is as it should be, 0 is a class that never appears. Empty where no class is known.
+    """
     names = [name for name, (count, _) in sorted(real.classes.items()) if count and counts.get(name)]
     if not names:
         return {}
@@ -154,7 +155,7 @@ def coverage(real: Statistics, counts: Mapping[str, int], features: Tensor) -> d
 
 
 def covered(by_class: Mapping[str, float], counts: Mapping[str, int]) -> float:
-    """The overlap of the two distributions of classes, 0 to 1."""
+    """Returns the overlap of the two distributions of classes, 0 to 1."""
     everything = sum(counts[name] for name in by_class)
     return sum(min(1.0, ratio) * counts[name] / everything for name, ratio in by_class.items())
 
@@ -170,7 +171,7 @@ def _kernel(products: Doubles, size: int) -> Doubles:
 
 
 def _pairs(a: Statistics, b: Statistics) -> float:
-    """The kernel summed over all pairs of an image of `a` and one of `b`: (1 + u)^3 = 1 + 3 u + 3 u^2 + u^3."""
+    """Returns the kernel summed over all pairs of an image of `a` and one of `b`: (1 + u)^3 = 1 + 3 u + 3 u^2 + u^3."""
     d = a.size
     return float(
         a.count * b.count
@@ -181,5 +182,5 @@ def _pairs(a: Statistics, b: Statistics) -> float:
 
 
 def _mean_kernel(a: Statistics) -> float:
-    """Over pairs of different images."""
+    """Returns the mean of the kernel over pairs of different images."""
     return (_pairs(a, a) - a.itself) / (a.count * (a.count - 1))

@@ -45,8 +45,8 @@ class Channel:
     def encode(
         self, vector: Tensor | Vector, content: str, number: int, seed: int = 0, decoded: Tensor | None = None
     ) -> bytes:
-        """The frame of a vector of `size` values, on any device, for round `number`; `decoded` takes what `decode`
-        makes of it.
+        """Returns the frame of a vector of `size` values, on any device, for round `number`; `decoded` takes what
+        `decode` makes of it.
 
         Raises:
             ValueError: a value is NaN, infinite or too large.
@@ -66,7 +66,7 @@ class Channel:
         return framing.write(self._header(content, number), chunks())
 
     def code(self, vector: Tensor | Vector, content: str, number: int, seed: int = 0) -> tuple[bytes, Vector]:
-        """The frame of a vector, as `encode`, and what `decode` makes of it, for less than both cost.
+        """Returns the frame of a vector, as `encode`, and what `decode` makes of it, for less than both cost.
 
         Raises:
             ValueError: as `encode`.
@@ -75,7 +75,7 @@ class Channel:
         return self.encode(vector, content, number, seed, decoded), decoded.numpy()
 
     def decode(self, frame: bytes, content: str, number: int) -> Vector:
-        """The vector in a frame of round `number`.
+        """Returns the vector in a frame of round `number`.
 
         Raises:
             FrameError: the frame is corrupt, of another content, round, layout or codec, or not finite.
@@ -87,14 +87,14 @@ class Channel:
         return vector.numpy()
 
     def decode_chunks(self, frame: framing.Frame, content: str, number: int) -> Iterator[Vector]:
-        """The same, one chunk after the other."""
+        """Yields the same, one chunk after the other."""
         for size, planes in zip(framing.chunk_sizes(self.size), self._chunks(frame, content, number), strict=True):
             part = torch.empty(size)
             self.codec.decode(planes, part)
             yield part.numpy()
 
     def _chunks(self, frame: framing.Frame, content: str, number: int) -> Iterator[list[bytes]]:
-        """The planes of each chunk."""
+        """Yields the planes of each chunk."""
         header, offset = framing.read_header(frame)
         for name, value in asdict(self._header(content, number)).items():
             if getattr(header, name) != value:
@@ -106,7 +106,7 @@ class Channel:
 
 
 def channel(name: str, c: Options, layout: str, size: int) -> Channel:
-    """The channel of the codec of that name, with the options of the configuration."""
+    """Returns the channel of the codec of that name, with the options of the configuration."""
     codec = make(
         name,
         block_size=c.block_size,
@@ -120,12 +120,13 @@ def channel(name: str, c: Options, layout: str, size: int) -> Channel:
 
 
 def exact(layout: str, size: int) -> Channel:
-    """A channel that loses nothing: for files, and for nodes that need the whole shadow."""
+    """Returns a channel that loses nothing: for files, and for nodes that need the whole shadow."""
     return Channel(Identity(), layout, size)
 
 
 def fingerprint(vector: Vector) -> str:
-    """32 hex digits that two vectors share only if they agree bit for bit: SHA-256 of the SHA-256 of their chunks."""
+    """Returns 32 hex digits that two vectors share only if they agree bit for bit: SHA-256 of the SHA-256 of their
+    chunks."""
     flat = np.ascontiguousarray(vector, "<f4")
     with ThreadPoolExecutor(_THREADS) as pool:
         chunks = (flat[start : start + framing.CHUNK].data for start in range(0, len(flat), framing.CHUNK))

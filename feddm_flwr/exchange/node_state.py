@@ -106,7 +106,7 @@ class NodeState:
                 path.unlink(missing_ok=True)
 
     def replace_folder(self, name: str, kind: str, number: int, fill: Callable[[Path], None]) -> None:
-        """Put a folder that `fill` writes in place of an earlier one of that name, whole or not at all; not where
+        """Puts a folder that `fill` writes in place of an earlier one of that name, whole or not at all; not where
         vectors of that `kind` are of later rounds than `number`: the job was overtaken."""
         if _numbered(self.path, kind)[-1][0] > number:
             return
@@ -120,7 +120,7 @@ class NodeState:
 
 
 def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:
-    """The files `<kind>-<number>[-…].frame` of a folder by number."""
+    """Returns the files `<kind>-<number>[-…].frame` of a folder by number."""
     matches = ((re.fullmatch(rf"{kind}-(\d{{1,9}})(-\w+)?\.frame", path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in matches if match and path.is_file())
 

@@ -31,11 +31,11 @@ class Subset:
     slices: tuple[slice, ...]  # where they are in the larger vector
 
     def take(self, vector: Vector) -> Vector:
-        """Their values, from the larger vector."""
+        """Returns their values, from the larger vector."""
         return np.concatenate([vector[s] for s in self.slices]) if self.slices else np.zeros(0, np.float32)
 
     def put(self, values: Vector, vector: Vector) -> None:
-        """Write their values into the larger vector."""
+        """Writes their values into the larger vector."""
         start = 0
         for s in self.slices:
             vector[s] = values[start : (start := start + s.stop - s.start)]
@@ -50,7 +50,7 @@ class Split:
     sent: dict[str, Subset]  # of the shared: what a reply covers, by name
 
     def join(self, values: dict[str, Vector]) -> Vector:
-        """The shared vector, of its sent parts' values; not copied where one part is all of it."""
+        """Returns the shared vector, of its sent parts' values; not copied where one part is all of it."""
         if len(values) == 1:
             return next(iter(values.values()))
         vector = np.empty(self.shared.layout.size, np.float32)
@@ -60,7 +60,7 @@ class Split:
 
 
 def split_of(layout: Layout, config: RunConfig) -> Split:
-    """The parts that the configuration asks for.
+    """Returns the parts that the configuration asks for.
 
     Raises:
         ConfigError: a pattern matches no parameter, or every parameter is personal.
@@ -94,14 +94,14 @@ def split_of(layout: Layout, config: RunConfig) -> Split:
 
 
 def assign(parts: Split, names: list[str], config: RunConfig, number: int) -> dict[str, str]:
-    """Which part each of the nodes sends in a round: as many each as can be, by the seed."""
+    """Returns which part each of the nodes sends in a round: as many each as can be, by the seed."""
     order = np.random.default_rng(derive_seed(config.seed, "parts", number)).permutation(len(names))
     kinds = [*parts.sent]
     return {names[node]: kinds[(place + number) % len(kinds)] for place, node in enumerate(order)}
 
 
 def _part(layout: Layout, names: set[str]) -> Subset:
-    """The named parameters of a layout; neighbours share a slice."""
+    """Returns the named parameters of a layout; neighbours share a slice."""
     slices: list[slice] = []
     chosen, start = [], 0
     for name, shape in zip(layout.names, layout.shapes, strict=True):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def load_autoencoder(path: Path) -> AutoencoderKL:
-    """The autoencoder in a file, frozen."""
+    """Returns the autoencoder in a file, frozen."""
     model = AutoencoderKL.from_config(config_of(path))
     model.load_state_dict(tensors_of(path))
     frozen: AutoencoderKL = model.eval().requires_grad_(False)
@@ -29,13 +29,14 @@ _SMALLEST_TILE = 4  # latents, high and wide
 
 
 def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
-    """By how much the latents of an autoencoder with this configuration are shifted, then scaled, for the U-Net."""
+    """Returns by how much the latents of an autoencoder with this configuration are shifted, then scaled, for the
+    U-Net."""
     return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
 
 
 @torch.no_grad()
 def decode(model: Any, latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as images in [-1, 1], one at a time, in tiles where memory is short; on the CPU."""
+    """Returns latents (B, C, H, W) as images in [-1, 1], one at a time, in tiles where memory is short; on the CPU."""
     shift, scale = scaling(model.config)
     images = []
     for one in latents.split(1):
@@ -55,5 +56,5 @@ def decode(model: Any, latents: Tensor) -> Tensor:
 
 
 def stride_of(model: Any) -> int:
-    """How many pixels a latent is high and wide."""
+    """Returns how many pixels a latent is high and wide."""
     return int(2 ** (len(model.config.block_out_channels) - 1))

@@ -35,7 +35,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         generator: torch.Generator | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """One image of each of the classes, names or labels; without any, one of each class that there is.
+        """Draws one image of each of the classes, names or labels; without any, one of each class that there is.
 
         Raises:
             ValueError: there is no such class.
@@ -64,7 +64,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
 def guided(
     unet: UNet2DModel, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, no_class: int, scale: float
 ) -> torch.Tensor:
-    """The prediction for labels (B,), moved away from that for no class: scale 1 is no guidance."""
+    """Returns the prediction for labels (B,), moved away from that for no class: scale 1 is no guidance."""
     if scale == 1:
         predicted: torch.Tensor = unet(x, t, labels).sample
         return predicted

@@ -16,7 +16,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 def alphas_cumprod(schedule: str, timesteps: int) -> Tensor:
-    """abar_t for t = 0..T-1, shape (T,), float32.
+    """Returns abar_t for t = 0..T-1, shape (T,), float32.
 
     `linear`: beta from 1e-4 to 0.02 (Ho et al. 2020, section 4), whatever T is, as diffusers has it.
     `cosine`: Nichol and Dhariwal 2021, eq. 17, with beta at most 0.999.
@@ -31,14 +31,14 @@ def alphas_cumprod(schedule: str, timesteps: int) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """x_t for images (B, C, H, W) and their abar_t of shape (B,)."""
+    """Returns x_t for images (B, C, H, W) and their abar_t of shape (B,)."""
     a = abar.view(-1, 1, 1, 1)
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
 def target(prediction: str, x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """What the U-Net is to predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0
-    (Salimans and Ho 2022, appendix D)."""
+    """Returns what the U-Net is to predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022,
+    appendix D)."""
     if prediction == "epsilon":
         return noise
     a = abar.view(-1, 1, 1, 1)
@@ -46,7 +46,7 @@ def target(prediction: str, x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
 
 
 def loss_weight(prediction: str, abar: Tensor, min_snr_gamma: float) -> Tensor:
-    """Weight of each image's squared error, shape (B,): Min-SNR-gamma (Hang et al. 2023, section 3.4),
+    """Returns the weight of each image's squared error, shape (B,): Min-SNR-gamma (Hang et al. 2023, section 3.4),
     min(SNR, gamma) on the x_0 error, expressed for the given prediction; 1 where gamma is 0."""
     if min_snr_gamma == 0:
         return torch.ones_like(abar)

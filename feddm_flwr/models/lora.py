@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_adapters(network: nn.Module, config: RunConfig) -> None:
-    """Freeze the network and add low-rank adapters (Hu et al. 2022), through peft."""
+    """Freezes the network and adds low-rank adapters (Hu et al. 2022), through peft."""
     try:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
@@ -31,7 +31,7 @@ def add_adapters(network: nn.Module, config: RunConfig) -> None:
 
 
 def merge_adapters(network: nn.Module) -> None:
-    """Put what the adapters learnt into the layers that they are of, and remove them."""
+    """Puts what the adapters learnt into the layers that they are of, and removes them."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ModuleNotFoundError:  # then there are none

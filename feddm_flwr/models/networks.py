@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build(config: RunConfig, assets: Assets) -> nn.Module:
-    """The network with initial weights that depend on the seed and the assets only. What is not trained has
+    """Returns the network with initial weights that depend on the seed and the assets only. What is not trained has
     `requires_grad` false.
 
     Raises:

@@ -9,7 +9,7 @@ from feddm_flwr.vector import Layout, Vector
 
 
 def layout(model: torch.nn.Module) -> Layout:
-    """The layout of the model's parameters.
+    """Returns the layout of the model's parameters.
 
     Raises:
         ValueError: the model has floating-point buffers, which the exchange would lose.
@@ -22,23 +22,23 @@ def layout(model: torch.nn.Module) -> Layout:
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that are trained, in the order of the layout."""
+    """Returns the parameters that are trained, in the order of the layout."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def to_vector(model: torch.nn.Module) -> Vector:
-    """The parameters as one float32 vector on the CPU, shape (layout.size,)."""
+    """Returns the parameters as one float32 vector on the CPU, shape (layout.size,)."""
     result: Vector = flat(model).cpu().numpy()
     return result
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:
-    """The parameters as one float32 vector where they are, shape (layout.size,)."""
+    """Returns the parameters as one float32 vector where they are, shape (layout.size,)."""
     return torch.cat([p.detach().reshape(-1).float() for p in trainable(model)])
 
 
 def load_vector(model: torch.nn.Module, vector: Vector) -> None:
-    """Write a flat vector into the parameters, in place.
+    """Writes a flat vector into the parameters, in place.
 
     Raises:
         ValueError: the vector has another length than the model.

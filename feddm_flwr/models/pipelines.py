@@ -21,7 +21,7 @@ from feddm_flwr.models.pretrained import AUTOENCODER, Assets
 
 
 def noise_scheduler(config: RunConfig) -> DDPMScheduler:
-    """The diffusers scheduler of the configured process, as the pipeline folder carries it."""
+    """Returns the diffusers scheduler of the configured process, as the pipeline folder carries it."""
     d = config.diffusion
     return DDPMScheduler(
         num_train_timesteps=d.timesteps,
@@ -37,8 +37,8 @@ def noise_scheduler(config: RunConfig) -> DDPMScheduler:
 def save(
     network: Any, config: RunConfig, assets: Assets, path: Path, card: str, latent_power: float | None = None
 ) -> None:
-    """Write the network as a `DDPMPipeline`, an `LDMPipeline`, a `ClassPipeline` whose code goes with it, or, where
-    an autoencoder was trained, as an `AutoencoderKL` whose latents have the mean square `latent_power`.
+    """Writes the network as a `DDPMPipeline`, an `LDMPipeline`, a `ClassPipeline` whose code goes with it, or, where an
+    autoencoder was trained, as an `AutoencoderKL` whose latents have the mean square `latent_power`.
 
     Raises:
         ValueError: an autoencoder's power is not known; a latent model on it would be trained on the wrong scale.
@@ -77,7 +77,7 @@ def _pipeline(network: Any, config: RunConfig, assets: Assets) -> Any:
 
 
 def load(folder: Path) -> Any:
-    """The pipeline in a folder, whichever it is. No code in the folder is run: the class is this package's own.
+    """Returns the pipeline in a folder, whichever it is. No code in the folder is run: the class is this package's own.
 
     Raises:
         ConfigError: it is not a pipeline of a U-Net.
@@ -111,10 +111,10 @@ def _load_own(folder: Path, index: dict[str, Any]) -> ClassPipeline:
 
 
 def class_names(pipeline: Any) -> list[str]:
-    """The classes that a pipeline knows, in the order of their labels."""
+    """Returns the classes that a pipeline knows, in the order of their labels."""
     return [name.strip() for name in pipeline.config.get("class_names", "").split(",") if name.strip()]
 
 
 def autoencoder(pipeline: Any) -> Any:
-    """A pipeline's autoencoder; None where it works on pixels."""
+    """Returns a pipeline's autoencoder; None where it works on pixels."""
     return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)

@@ -44,7 +44,7 @@ _CLASSES: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 
 def fetch(config: RunConfig, folder: Path) -> dict[str, Path]:
-    """The files of what the run builds upon, made in `folder` where they are not there yet.
+    """Returns the files of what the run builds upon, made in `folder` where they are not there yet.
 
     Raises:
         ConfigError: a model cannot be had, or is of another kind.
@@ -90,7 +90,7 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
 
 
 def _check_process(config: RunConfig) -> None:
-    """Whether the U-Net to fine-tune was trained for the noise of this run, where a scheduler beside it tells."""
+    """Tells whether the U-Net to fine-tune was trained for the noise of this run, where a scheduler beside it tells."""
     name = config.model.init_from
     here = local_path(name)
     places = (here / "scheduler", here.parent / "scheduler", here, here.parent) if here else ("scheduler", None)
@@ -147,13 +147,13 @@ def _write(model: Any, path: Path) -> None:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """The diffusers configuration of a model in a file."""
+    """Returns the diffusers configuration of a model in a file."""
     with safe_open(path, "pt") as file:
         read: dict[str, Any] = json.loads(file.metadata()["config"])
     return read
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a file, float32."""
+    """Returns the tensors in a file, float32."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -47,7 +47,7 @@ class VGG16(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The distances of images in [-1, 1], (B, 1 or 3, H, W), to others: shape (B,)."""
+        """Returns the distances of images in [-1, 1], (B, 1 or 3, H, W), to others: shape (B,)."""
         z = (torch.cat([x, y]).expand(-1, 3, -1, -1) - self._mean) / self._std
         distance = torch.zeros(len(x), device=x.device)
         for layer in self.features:

@@ -15,7 +15,7 @@ NodeConfig = Mapping[str, object]
 
 
 def node_name(own: NodeConfig) -> str:
-    """`node-name`, else `node-<partition-id>`: Flower's own ids are random.
+    """Returns `node-name`, else `node-<partition-id>`: Flower's own ids are random.
 
     Raises:
         ConfigError: the node config has neither, or the name has characters that a name may not have.
@@ -29,7 +29,7 @@ def node_name(own: NodeConfig) -> str:
 
 
 def node_data(config: RunConfig, own: NodeConfig) -> NodeData:
-    """The node's images: all below `data-path`, or its partition.
+    """Returns the node's images: all below `data-path`, or its partition.
 
     Raises:
         ConfigError: as `data.load_node`.
@@ -42,13 +42,13 @@ def node_data(config: RunConfig, own: NodeConfig) -> NodeData:
 
 
 def node_state_root(own: NodeConfig) -> Path:
-    """`state-path`, else a folder of the user's."""
+    """Returns `state-path`, else a folder of the user's."""
     path = own.get("state-path")
     return state_root(str(path) if path is not None else None)
 
 
 def wants_worker(own: NodeConfig) -> bool:
-    """`worker`: whether the node keeps a warm process between messages (see `node.worker`).
+    """Tells whether the node keeps a warm process between messages (see `node.worker`): its `worker`.
 
     Raises:
         ConfigError: it is neither true nor false.
@@ -60,7 +60,7 @@ def wants_worker(own: NodeConfig) -> bool:
 
 
 def check_state(own: NodeConfig) -> None:
-    """Whether the node can keep files.
+    """Tells whether the node can keep files.
 
     Raises:
         ConfigError: it cannot.

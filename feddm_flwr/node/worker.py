@@ -60,7 +60,7 @@ class JobFailedError(RuntimeError):
 
 
 def do(job: Job) -> Result:
-    """Do a job, in the node's worker where there is one to be had, else here.
+    """Does a job, in the node's worker where there is one to be had, else here.
 
     Raises:
         JobFailedError: it failed. In a simulation, whose log is the user's own, whatever the job raised.
@@ -86,7 +86,7 @@ def do(job: Job) -> Result:
 
 
 def told(error: Exception) -> str:
-    """What the server is told of an error on a real node: nothing that may name a file."""
+    """Returns what the server is told of an error on a real node: nothing that may name a file."""
     kind, text = type(error).__name__, error.strerror if isinstance(error, OSError) else str(error)
     if isinstance(error, ConfigError) or (text and os.sep not in text):  # a ConfigError's text is meant for the server
         return f"{kind}: {text}"
@@ -108,14 +108,15 @@ def _do_here(job: Job) -> Result:
 
 
 def process() -> str:
-    """Which process the SuperNode is, for the server to notice when it was started anew; "" where there is none."""
+    """Returns which process the SuperNode is, for the server to notice when it was started anew; "" where there is
+    none."""
     owner = _super_node()
     return _identity(owner.pid) if owner else ""
 
 
 def _identity(pid: int) -> str:
-    """What tells a process from every other of this machine: its start in ticks since boot, where the system has
-    that, since clocks are set."""
+    """Returns what tells a process from every other of this machine: its start in ticks since boot, where the system
+    has that, since clocks are set."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         return f"{pid} {stat.rpartition(')')[2].split()[19]}"
@@ -124,7 +125,7 @@ def _identity(pid: int) -> str:
 
 
 def _super_node() -> psutil.Process | None:
-    """The SuperNode that this process was started by; none in a simulation, whose processes stay anyway."""
+    """Returns the SuperNode that this process was started by; none in a simulation, whose processes stay anyway."""
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
             if any(Path(part).name == "flower-supernode" for part in process.cmdline()[:3]):
@@ -134,7 +135,7 @@ def _super_node() -> psutil.Process | None:
 
 @contextlib.contextmanager
 def _connected(owner: psutil.Process) -> Iterator[Connection]:
-    """A connection to the node's worker, which waits for a job.
+    """Yields a connection to the node's worker, which waits for a job.
 
     Raises:
         OSError: there is none to be had: it does not start, is at work, or is of another user.
@@ -152,7 +153,7 @@ def _connected(owner: psutil.Process) -> Iterator[Connection]:
 
 
 def _folder() -> Path:
-    """Where sockets lie; nobody else may write, or read, there.
+    """Returns where sockets lie; nobody else may write, or read, there.
 
     Raises:
         PermissionError: somebody else made it.
@@ -166,7 +167,7 @@ def _folder() -> Path:
 
 
 def _code() -> str:
-    """What tells this code from another app's, or another version's: Flower has a folder for each."""
+    """Returns what tells this code from another app's, or another version's: Flower has a folder for each."""
     from hashlib import sha256
 
     files = sorted((str(path), path.stat().st_mtime_ns) for path in _PACKAGE.rglob("*.py"))
@@ -181,7 +182,7 @@ def _connect(address: str) -> Connection | None:
 
 
 def _start(address: str, owner: psutil.Process) -> Connection:
-    """Start a worker and wait until it listens."""
+    """Starts a worker and waits until it listens."""
     Path(address).unlink(missing_ok=True)  # of one that was killed
     parts = [str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
@@ -233,7 +234,7 @@ class _Life:
 
 
 def serve(address: str, owner: str) -> None:
-    """Do jobs one after the other for the processes of a SuperNode."""
+    """Does jobs one after the other for the processes of a SuperNode."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with Listener(address, "AF_UNIX", backlog=8) as listener:
         life = _Life(owner, address)

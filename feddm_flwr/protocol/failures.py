@@ -17,7 +17,7 @@ class Failure:
 
 
 def clean(text: str, limit: int = 300) -> str:
-    """Text of a node on one printable line of bounded length: it cannot forge lines of the log."""
+    """Returns text of a node on one printable line of bounded length: it cannot forge lines of the log."""
     return "".join(c if c.isprintable() else " " for c in text[: 4 * limit]).strip()[:limit]
 
 

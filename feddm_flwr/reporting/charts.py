@@ -16,7 +16,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 270, 80, 16, 10, 52
 
 
 def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
-    """A run's charts, with their titles; `apart`: training and held-out loss are not of the same weights."""
+    """Returns a run's charts, with their titles; `apart`: training and held-out loss are not of the same weights."""
     if not rows:
         return []
     loss = {
@@ -52,13 +52,13 @@ def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
 
 
 def points(rows: list[Row], key: str, later: int = 0) -> list[tuple[float, float]]:
-    """A figure by round, as many rounds `later`, where there is one."""
+    """Returns a figure by round, as many rounds `later`, where there is one."""
     return [(r["round"] + later, r[key]) for r in rows if r.get(key) is not None]
 
 
 def held_out(rows: list[Row]) -> list[tuple[float, float]]:
-    """The held-out loss by the round whose weights it is of: a round evaluates those it starts from. The untrained
-    model's would flatten everything after it."""
+    """Returns the held-out loss by the round whose weights it is of: a round evaluates those it starts from. The
+    untrained model's would flatten everything after it."""
     found = points(rows, "eval_loss", -1)
     return [p for p in found if p[0] > 0] or found
 
@@ -66,12 +66,12 @@ def held_out(rows: list[Row]) -> list[tuple[float, float]]:
 def lines(
     series: Mapping[str, Points], *, zero: bool = False, across: str = "round", colours: Sequence[str] = ()
 ) -> Markup:
-    """A line for each series, by `across`; its colour is by its place in `colours`, or among the series."""
+    """Returns a line for each series, by `across`; its colour is by its place in `colours`, or among the series."""
     return _chart(series, zero=zero, across=across, joined=True, order=colours or [*series])
 
 
 def dots(series: Mapping[str, Points], across: str, colours: Sequence[str]) -> Markup:
-    """A dot for each point, by `across` on a logarithmic axis; colours as in `lines`."""
+    """Returns a dot for each point, by `across` on a logarithmic axis; colours as in `lines`."""
     logs = {name: [(math.log10(x), y) for x, y in of] for name, of in series.items()}
     return _chart(logs, zero=False, across=across, joined=False, order=colours)
 

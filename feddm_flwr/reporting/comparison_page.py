@@ -24,7 +24,7 @@ from feddm_flwr.reporting.traffic import megabytes
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
-    """Write one self-contained page that compares runs.
+    """Writes one self-contained page that compares runs.
 
     Raises:
         ValueError: two runs have the same name.
@@ -70,7 +70,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
 
 
 def _figures(rows: list[Row]) -> dict[str, str]:
-    """What a run came to, by its column."""
+    """Returns what a run came to, by its column."""
     if not rows:
         return {}
     total = total_bytes(rows)
@@ -83,7 +83,7 @@ def _figures(rows: list[Row]) -> dict[str, str]:
 
 
 def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
-    """Curves of several runs in one chart each."""
+    """Returns curves of several runs in one chart each."""
 
     def curve(own: list[Row], key: str) -> list[tuple[float, float]]:
         return charts.held_out(own) if key == "eval_loss" else charts.points(own, key)

@@ -8,7 +8,7 @@ from feddm_flwr.reporting.records import without_places
 
 
 def model_card(config: Mapping[str, object], rounds: int, nodes: int, *, simulated: bool) -> str:
-    """The README.md of a pipeline folder."""
+    """Returns the README.md of a pipeline folder."""
     size = config["data.image-size"]
     keys = (
         "strategy",
@@ -54,7 +54,7 @@ images, and averaged updates can be inverted. Treat the model as you would treat
 
 
 def _use(config: Mapping[str, object]) -> tuple[str, str]:
-    """What is in a model's folder, and how it is used with diffusers."""
+    """Returns what is in a model's folder, and how it is used with diffusers."""
     folder = '"path/to/this/folder"'
     if config["stage"] == "autoencoder":
         code = f"from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained({folder})"

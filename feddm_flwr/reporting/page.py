@@ -24,7 +24,7 @@ def write_page(path: Path, html: str) -> Path:
 
 
 def evaluation_settings(run: Path, rows: list[Row]) -> dict[str, Any]:
-    """What FID and so on depend on, and the last coverage; empty where there are none."""
+    """Returns what FID and so on depend on, and the last coverage; empty where there are none."""
     last: Row = next((row for row in reversed(rows) if row.get("fid") is not None), {})
     if not last:
         return {}
@@ -39,7 +39,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def grid_images(number: int, path: Path) -> dict[str, object]:
-    """A round's grids as data URIs: the averaged weights', and the raw weights' where they were drawn."""
+    """Returns a round's grids as data URIs: the averaged weights', and the raw weights' where they were drawn."""
 
     def uri(path: Path) -> str:
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""

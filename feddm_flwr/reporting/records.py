@@ -21,7 +21,7 @@ OF_THE_FOLDER = ("run-name", "out-dir")  # keys that say where a run lies, not w
 
 
 def write_status(path: Path, status: str, reason: str = "", **more: object) -> None:
-    """Write a run's `status.json`: how it stands, why, and what it said or says `more`: the rounds after which it was
+    """Writes a run's `status.json`: how it stands, why, and what it said or says `more`: the rounds after which it was
     resumed, and whether its nodes are simulated."""
     found = read_status(path) | {"status": status, "reason": reason, **more}
     with whole_file(path / "status.json") as file:
@@ -29,8 +29,8 @@ def write_status(path: Path, status: str, reason: str = "", **more: object) -> N
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """What `write_status` wrote of a run; empty where nothing was. One that says it is running, and that no process
-    has open, was killed: it is "stopped"."""
+    """Returns what `write_status` wrote of a run; empty where nothing was. One that says it is running, and that no
+    process has open, was killed: it is "stopped"."""
     file = path / "status.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if found.get("status") == "running" and not _in_use(path):
@@ -40,7 +40,7 @@ def read_status(path: Path) -> dict[str, Any]:
 
 
 def check_kind(path: Path, *, simulated: bool) -> None:
-    """Compare a run's nodes with those that are to go on with it.
+    """Compares a run's nodes with those that are to go on with it.
 
     Raises:
         ConfigError: only one of the two is a simulation, whose images are others.
@@ -52,7 +52,7 @@ def check_kind(path: Path, *, simulated: bool) -> None:
 
 
 def _in_use(path: Path) -> bool:
-    """Whether a process writes to the run's folder, so far as can be told."""
+    """Tells whether a process writes to the run's folder, so far as can be told."""
     try:
         with FileLock(path / ".lock", timeout=0):
             return False
@@ -61,7 +61,7 @@ def _in_use(path: Path) -> bool:
 
 
 def status_of(path: Path) -> str:
-    """How a run stands; "" where there is none."""
+    """Returns how a run stands; "" where there is none."""
     return str(read_status(path).get("status", ""))
 
 
@@ -71,7 +71,7 @@ def resumed_after(path: Path) -> list[int]:
 
 
 def without_places(config: Mapping[str, object]) -> dict[str, object]:
-    """A flat configuration as others may see it: where the images and the run lie is nobody else's business."""
+    """Returns a flat configuration as others may see it: where the images and the run lie is nobody else's business."""
     shown = {key: value for key, value in config.items() if key not in OF_THE_FOLDER}
     if path := local_path(str(shown.get("data.name", ""))):
         shown["data.name"] = path.name
@@ -79,7 +79,7 @@ def without_places(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def nest(flat: Mapping[str, object]) -> dict[str, Any]:
-    """Dotted keys as nested tables."""
+    """Returns dotted keys as nested tables."""
     tables: dict[str, Any] = {}
     for name, value in flat.items():
         *path, leaf = name.split(".")
@@ -91,7 +91,7 @@ def nest(flat: Mapping[str, object]) -> dict[str, Any]:
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys."""
+    """Returns nested tables as dotted keys."""
     keys: dict[str, Any] = {}
     for key, value in tables.items():
         keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -99,13 +99,13 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def grid_files(path: Path) -> dict[int, Path]:
-    """A run's grids of averaged weights, by round, in order."""
+    """Returns a run's grids of averaged weights, by round, in order."""
     found = (path / "samples").glob("round-*.png")
     return dict(sorted((int(p.stem[6:]), p) for p in found if p.stem[6:].isdigit()))
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The lines of a run's `metrics.jsonl`, none where there is no such file yet, without one that a killed run
+    """Returns the lines of a run's `metrics.jsonl`, none where there is no such file yet, without one that a killed run
     was writing.
 
     Raises:
@@ -124,12 +124,12 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def total_bytes(rows: list[Row]) -> dict[str, int]:
-    """Each kind of traffic (`bytes_up`, …), summed over a run's rounds."""
+    """Returns each kind of traffic (`bytes_up`, …), summed over a run's rounds."""
     return {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("bytes_")}
 
 
 def simulated_nodes(rows: list[Row]) -> int:
-    """How many nodes the simulation had whose rounds these are; 0 where none was done."""
+    """Returns how many nodes the simulation had whose rounds these are; 0 where none was done."""
     return max((int(row.get("connected") or row["clients_ok"]) for row in rows), default=0)
 
 

@@ -26,7 +26,7 @@ from feddm_flwr.reporting.traffic import megabytes, traffic_rows
 
 
 def write(run: Path) -> Path:
-    """Write the self-contained `report.html` of a run; it can be rewritten at any time."""
+    """Writes the self-contained `report.html` of a run; it can be rewritten at any time."""
     rows = read_metrics(run)
     status = {"status": "running", "reason": ""} | read_status(run)
     config, final = read_config(run), read_json(run / "final.json", {})
@@ -63,7 +63,7 @@ def write(run: Path) -> Path:
 
 
 def _faults(rows: list[Row], status: Row) -> list[str]:
-    """What went wrong and did not end the run."""
+    """Returns what went wrong and did not end the run."""
     reasons = Counter[str]()
     for row in rows:
         reasons.update(row.get("failures", {}))
@@ -75,7 +75,7 @@ def _faults(rows: list[Row], status: Row) -> list[str]:
 
 
 def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(value, label, note) of the figures at the head."""
+    """Returns (value, label, note) of the figures at the head."""
     if not rows:
         return []
     last = rows[-1]
@@ -107,7 +107,7 @@ def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any])
 
 
 def _nodes(nodes: list[Row], rows: list[Row], hues: Mapping[str, int]) -> list[Row]:
-    """The nodes with what each sent and got, and with the share of each class, for the bars."""
+    """Returns the nodes with what each sent and got, and with the share of each class, for the bars."""
     for node in nodes:
         total = max(1, sum(node["class_counts"].values()))
         for way in ("up", "down"):
@@ -120,6 +120,6 @@ def _nodes(nodes: list[Row], rows: list[Row], hues: Mapping[str, int]) -> list[R
 
 
 def _hues(nodes: list[Row]) -> dict[str, int]:
-    """The colour of each class."""
+    """Returns the colour of each class."""
     classes = sorted({name for node in nodes for name in node["class_counts"]})
     return {name: round(360 * i / len(classes)) for i, name in enumerate(classes)}

@@ -51,7 +51,7 @@ class RunDirectory:
             forget_unfinished(folder)
 
     def begin(self, config: Mapping[str, object], after: int | None, tracker: str = "none") -> None:
-        """Write `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
+        """Writes `config.toml`, which `feddm run -c` and `flwr run -c` take. Of a run that goes on `after` a round,
         forget the figures and grids of later ones, which are made again. The `tracker` gets them beside the folder.
 
         Raises:
@@ -81,12 +81,12 @@ class RunDirectory:
         write_status(self.path, "running", resumed_after=resumed, simulated=self.simulated)
 
     def log_nodes(self, nodes: list[Row]) -> None:
-        """Write `nodes.json`: name, images, held_out, class_counts of each node."""
+        """Writes `nodes.json`: name, images, held_out, class_counts of each node."""
         with whole_file(self.path / "nodes.json") as file:
             file.write(json.dumps(nodes, indent=1).encode())
 
     def log_round(self, row: Row) -> None:
-        """Append a line to `metrics.jsonl`, durably, NaN as null, and give the numbers to the trackers."""
+        """Appends a line to `metrics.jsonl`, durably, NaN as null, and gives the numbers to the trackers."""
         with (self.path / "metrics.jsonl").open("ab") as file:
             file.write(as_line(row))
             file.flush()
@@ -94,14 +94,14 @@ class RunDirectory:
         self._track(row, row["round"])
 
     def add_figures(self, figures: Row) -> None:
-        """Add to the last line of `metrics.jsonl` what a round was found to be worth."""
+        """Adds to the last line of `metrics.jsonl` what a round was found to be worth."""
         *before, last = read_metrics(self.path)
         with whole_file(self.path / "metrics.jsonl") as file:
             file.writelines(map(as_line, [*before, last | figures]))
         self._track(figures, last["round"])
 
     def is_judged(self) -> bool:
-        """Whether the last line of `metrics.jsonl` has such figures."""
+        """Tells whether the last line of `metrics.jsonl` has such figures."""
         return any("fid" in row for row in read_metrics(self.path)[-1:])
 
     def _track(self, row: Row, number: int) -> None:
@@ -110,23 +110,23 @@ class RunDirectory:
             tracker.log(numbers, number)
 
     def best(self, figure: str) -> float:
-        """That figure of the model in best/; infinite where that is by another, or is not there."""
+        """Returns that figure of the model in best/; infinite where that is by another, or is not there."""
         file = self.path / "best.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         return float(found["value"]) if found.get("figure") == figure else math.inf
 
     def write_best(self, number: int, figure: str, value: float) -> None:
-        """Write `best.json`: which round's model is in best/, and why."""
+        """Writes `best.json`: which round's model is in best/, and why."""
         with whole_file(self.path / "best.json") as file:
             file.write(json.dumps({"round": number, "figure": figure, "value": value}).encode())
 
     def write_final(self, row: Row) -> None:
-        """Write `final.json`: what the nodes said of the averaged weights at the end."""
+        """Writes `final.json`: what the nodes said of the averaged weights at the end."""
         with whole_file(self.path / "final.json") as file:
             file.write(json.dumps(row, indent=1).encode())
 
     def save_grid(self, image: Any, number: int, kind: str = "") -> Path:
-        """Write `samples/round-0005.png` (or `round-0005-raw.png`) from a Pillow image."""
+        """Writes `samples/round-0005.png` (or `round-0005-raw.png`) from a Pillow image."""
         path = self.path / "samples" / f"round-{number:04d}{'-' + kind if kind else ''}.png"
         with whole_file(path) as file:
             image.save(file, "PNG")
@@ -135,11 +135,11 @@ class RunDirectory:
         return path
 
     def has_grid(self, number: int) -> bool:
-        """Whether a round's grid was drawn already."""
+        """Tells whether a round's grid was drawn already."""
         return (self.path / "samples" / f"round-{number:04d}.png").exists()
 
     def finish(self, status: str, reason: str = "") -> None:
-        """Write the status (`completed` or `failed`), tell the trackers and let others resume the run."""
+        """Writes the status (`completed` or `failed`), tell the trackers and let others resume the run."""
         write_status(self.path, status, reason)
         for tracker in self._trackers:
             tracker.finish(completed=status == "completed")

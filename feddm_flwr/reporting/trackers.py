@@ -31,15 +31,15 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, figures: Mapping[str, float], number: int) -> None:
-        """The figures of a round."""
+        """Takes the figures of a round."""
 
     @abstractmethod
     def image(self, path: Path, number: int) -> None:
-        """A grid of a round."""
+        """Takes a grid of a round."""
 
     @abstractmethod
     def finish(self, *, completed: bool) -> None:
-        """The run is over."""
+        """Ends; the run is over."""
 
 
 class TensorBoard(Tracker):
@@ -55,16 +55,16 @@ class TensorBoard(Tracker):
             self._events.write_event(Event(step=after + 1, wall_time=time.time(), session_log=start))
 
     def log(self, figures: Mapping[str, float], number: int) -> None:
-        """Write and flush."""
+        """Writes and flush."""
         for key, value in figures.items():
             self._events.write_event(Event(step=number, wall_time=time.time(), summary=scalar(key, value)))
         self._events.flush()
 
     def image(self, path: Path, number: int) -> None:
-        """Left in its file: events with images are large."""
+        """Leaves it in its file: events with images are large."""
 
     def finish(self, *, completed: bool) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._events.close()
 
 
@@ -80,16 +80,16 @@ class WeightsAndBiases(Tracker):
         )
 
     def log(self, figures: Mapping[str, float], number: int) -> None:
-        """Of a resumed run, wandb passes over rounds that it has already."""
+        """Logs them; of a resumed run, wandb passes over rounds that it has already."""
         self._run.log(dict(figures), step=number)
 
     def image(self, path: Path, number: int) -> None:
-        """As the step's samples."""
+        """Uploads it as the step's samples."""
         key = "samples of the raw weights" if path.stem.endswith("-raw") else "samples"
         self._run.log({key: self._wandb.Image(str(path))}, step=number)
 
     def finish(self, *, completed: bool) -> None:
-        """Upload what is left."""
+        """Uploads what is left."""
         self._run.finish(exit_code=0 if completed else 1)
 
 
@@ -113,18 +113,18 @@ class MLflow(Tracker):
         self._client.log_batch(self._id, params=[Param(key, str(value)) for key, value in config.items()])
 
     def log(self, figures: Mapping[str, float], number: int) -> None:
-        """In one request."""
+        """Logs them in one request."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
         self._client.log_batch(self._id, [Metric(key, value, now, number) for key, value in figures.items()])
 
     def image(self, path: Path, number: int) -> None:
-        """As an artifact."""
+        """Uploads it as an artifact."""
         self._client.log_artifact(self._id, str(path), "samples")
 
     def finish(self, *, completed: bool) -> None:
-        """Set the run's status."""
+        """Sets the run's status."""
         self._client.set_terminated(self._id, "FINISHED" if completed else "FAILED")
 
 
@@ -136,15 +136,15 @@ class Unfailing(Tracker):
         self._failed = 0
 
     def log(self, figures: Mapping[str, float], number: int) -> None:
-        """As the tracker."""
+        """Does as the tracker."""
         self._try(self._tracker.log, figures, number)
 
     def image(self, path: Path, number: int) -> None:
-        """As the tracker."""
+        """Does as the tracker."""
         self._try(self._tracker.image, path, number)
 
     def finish(self, *, completed: bool) -> None:
-        """As the tracker, which is tried once more."""
+        """Does as the tracker, which is tried once more."""
         self._failed = 0
         self._try(self._tracker.finish, completed=completed)
 
@@ -161,8 +161,8 @@ class Unfailing(Tracker):
 
 
 def make(kind: str, run: Path, identity: str, config: Mapping[str, object], after: int | None) -> list[Tracker]:
-    """TensorBoard and the tracker of a `kind`, of a run that goes on `after` a round or is new; `identity` tells it
-    from others.
+    """Returns TensorBoard and the tracker of a `kind`, of a run that goes on `after` a round or is new; `identity`
+    tells it from others.
 
     Raises:
         ConfigError: the tracker's package is not installed, or it takes no runs.

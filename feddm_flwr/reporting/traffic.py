@@ -10,7 +10,7 @@ from feddm_flwr.reporting.records import Row, read_json, read_metrics, total_byt
 
 
 def megabytes(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Returns bytes in the unit that suits them."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 100 * size else f"{count / size:.0f} {unit}"
@@ -18,13 +18,13 @@ def megabytes(count: float) -> str:
 
 
 def traffic(run: Path) -> list[str]:
-    """What a run's exchange cost, in a few lines."""
+    """Returns what a run's exchange cost, in a few lines."""
     found = traffic_rows(read_metrics(run), read_json(run / "final.json", {}))
     return [f"{who}: {megabytes(sent)}, {note}" for who, sent, note in found if sent]
 
 
 def traffic_rows(rows: list[Row], final: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """(who, bytes, how that compares) for either direction."""
+    """Returns (who, bytes, how that compares) for either direction."""
     result, total = [], total_bytes(rows)
     for who, way in (("sent by the nodes", "up"), ("sent by the server", "down")):
         sent = total[f"bytes_{way}"]

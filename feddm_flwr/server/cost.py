@@ -12,9 +12,9 @@ _PROBE = 1 << 20  # values that are coded to see how many bytes they take
 
 
 def text(config: RunConfig, parts: Split, frozen: int) -> str:
-    """Megabytes that a node sends and gets in a round, and the least memory that training takes beside activations:
-    float32 weights and gradients, AdamW's two averages, the received weights where the proximal term needs them, and
-    `frozen` weights."""
+    """Returns megabytes that a node sends and gets in a round, and the least memory that training takes beside
+    activations: float32 weights and gradients, AdamW's two averages, the received weights where the proximal term needs
+    them, and `frozen` weights."""
     c = config.codec
     sent = max(part.layout.size for part in parts.sent.values())
     up, down = _bytes(config, c.uplink, sent), _bytes(config, c.downlink, parts.shared.layout.size)
@@ -25,7 +25,7 @@ def text(config: RunConfig, parts: Split, frozen: int) -> str:
 
 
 def _bytes(config: RunConfig, name: str, size: int) -> int:
-    """About what `size` values take: those of trained weights are near to normal."""
+    """Returns about what `size` values take: those of trained weights are near to normal."""
     count = min(size, _PROBE)
     values = np.random.default_rng(0).standard_normal(count, np.float32) * np.float32(0.05)
     frame = channel(name, config.codec, "0" * 32, count).encode(values, config.codec.target, 1, 0)

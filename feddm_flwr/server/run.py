@@ -100,8 +100,8 @@ def _train(
 
 @contextmanager
 def _accounted(run: RunDirectory, *, new: bool) -> Iterator[None]:
-    """Whatever happens, the run's folder says what went wrong, and has a report; unless the configuration of a new run
-    is wrong and nothing was done, which leaves nothing."""
+    """Sees to it that the run's folder says what went wrong, whatever that is, and has a report; unless the
+    configuration of a new run is wrong and nothing was done, which leaves nothing."""
     try:
         yield
     except BaseException as error:

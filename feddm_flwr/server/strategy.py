@@ -83,8 +83,8 @@ class FedDM:
         return [node for _, node in sorted(self._roster.nodes.items())]
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that `restore` needs to go on after the last round as if nothing had happened; later rounds
-        do not change it.
+        """Returns everything that `restore` needs to go on after the last round as if nothing had happened; later
+        rounds do not change it.
 
         Until it is durable, the next round must not be committed: nodes keep what they need to go back to it or to
         the one before, and no more.
@@ -106,7 +106,7 @@ class FedDM:
         return Checkpoint(self.round, {"weights": self.weights, "ema": self.ema, **tensors}, facts)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of a run with the same configuration."""
+        """Goes on from a checkpoint of a run with the same configuration."""
         facts, tensors = checkpoint.facts, checkpoint.tensors
         self.round, self.weights, self.ema = checkpoint.round, tensors["weights"], tensors["ema"]
         groups = {
@@ -160,7 +160,7 @@ class FedDM:
             yield self._commit(number, received, progress, len(chosen), time.monotonic() - start)
 
     def _sample(self, names: list[str], number: int, attempt: int) -> list[str]:
-        """The nodes that train, by name and seed; a repeated round draws anew."""
+        """Returns the nodes that train, by name and seed; a repeated round draws anew."""
         seed = derive_seed(self.config.seed, "sample", number, attempt)
         chosen = np.random.default_rng(seed).permutation(len(names))[: nodes_asked(self.config, len(names))]
         return sorted(names[i] for i in chosen)

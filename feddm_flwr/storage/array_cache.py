@@ -31,8 +31,8 @@ _SUPERSEDED = 3600.0  # seconds
 
 
 def cached(root: Path, key: Mapping[str, object], version: str, fill: Callable[[Path], None]) -> Path:
-    """The folder of what depends on `key`, and the `version` of what it is made from, and on nothing else; where it is
-    not there, `fill` makes its files.
+    """Returns the folder of what depends on `key`, and the `version` of what it is made from, and on nothing else;
+    where it is not there, `fill` makes its files.
 
     Of several processes that want it at once, one fills it and the others wait. Other versions that nobody used for an
     hour go: a folder of images that grows every day would have a copy of all for each.
@@ -58,7 +58,7 @@ def cached(root: Path, key: Mapping[str, object], version: str, fill: Callable[[
 
 
 def new_array(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    """An array in a file of the folder, to be written to.
+    """Returns an array in a file of the folder, to be written to.
 
     Raises:
         OSError: the disk has no room for it. (Written through the mapping, a full disk would kill the process.)
@@ -72,24 +72,24 @@ def new_array(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> N
 
 
 def array(folder: Path, name: str) -> NDArray[Any]:
-    """An array of an entry, memory-mapped; what is written to it stays in this process."""
+    """Returns an array of an entry, memory-mapped; what is written to it stays in this process."""
     mapped: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="c")
     return mapped
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """What there is to know of an entry beside its arrays."""
+    """Writes what there is to know of an entry beside its arrays."""
     (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What `write_facts` wrote."""
+    """Returns what `write_facts` wrote."""
     read: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     return read
 
 
 def _forget_superseded(folder: Path, of_key: str) -> None:
-    """Who has mapped an array that goes keeps it until it ends."""
+    """Removes entries of other versions; who has mapped an array that goes keeps it until it ends."""
     for other in folder.parent.glob(f"{of_key}*"):
         with suppress(OSError):  # another process was faster
             if other != folder and other.is_dir() and time.time() - other.stat().st_mtime > _SUPERSEDED:

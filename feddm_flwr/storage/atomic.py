@@ -19,8 +19,8 @@ _FORGET_AFTER = 14 * 24 * 3600.0  # seconds
 
 @contextmanager
 def whole_file(path: Path, *, secret: bool = False) -> Iterator[BinaryIO]:
-    """A file to write to, which is put in place under its name when the block ends without an error. A `secret` one
-    only its owner can read; others whoever the umask lets.
+    """Opens a file to write to, which is put in place under its name when the block ends without an error. A `secret`
+    one only its owner can read; others whoever the umask lets.
 
     Raises:
         OSError: the disk is full, say; an earlier file of that name is untouched then.
@@ -41,7 +41,7 @@ def whole_file(path: Path, *, secret: bool = False) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to make and fill, which takes the place of an earlier one of that name when the block ends
+    """Names a folder to make and fill, which takes the place of an earlier one of that name when the block ends
     without an error."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{UNFINISHED}{path.name}-") as temporary:
         filled = Path(temporary) / path.name
@@ -57,7 +57,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def forget_unfinished(folder: Path, age: float = 0.0, name: str = "") -> None:
-    """Remove what a process which was killed began to write there, if it is `age` seconds old; or only the unfinished
+    """Removes what a process which was killed began to write there, if it is `age` seconds old; or only the unfinished
     folder of that name."""
     for path in folder.glob(f"{UNFINISHED}{name}*"):
         with suppress(OSError):  # another process was faster
@@ -70,12 +70,12 @@ def forget_unfinished(folder: Path, age: float = 0.0, name: str = "") -> None:
 
 
 def forgotten(touched: float) -> bool:
-    """Whether what was last used at that time, in seconds since the epoch, may be removed: after two weeks."""
+    """Tells whether what was last used at that time, in seconds since the epoch, may be removed: after two weeks."""
     return time.time() - touched > _FORGET_AFTER
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
+    """Makes a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

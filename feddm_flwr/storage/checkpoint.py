@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and remove all but the `keep` newest.
+    """Writes a checkpoint and remove all but the `keep` newest.
 
     Raises:
         OSError: the disk is full, say; those written before are untouched then.
@@ -83,7 +83,7 @@ class Writer:
         self._writing: Future[Path] | None = None
 
     def begin(self, checkpoint: Checkpoint) -> None:
-        """Begin to write one, once the last is durable.
+        """Begins to write one, once the last is durable.
 
         Raises:
             OSError: the last one could not be written.
@@ -92,7 +92,7 @@ class Writer:
         self._writing = self._thread.submit(save, self._folder, checkpoint, self._keep)
 
     def wait(self) -> None:
-        """Wait until the last one is durable, and let go of its arrays.
+        """Waits until the last one is durable, and let go of its arrays.
 
         Raises:
             OSError: it could not be written.
@@ -113,7 +113,7 @@ class Writer:
 
 
 def newest(folder: Path) -> Checkpoint:
-    """The newest checkpoint that is intact; others are passed over with a warning.
+    """Returns the newest checkpoint that is intact; others are passed over with a warning.
 
     Raises:
         NoCheckpointError: there is none.
@@ -154,12 +154,12 @@ def _ordered(tensors: Tensors) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def _bytes(tensor: NDArray[Any]) -> memoryview:
-    """The bytes of a contiguous array, little-endian as the format has them, not copied."""
+    """Returns the bytes of a contiguous array, little-endian as the format has them, not copied."""
     return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a folder by round, none where there is no folder."""
+    """Returns the checkpoints of a folder by round, none where there is no folder."""
     paths = folder.glob("round-*.safetensors")
     matches = ((re.fullmatch(r"round-(\d{5,9})\.safetensors", path.name), path) for path in paths)
     return sorted((int(match[1]), path) for match, path in matches if match)

@@ -17,14 +17,14 @@ RUN_UUID = r"[0-9a-f]{32}"  # the name of a run's folder
 
 
 def state_root(configured: str | None) -> Path:
-    """`state-path` of the node config, else `feddm` in the user's XDG state folder."""
+    """Returns `state-path` of the node config, else `feddm` in the user's XDG state folder."""
     if configured:
         return Path(configured).expanduser()
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "feddm"
 
 
 def check_writable(root: Path) -> None:
-    """Make the folder and a file in it.
+    """Makes the folder and a file in it.
 
     Raises:
         OSError: that cannot be done.
@@ -35,12 +35,12 @@ def check_writable(root: Path) -> None:
 
 
 def forget_run(root: Path, run: str) -> None:
-    """Remove what the nodes of this machine kept of a run that is over."""
+    """Removes what the nodes of this machine kept of a run that is over."""
     shutil.rmtree(root / run, ignore_errors=True)
 
 
 def forget_old(root: Path, run: str) -> None:
-    """Remove the folders of other runs that nobody wrote to for two weeks, but no node's own model."""
+    """Removes the folders of other runs that nobody wrote to for two weeks, but no node's own model."""
     for folder in root.iterdir():
         if not re.fullmatch(RUN_UUID, folder.name) or folder.name == run:
             continue

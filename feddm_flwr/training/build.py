@@ -58,5 +58,5 @@ def objective_class(name: str) -> type[Denoising]:
 
 
 def _pixels(config: RunConfig, data: NodeData, device: torch.device) -> tuple[Pixels, Pixels]:
-    """The training images, flipped at random where asked for, and the held-out ones as they are."""
+    """Returns the training images, flipped at random where asked for, and the held-out ones as they are."""
     return Pixels(data.train, config.data.flip, device), Pixels(data.held_out, False, device)

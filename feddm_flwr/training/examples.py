@@ -37,7 +37,7 @@ class Pixels:
         return len(self._images)
 
     def draw(self, index: Tensor, random: torch.Generator) -> Tensor:
-        """Training images, (B, C, H, W)."""
+        """Returns training images, (B, C, H, W)."""
         x0 = self.fixed(index)
         if self._flip:
             mirrored = torch.rand(len(x0), generator=random, device=x0.device) < 0.5
@@ -45,7 +45,7 @@ class Pixels:
         return x0
 
     def fixed(self, index: Tensor) -> Tensor:
-        """The same without anything random."""
+        """Returns the same without anything random."""
         return to_network(self._images[index.to(self._images.device)].to(self._device))
 
 
@@ -53,7 +53,7 @@ _SHARE = 0.25  # of what is free of a GPU's memory, for a node's images
 
 
 def at_hand(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A node's examples as a tensor on the device, or in main memory if they would take too much of a GPU's."""
+    """Returns a node's examples as a tensor on the device, or in main memory if they would take too much of a GPU's."""
     fits = device.type != "cuda" or values.nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]
     return torch.from_numpy(values).to(device if fits else "cpu")
 
@@ -70,14 +70,14 @@ class Latents:
         return len(self._moments)
 
     def draw(self, index: Tensor, random: torch.Generator) -> Tensor:
-        """Latents as in training, (B, C, H, W), float32."""
+        """Returns latents as in training, (B, C, H, W), float32."""
         view = torch.randint(self._moments.shape[1], (len(index),), generator=random, device=self._device)
         mean, std = self._of(index, view).unbind(1)
         noise = torch.randn(mean.shape, generator=random, device=self._device)
         return (mean + std * noise - self._shift) * self._scale
 
     def fixed(self, index: Tensor) -> Tensor:
-        """Their means, without anything random."""
+        """Returns their means, without anything random."""
         return (self._of(index, torch.zeros_like(index))[:, 0] - self._shift) * self._scale
 
     def _of(self, index: Tensor, view: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ _PIXELS_AT_A_TIME = 1 << 19  # encoded together: bounds the memory
 
 
 def encoded(data: NodeData, autoencoder: Path, flip: bool, root: Path, device: torch.device) -> tuple[Latents, Latents]:
-    """The latents of a node's training and held-out images, from the cache below `root` or encoded now.
+    """Returns the latents of a node's training and held-out images, from the cache below `root` or encoded now.
 
     Raises:
         OSError: the cache cannot be written.

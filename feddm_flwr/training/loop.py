@@ -37,8 +37,8 @@ class Trained:
 
 
 def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) -> float:
-    """The learning rate of a local step (from 0): linear warm-up over the global step, then constant,
-    or a cosine from 1 to 0 over the share of the run that is done."""
+    """Returns the learning rate of a local step (from 0): linear warm-up over the global step, then constant, or a
+    cosine from 1 to 0 over the share of the run that is done."""
     t = config.train
     warmup = min(1.0, (progress.steps_before + step + 1) / (t.warmup_steps + 1))
     if t.lr_schedule == "constant":
@@ -56,7 +56,7 @@ def train(
     device: torch.device,
     start: Vector | None = None,
 ) -> Trained:
-    """Train the model, which is on the device, in place on the objective's examples, from fresh optimizer state.
+    """Trains the model, which is on the device, in place on the objective's examples, from fresh optimizer state.
 
     It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with.
 
@@ -93,7 +93,7 @@ def train(
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:
-    """Index batches without end: every image once per epoch, each epoch in a new order."""
+    """Yields index batches without end: every image once per epoch, each epoch in a new order."""
     while True:
         order = torch.randperm(size, generator=random, device=random.device)
         yield from order.split(batch_size)
@@ -101,7 +101,7 @@ def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Te
 
 @contextmanager
 def _seeded_dropout(config: RunConfig, name: str, progress: Progress, device: torch.device) -> Iterator[None]:
-    """Dropout draws from the global generator: seed it for the round, restore it after."""
+    """Seeds the global generator for the round, which dropout draws from, and restores it after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(config.seed, name, progress.round, "dropout"))
         yield

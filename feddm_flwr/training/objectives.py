@@ -42,15 +42,15 @@ class Objective(ABC):
 
     @abstractmethod
     def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
-        """The examples with these places, and everything random about them."""
+        """Returns the examples with these places, and everything random about them."""
 
     @abstractmethod
     def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
-        """The loss of each, shape (B,), float32."""
+        """Returns the loss of each, shape (B,), float32."""
 
     @abstractmethod
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
-        """The network on at most `limit` of the examples, as those of node `name`; always the same way."""
+        """Returns the network on at most `limit` of the examples, as those of node `name`; always the same way."""
 
 
 class Denoising(Objective):
@@ -66,7 +66,7 @@ class Denoising(Objective):
         return len(self._examples)
 
     def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
-        """x_0, timestep, noise and label of each."""
+        """Returns x_0, timestep, noise and label of each."""
         c, device, size = self._config, self._device, len(index)
         x0 = self._examples.draw(index, random)
         t = torch.randint(c.diffusion.timesteps, (size,), generator=random, device=device)
@@ -98,8 +98,8 @@ class Denoising(Objective):
 
     @torch.no_grad()
     def fixed_losses(self, network: nn.Module, limit: int, name: str) -> Tensor:
-        """The squared errors of the first `limit` examples, (B,), with noise and timesteps that are the same in every
-        round: the timesteps are the middles of equal parts of 0..T, in order, so that few stand for all."""
+        """Returns the squared errors of the first `limit` examples, (B,), with noise and timesteps that are the same in
+        every round: the timesteps are the middles of equal parts of 0..T, in order, so that few stand for all."""
         size = min(limit, len(self))
         network.eval()
         random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "held-out loss"))
@@ -114,7 +114,7 @@ class Denoising(Objective):
         return torch.cat([_squared_error(*self._predict(network, piece)) for piece in pieces])
 
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
-        """The mean of these, and that of each tenth of the timesteps."""
+        """Returns the mean of these, and that of each tenth of the timesteps."""
         if min(limit, len(self)) == 0:
             return HeldOut()
         losses = self.fixed_losses(network, limit, name).double().cpu()

@@ -25,7 +25,7 @@ class Reconstruction(Objective):
         return len(self._examples)
 
     def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
-        """Images, and the noise of their latents."""
+        """Returns images, and the noise of their latents."""
         c = self._config
         x = self._examples.draw(index, random)
         size = c.data.image_size // 2 ** (len(c.autoencoder.block_channels) - 1)
@@ -33,7 +33,7 @@ class Reconstruction(Objective):
         return x, torch.randn(shape, generator=random, device=self._device)
 
     def losses(self, network: Any, drawn: Drawn) -> Tensor:
-        """Error of the reconstruction from a sampled latent, plus the weighted KL term."""
+        """Returns the error of the reconstruction from a sampled latent, plus the weighted KL term."""
         x, noise = drawn
         with autocast(self._config.train.precision, self._device):
             latents = network.encode(x).latent_dist
@@ -46,8 +46,8 @@ class Reconstruction(Objective):
 
     @torch.no_grad()
     def held_out(self, network: Any, limit: int, name: str) -> HeldOut:
-        """Mean squared error of the reconstruction of the first `limit` images from the mean of their latents, and the
-        mean square of samples of these latents."""
+        """Returns the mean squared error of the reconstruction of the first `limit` images from the mean of their
+        latents, and the mean square of samples of these latents."""
         size = min(limit, len(self))
         if size == 0:
             return HeldOut()

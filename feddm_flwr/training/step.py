@@ -48,7 +48,8 @@ class Step:
         self._recording = CudaGraph(self._device, self.records)
 
     def __call__(self, drawn: Drawn, rate: float) -> Tensor:
-        """One step with this learning rate; its mean loss, on the device, which the next step may overwrite.
+        """Takes one step with this learning rate; returns its mean loss, on the device, which the next step may
+        overwrite.
 
         Raises:
             torch.OutOfMemoryError: not even one image fits into memory.
@@ -72,7 +73,7 @@ class Step:
         return loss
 
     def _backward(self, drawn: Drawn) -> Tensor:
-        """Leave the gradients of the mean loss in the parameters, whatever was there, from pieces of so many images as
+        """Leaves the gradients of the mean loss in the parameters, whatever was there, from pieces of so many images as
         fit into memory; returns that loss."""
         self._optimizer.zero_grad(set_to_none=True)  # of a recording that failed half-way, or a check
         size = len(drawn[0])
@@ -104,7 +105,7 @@ class Step:
             release_memory()
 
     def _check(self, drawn: Drawn) -> None:
-        """Go on without the compiled network where it can't be had, or is wrong: on a CPU, torch 2.13's gave
+        """Goes on without the compiled network where it can't be had, or is wrong: on a CPU, torch 2.13's gave
         gradients of 0 without a word."""
         self._checked, compiled, self._compiled = True, self._compiled, None
         expected = self._norms(drawn)
@@ -125,14 +126,14 @@ class Step:
         self._compiled = None
 
     def _norms(self, drawn: Drawn) -> Tensor:
-        """Of the gradient of every parameter."""
+        """Returns the gradient norm of every parameter."""
         self._backward(drawn)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         return torch.stack(torch._foreach_norm(gradients))
 
 
 def _compiled(model: nn.Module, config: RunConfig, device: torch.device) -> Any:
-    """The network with its operations fused, where that is asked for; on a CPU it would be no faster."""
+    """Returns the network with its operations fused, where that is asked for; on a CPU it would be no faster."""
     return torch.compile(model, dynamic=False) if config.train.compile and device.type == "cuda" else None
 
 

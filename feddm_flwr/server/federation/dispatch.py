@@ -38,7 +38,7 @@ def collect(
     probes: Probes,
     kind: str = MessageType.TRAIN,
 ) -> Iterator[tuple[int, RecordDict | Failure]]:
-    """Ask the nodes (id -> name) to train, or what else is of a `kind`; their replies as they come, one by one.
+    """Asks the nodes (id -> name) to train, or what else is of a `kind`; yields their replies as they come.
 
     `content(name, whole)` is what a node is sent, of `size` parameters. A node that says it lost what it should hold is
     asked again, once, with the whole of it. A node whose process died is asked again for as long as
@@ -106,12 +106,12 @@ def collect(
 
 
 def simulated(grid: Grid) -> bool:
-    """Whether the nodes are this machine's own."""
+    """Tells whether the nodes are this machine's own."""
     return hasattr(grid, "state")
 
 
 def _cores() -> int:
-    """Of this machine, or of the Ray cluster that the simulation runs on."""
+    """Returns the cores of this machine, or of the Ray cluster that the simulation runs on."""
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
@@ -120,5 +120,5 @@ def _cores() -> int:
 
 
 def _lost(reply: RecordDict | Failure) -> bool:
-    """Whether a node says that it does not hold what the frames add to."""
+    """Tells whether a node says that it does not hold what the frames add to."""
     return isinstance(reply, RecordDict) and LOST in reply.config_records

@@ -28,7 +28,7 @@ class Patience:
         self._due: dict[int, tuple[float, float]] = {}  # by node: when it is over, and for how long it was
 
     def is_over(self, waiting: Collection[int]) -> list[int]:
-        """Those with whom it is, and then not before it was twice as long; of others nothing is remembered."""
+        """Returns those with whom it is, and then not before it was twice as long; of others nothing is remembered."""
         now = time.monotonic()
         self._due = {node: self._due.get(node, (now + _FIRST, _FIRST)) for node in waiting}
         silent = [node for node, (when, _) in self._due.items() if now >= when]
@@ -47,7 +47,7 @@ class Probes:
         self._asked: dict[str, int] = {}  # message -> node
 
     def restarted(self, waiting: Collection[int]) -> set[int]:
-        """Which of the nodes that a reply is waited for were started anew since they were last heard."""
+        """Returns which of the nodes that a reply is waited for were started anew since they were last heard."""
         for node in self._patience.is_over(waiting):
             if node in self._asked.values() or not self._processes.get(node):
                 continue  # simulated nodes have no process of their own
@@ -66,12 +66,12 @@ class Probes:
 
 
 def ask(grid: Grid, node: int, ttl: float) -> str:
-    """Ask a node which process it is, and no more; the message's id, or "" where Flower did not take it."""
+    """Asks a node which process it is, and no more; returns the message's id, or "" where Flower did not take it."""
     return push(grid, RecordDict({PROBE: ConfigRecord({})}), node, MessageType.QUERY, ttl)
 
 
 def process_of(reply: RecordDict) -> str:
-    """Which process a node says that it is; "" where it does not say."""
+    """Returns which process a node says that it is; "" where it does not say."""
     try:
         return clean(str(reply.config_records[REPORT]["process"]), 100)
     except (KeyError, TypeError, AttributeError):

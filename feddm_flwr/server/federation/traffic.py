@@ -23,7 +23,7 @@ class Traffic:
     failures: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Traffic) -> None:
-        """Count another attempt's as well: what was sent was paid for."""
+        """Counts another attempt's as well: what was sent was paid for."""
         self.up += other.up
         self.down += other.down
         self.other += other.other
@@ -34,7 +34,7 @@ class Traffic:
 
 
 def most_bytes(values: int) -> int:
-    """What a coded update of so many values may have: a little more than float32 takes."""
+    """Returns what a coded update of so many values may have: a little more than float32 takes."""
     return 5 * values + 100_000
 
 

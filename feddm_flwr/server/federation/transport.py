@@ -40,7 +40,7 @@ _REASONS = {
 
 
 def push(grid: Grid, content: RecordDict, node_id: int, kind: str, ttl: float) -> str:
-    """Send one message, valid for `ttl` seconds; its id, or "" where Flower did not take it."""
+    """Sends one message, valid for `ttl` seconds; returns its id, or "" where Flower did not take it."""
     message_ids = list(grid.push_messages([Message(content, node_id, kind, ttl=ttl)]))
     return message_ids[0] or "" if message_ids else ""
 
@@ -57,7 +57,7 @@ class Replies:
         self._aside: dict[str, PendingReply] = {}
 
     def pull(self, message_id: str) -> RecordDict | Failure | None:
-        """The reply to a message, or None while there is none."""
+        """Returns the reply to a message, or None while there is none."""
         if (reply := self._aside.get(message_id)) is None:
             reply = PendingReply(self._most)
             Thread(target=_pull_into, args=(reply, self._grid, message_id), daemon=True).start()
@@ -75,7 +75,7 @@ class Replies:
         return pulled
 
     def forget_all_but(self, messages: Container[str]) -> None:
-        """Give up on the replies to other messages."""
+        """Gives up on the replies to other messages."""
         for message in [message for message in self._aside if message not in messages]:
             reply = self._aside.pop(message)
             reply.given_up = True
@@ -117,7 +117,7 @@ def content_of(arrays: ArrayRecord, task: Mapping[str, Scalar]) -> RecordDict:
 
 
 def frame_of(reply: RecordDict) -> bytes:
-    """The frame in a reply.
+    """Returns the frame in a reply.
 
     Raises:
         KeyError, TypeError, AttributeError: there is none.
@@ -126,7 +126,7 @@ def frame_of(reply: RecordDict) -> bytes:
 
 
 def _gist(error: Error) -> str:
-    """The line that tells: the last of a traceback in Flower's `<class 'X'>:<'…'>`, else the first."""
+    """Returns the line that tells: the last of a traceback in Flower's `<class 'X'>:<'…'>`, else the first."""
     text = re.sub(r"^<class '[^']*'>:<['\"](.*)['\"]>$", r"\1", str(error.reason).strip(), flags=re.DOTALL)
     lines = text.strip().splitlines() or ["no reason given"]
     line = lines[-1] if _REASONS.get(error.code) == "exception" else lines[0]
