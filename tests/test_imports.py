@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -145,3 +146,13 @@ def test_the_house_is_as_it_is_drawn() -> None:
     up = [(a, b) for a, found in arrows.items() for b in found if a and b and LEVEL[b] >= LEVEL[a]]
     print(f"{len(LEVEL)} rooms on {len(LEVELS)} levels, {sum(map(len, arrows.values()))} arrows, {len(up)} upward")
     assert not up
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_docstring_begins_with_what_the_function_does(module: str) -> None:
+    """As in "Returns the gradient norm of every parameter"; a property names what it is."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            text, decorators = ast.get_docstring(node), {ast.unparse(of) for of in node.decorator_list}
+            if text and not decorators & {"property", "contextmanager"}:
+                assert re.match(r"[A-Z][a-z]+s\b", text), f"{module}.{node.name}: {text.splitlines()[0]!r}"

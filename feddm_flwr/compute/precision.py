@@ -27,5 +27,5 @@ def in_bf16(precision: str, device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """torch's autocast to bf16 where the precision means that."""
+    """Returns torch's autocast to bf16 where the precision means that."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))

@@ -115,7 +115,7 @@ def _check_column(column: str, origin: str, own: bool, names: Sequence[str]) -> 
 
 
 def read_digits(data: Data, origin: str) -> Source:
-    """scikit-learn's 1,797 handwritten digits (UCI ML repository), 8x8 with values 0..16."""
+    """Reads scikit-learn's 1,797 handwritten digits (UCI ML repository), 8x8 with values 0..16."""
     from datasets import Dataset
 
     if data.split not in ("train", "test"):
