@@ -14,17 +14,20 @@ test: $(VENV)/installed  ## the whole suite, real runs included
 test-deployment: $(VENV)/installed  ## real SuperNodes with TLS, killed, cut off and lied to; a quarter of an hour
 	$(BIN)/python -m pytest tests/deployment
 
-check: $(VENV)/installed  ## format, lint, types, import rules
+check: $(VENV)/installed  ## format, lint, types, import rules, links of the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir "$$(mktemp -d)/site"
 
 bench: $(VENV)/installed  ## has anything become slower? ratios against those kept for this kind of machine
 	$(BIN)/python -W ignore benchmarks/guard.py
 
-docs: $(VENV)/installed  ## write docs/configuration.md from the typed configuration
+docs: $(VENV)/installed  ## write docs/configuration.md from the typed configuration, and the site with the API reference
 	$(BIN)/python docs/write_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
