@@ -156,3 +156,9 @@ def test_a_docstring_begins_with_what_the_function_does(module: str) -> None:
             text, decorators = ast.get_docstring(node), {ast.unparse(of) for of in node.decorator_list}
             if text and not decorators & {"property", "contextmanager"}:
                 assert re.match(r"[A-Z][a-z]+s\b", text), f"{module}.{node.name}: {text.splitlines()[0]!r}"
+
+
+def test_the_documents_have_the_levels_that_hold() -> None:
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.M)
+    told = {int(level): {*re.findall(r"`(\w+)`", rooms)} for level, rooms in rows}
+    assert told == {number + 1: {*rooms.split()} for number, rooms in enumerate(LEVELS)}
