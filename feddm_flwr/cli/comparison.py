@@ -31,7 +31,7 @@ from typing import Any
 import tomli_w
 
 from feddm_flwr.config import PARTITION_OF, ConfigError, flatten, nodes_asked, parse
-from feddm_flwr.reporting.records import flat, nest, read_metrics, status_of, total_bytes, without_places
+from feddm_flwr.reporting.records import flat, nest, read_rounds, status_of, total_bytes, without_places
 from feddm_flwr.storage.atomic import whole_file
 
 Keys = dict[str, Any]
@@ -239,8 +239,8 @@ def _asked(run: Path, file: Path) -> Keys:
 
 def result(cell: Cell, folder: Path) -> dict[str, Any]:
     """Returns what came of a run that is done."""
-    rows = read_metrics(folder / cell.name)
-    judged = [row for row in rows if row.get("fid") is not None]
+    rounds = read_rounds(folder / cell.name)
+    evaluated = [r for r in rounds if r.fid is not None]
     config = parse(cell.keys)
     facts = folder / cell.name / "reference" / "facts.json"
     known = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
@@ -249,13 +249,13 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
         "run": cell.run,
         "seed": cell.seed,
         "nodes": cell.nodes,
-        "rounds": rows[-1]["round"],
-        "images": sum(row["local_steps"] for row in rows) * config.train.batch_size,
-        **{key: judged[-1].get(key) if judged else None for key in ("fid", "kid", "coverage")},
-        "eval_loss": rows[-1]["eval_loss"],
-        "fid_by_round": [[row["round"], row["fid"]] for row in judged],
-        **total_bytes(rows),
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "rounds": rounds[-1].round,
+        "images": sum(r.local_steps for r in rounds) * config.train.batch_size,
+        **{key: evaluated[-1].figure(key) if evaluated else None for key in ("fid", "kid", "coverage")},
+        "eval_loss": rounds[-1].eval_loss,
+        "fid_by_round": [[r.round, r.fid] for r in evaluated],
+        **total_bytes(rounds),
+        "seconds": round(sum(r.seconds for r in rounds), 1),
         "samples": config.eval.samples,
         "features": known.get("features"),
         "real": [known.get("images"), len(known.get("classes", []))],  # images and classes that were compared with

@@ -87,10 +87,10 @@ def resumed_keys(options: argparse.Namespace) -> dict[str, Any]:
 
 def _nodes_before(folder: Path) -> int:
     """Returns how many nodes the simulation had that is in a run's folder; 0 where no round was done."""
-    from feddm_flwr.reporting.records import read_metrics, simulated_nodes
+    from feddm_flwr.reporting.records import read_rounds, simulated_nodes
 
     try:
-        return simulated_nodes(read_metrics(folder))
+        return simulated_nodes(read_rounds(folder))
     except ValueError as error:  # a damaged line
         raise ConfigError(str(error)) from error
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from feddm_flwr.reporting.records import Row
+from feddm_flwr.reporting.records import RoundRecord
 
 Points = Sequence[tuple[float, float]]
 
@@ -15,20 +15,20 @@ COLOURS = 8  # that a page has, s0 to s7
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 270, 80, 16, 10, 52
 
 
-def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
+def of_run(rows: Sequence[RoundRecord], *, apart: bool = False) -> list[tuple[str, Markup]]:
     """Returns a run's charts, with their titles; `apart`: training and held-out loss are not of the same weights."""
     if not rows:
         return []
-    loss = {
-        "training": [(r["round"], r["train_loss"]) for r in rows],
+    loss: dict[str, Points] = {
+        "training": [(r.round, r.train_loss) for r in rows],
         "held-out": held_out(rows),
     }
     traffic = {
-        "up": [(r["round"], r["bytes_up"] / 1e6) for r in rows],
-        "down": [(r["round"], r["bytes_down"] / 1e6) for r in rows],
+        "up": [(r.round, r.bytes_up / 1e6) for r in rows],
+        "down": [(r.round, r.bytes_down / 1e6) for r in rows],
     }
     # An autoencoder's training loss is of other terms than its held-out one.
-    if apart or any("psnr" in r for r in rows):
+    if apart or any(r.psnr is not None for r in rows):
         charts = [(f"{name.capitalize()} loss by round", lines({name: of})) for name, of in loss.items() if of]
     else:
         charts = [("Loss by round", lines(loss))]
@@ -36,8 +36,8 @@ def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
     for key, title in (("fid", "FID by round"), ("kid", "KID by round"), ("psnr", "PSNR in dB by round")):
         if len(found := points(rows, key, -1 if key == "psnr" else 0)) > 1:
             charts.append((title, lines({title.split()[0]: found})))
-    if levels := [r for r in rows if r.get("eval_levels")]:
-        ends = {f"round {r['round'] - 1}": r["eval_levels"] for r in (levels[-1], levels[0])}
+    if levels := [r for r in rows if r.eval_levels]:
+        ends = {f"round {r.round - 1}": r.eval_levels for r in (levels[-1], levels[0])}
         tenths = {name: [(10.0 * (i + 1), v) for i, v in enumerate(of)] for name, of in ends.items()}
         charts.append(("Held-out loss by noise level", lines(tenths, across="noise level, % of the time steps")))
     gauges = {
@@ -51,12 +51,12 @@ def of_run(rows: list[Row], *, apart: bool = False) -> list[tuple[str, Markup]]:
     return charts
 
 
-def points(rows: list[Row], key: str, later: int = 0) -> list[tuple[float, float]]:
+def points(rows: Sequence[RoundRecord], key: str, later: int = 0) -> list[tuple[float, float]]:
     """Returns a figure by round, as many rounds `later`, where there is one."""
-    return [(r["round"] + later, r[key]) for r in rows if r.get(key) is not None]
+    return [(r.round + later, value) for r in rows if (value := r.figure(key)) is not None]
 
 
-def held_out(rows: list[Row]) -> list[tuple[float, float]]:
+def held_out(rows: Sequence[RoundRecord]) -> list[tuple[float, float]]:
     """Returns the held-out loss by the round whose weights it is of: a round evaluates those it starts from. The
     untrained model's would flatten everything after it."""
     found = points(rows, "eval_loss", -1)

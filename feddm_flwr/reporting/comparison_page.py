@@ -11,10 +11,10 @@ from feddm_flwr.reporting import charts
 from feddm_flwr.reporting.page import evaluation_settings, grid_images, render, toml_value, write_page
 from feddm_flwr.reporting.records import (
     OF_THE_FOLDER,
-    Row,
+    RoundRecord,
     grid_files,
     read_config,
-    read_metrics,
+    read_rounds,
     simulated_nodes,
     total_bytes,
     without_places,
@@ -32,7 +32,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     names = [run.name for run in runs]
     if len({*names}) < len(names):
         raise ValueError(f"two runs have the same name: {', '.join(names)}")
-    rows = {run.name: read_metrics(run) for run in runs}
+    rows = {run.name: read_rounds(run) for run in runs}
     configs = {run.name: read_config(run) for run in runs}
     keys = [k for k in configs[names[0]] if k not in ("strategy", *OF_THE_FOLDER)]
     differing = [k for k in keys if len({str(c.get(k)) for c in configs.values()}) > 1]
@@ -69,23 +69,23 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     return write_page(path, html)
 
 
-def _figures(rows: list[Row]) -> dict[str, str]:
+def _figures(rows: Sequence[RoundRecord]) -> dict[str, str]:
     """Returns what a run came to, by its column."""
     if not rows:
         return {}
     total = total_bytes(rows)
-    found = {"rounds": str(rows[-1]["round"]), "training loss": f"{rows[-1]['train_loss']:.4f}"}
+    found = {"rounds": str(rows[-1].round), "training loss": f"{rows[-1].train_loss:.4f}"}
     for key, head in (("eval_loss", "held-out loss"), ("fid", "FID"), ("kid", "KID"), ("coverage", "coverage")):
-        if values := [row[key] for row in rows if row.get(key) is not None]:
+        if values := [value for row in rows if (value := row.figure(key)) is not None]:
             found[head] = f"{values[-1]:.4g}"
     found |= {f"sent {way}": megabytes(total[f"bytes_{way}"]) for way in ("up", "down")}
-    return found | {"seconds": f"{sum(r['seconds'] for r in rows):.0f}"}
+    return found | {"seconds": f"{sum(r.seconds for r in rows):.0f}"}
 
 
-def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
+def _compared(rows: Mapping[str, Sequence[RoundRecord]]) -> list[tuple[str, Markup]]:
     """Returns curves of several runs in one chart each."""
 
-    def curve(own: list[Row], key: str) -> list[tuple[float, float]]:
+    def curve(own: Sequence[RoundRecord], key: str) -> list[tuple[float, float]]:
         return charts.held_out(own) if key == "eval_loss" else charts.points(own, key)
 
     found = []
@@ -93,11 +93,11 @@ def _compared(rows: Mapping[str, list[Row]]) -> list[tuple[str, Markup]]:
         series = {name: points for name, own in rows.items() if (points := curve(own, key))}
         if any(len(points) > 1 for points in series.values()):
             found.append((f"{title} by round", charts.lines(series, colours=[*rows])))
-    key = "fid" if any(r.get("fid") is not None for own in rows.values() for r in own) else "eval_loss"
+    key = "fid" if any(r.fid is not None for own in rows.values() for r in own) else "eval_loss"
     ends = {}
     for name, own in rows.items():
         points = curve(own, key)
-        if until := [r for r in own if points and r["round"] <= points[-1][0]]:
+        if until := [r for r in own if points and r.round <= points[-1][0]]:
             total = total_bytes(until)
             ends[name] = [((total["bytes_up"] + total["bytes_down"]) / 1e6, points[-1][1])]
     if len(ends) > 1:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
 
 from feddm_flwr.reporting.records import (
-    Row,
+    RoundRecord,
     read_config,
     read_json,
 )
@@ -23,14 +24,14 @@ def write_page(path: Path, html: str) -> Path:
     return path
 
 
-def evaluation_settings(run: Path, rows: list[Row]) -> dict[str, Any]:
+def evaluation_settings(run: Path, rounds: Sequence[RoundRecord]) -> dict[str, Any]:
     """Returns what FID and so on depend on, and the last coverage; empty where there are none."""
-    last: Row = next((row for row in reversed(rows) if row.get("fid") is not None), {})
+    last = next((r for r in reversed(rounds) if r.fid is not None), None)
     if not last:
         return {}
     facts = read_json(run / "reference" / "facts.json", {})
     unknown = {"features": "?", "images": 0, "keys": read_config(run)}
-    return {**unknown, **facts, "coverage": last.get("coverage_by_class")}
+    return {**unknown, **facts, "coverage": last.coverage_by_class}
 
 
 def render(template: str, **values: Any) -> str:

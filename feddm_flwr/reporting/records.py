@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,74 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
-def total_bytes(rows: list[Row]) -> dict[str, int]:
+@dataclass(frozen=True)
+class RoundRecord:
+    """A line of `metrics.jsonl`. What was not measured, or an older version did not write, is None, empty or 0."""
+
+    round: int
+    train_loss: float = math.nan
+    eval_loss: float | None = None  # of the weights that the round started from
+    eval_levels: list[float] = field(default_factory=list)  # the same by noise level
+    eval_spread: float | None = None
+    connected: int = 0
+    clients_ok: int = 0
+    clients_failed: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_full: int = 0
+    bytes_up_fp32: int = 0
+    bytes_down_fp32: int = 0
+    bytes_data_parallel: int = 0
+    bytes_other: int = 0
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    state_lost: int = 0
+    coding_error: float | None = None
+    local_steps: int = 0
+    update_norm: float | None = None
+    drift: float | None = None
+    contraction: float | None = None
+    seconds: float = 0.0
+    psnr: float | None = None
+    fid: float | None = None
+    kid: float | None = None
+    coverage: float | None = None
+    coverage_by_class: dict[str, float] = field(default_factory=dict)
+    lipschitz: float | None = None
+
+    def figure(self, name: str) -> float | None:
+        """Returns a figure by its name in the file."""
+        value: float | None = getattr(self, name)
+        return value
+
+    @classmethod
+    def from_row(cls, row: Row) -> RoundRecord:
+        """Reads a line; what a newer version wrote beside is passed over."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in row.items() if key in known})
+
+
+#: Kinds of traffic.
+TRAFFIC = tuple(f.name for f in fields(RoundRecord) if f.name.startswith("bytes_"))
+
+
+def read_rounds(path: Path) -> list[RoundRecord]:
+    """Returns a run's rounds.
+
+    Raises:
+        ValueError: as `read_metrics`.
+    """
+    return [RoundRecord.from_row(row) for row in read_metrics(path)]
+
+
+def total_bytes(rounds: Sequence[RoundRecord]) -> dict[str, int]:
     """Returns each kind of traffic (`bytes_up`, …), summed over a run's rounds."""
-    return {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("bytes_")}
+    return {key: sum(getattr(r, key) for r in rounds) for key in TRAFFIC}
 
 
-def simulated_nodes(rows: list[Row]) -> int:
+def simulated_nodes(rounds: Sequence[RoundRecord]) -> int:
     """Returns how many nodes the simulation had whose rounds these are; 0 where none was done."""
-    return max((int(row.get("connected") or row["clients_ok"]) for row in rows), default=0)
+    return max((r.connected or r.clients_ok for r in rounds), default=0)
 
 
 def as_line(row: Row) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from feddm_flwr.reporting import charts
 from feddm_flwr.reporting.page import evaluation_settings, grid_images, render, toml_value, write_page
 from feddm_flwr.reporting.records import (
     OF_THE_FOLDER,
+    RoundRecord,
     Row,
     grid_files,
     read_config,
     read_json,
-    read_metrics,
+    read_rounds,
     read_status,
     simulated_nodes,
 )
@@ -27,7 +28,7 @@ from feddm_flwr.reporting.traffic import megabytes, traffic_rows
 
 def write(run: Path) -> Path:
     """Writes the self-contained `report.html` of a run; it can be rewritten at any time."""
-    rows = read_metrics(run)
+    rows = read_rounds(run)
     status = {"status": "running", "reason": ""} | read_status(run)
     config, final = read_config(run), read_json(run / "final.json", {})
     nodes = read_json(run / "nodes.json", [])
@@ -62,32 +63,34 @@ def write(run: Path) -> Path:
     return write_page(run / "report.html", html)
 
 
-def _faults(rows: list[Row], status: Row) -> list[str]:
+def _faults(rows: Sequence[RoundRecord], status: Row) -> list[str]:
     """Returns what went wrong and did not end the run."""
     reasons = Counter[str]()
     for row in rows:
-        reasons.update(row.get("failures", {}))
+        reasons.update(row.failures)
     found = [f"{n} replies dropped: {reason}" for reason, n in reasons.most_common()]
     found += [f"resumed after round {number}" for number in status.get("resumed_after", [])]
-    if lost := sum(row.get("state_lost", 0) for row in rows):
+    if lost := sum(row.state_lost for row in rows):
         found.append(f"{lost} times a node had lost what it had kept, and began anew")
     return found
 
 
-def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(
+    rows: Sequence[RoundRecord], config: Mapping[str, Any], final: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
     """Returns (value, label, note) of the figures at the head."""
     if not rows:
         return []
     last = rows[-1]
-    evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
-    failed = sum(sum(row["failures"].values()) for row in rows)
+    evaluated = [row.eval_loss for row in rows if row.eval_loss is not None]
+    failed = sum(sum(row.failures.values()) for row in rows)
     return [
         (
-            f"{last['round']} / {config['num-server-rounds']}",
+            f"{last.round} / {config['num-server-rounds']}",
             "rounds",
-            f"{sum(r['seconds'] for r in rows):.0f} s in rounds",
+            f"{sum(r.seconds for r in rows):.0f} s in rounds",
         ),
-        (f"{last['train_loss']:.4f}", "training loss", "mean of the last round"),
+        (f"{last.train_loss:.4f}", "training loss", "mean of the last round"),
         (
             f"{evaluated[-1]:.4f}" if evaluated else "–",
             "held-out loss",
@@ -95,23 +98,23 @@ def _tiles(rows: list[Row], config: Mapping[str, Any], final: Mapping[str, Any])
         ),
         *(
             (
-                f"{r['fid']:.3g}",
+                f"{r.fid:.3g}",
                 "FID of the averaged weights",
-                f"round {r['round']}; KID {r['kid']:.3g}" if r.get("kid") is not None else f"round {r['round']}",
+                f"round {r.round}; KID {r.kid:.3g}" if r.kid is not None else f"round {r.round}",
             )
-            for r in [r for r in rows if r.get("fid") is not None][-1:]
+            for r in [r for r in rows if r.fid is not None][-1:]
         ),
         *((megabytes(sent), who, note) for who, sent, note in traffic_rows(rows, final)),
-        (str(failed), "failed replies", f"of {failed + sum(r['clients_ok'] for r in rows)}"),
+        (str(failed), "failed replies", f"of {failed + sum(r.clients_ok for r in rows)}"),
     ]
 
 
-def _nodes(nodes: list[Row], rows: list[Row], hues: Mapping[str, int]) -> list[Row]:
+def _nodes(nodes: list[Row], rows: Sequence[RoundRecord], hues: Mapping[str, int]) -> list[Row]:
     """Returns the nodes with what each sent and got, and with the share of each class, for the bars."""
     for node in nodes:
         total = max(1, sum(node["class_counts"].values()))
         for way in ("up", "down"):
-            node[way] = megabytes(sum(row.get("nodes", {}).get(node["name"], {}).get(way, 0) for row in rows))
+            node[way] = megabytes(sum(row.nodes.get(node["name"], {}).get(way, 0) for row in rows))
         node["bars"] = [
             {"name": name, "count": count, "share": count / total, "hue": hues[name]}
             for name, count in sorted(node["class_counts"].items())

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from feddm_flwr.cli.main import main
 from feddm_flwr.config import ConfigError, flatten, parse
 from feddm_flwr.reporting import comparison_page, report, trackers
-from feddm_flwr.reporting.records import read_metrics, status_of
+from feddm_flwr.reporting.records import read_metrics, read_rounds, status_of
 from feddm_flwr.reporting.run_directory import RunDirectory
 from feddm_flwr.server.evaluation import GlobalEvaluation
 from feddm_flwr.vector import Vector
@@ -228,7 +228,7 @@ def test_runs_that_differ_in_their_nodes_are_not_the_same_and_a_loss_is_set_besi
         for number in (1, 2, 3):
             own.log_round(row(number, connected=count, eval_loss=1, bytes_up=1e6, bytes_down=1e6))
         own.finish("completed")
-        rows[name] = read_metrics(own.path)
+        rows[name] = read_rounds(own.path)
     text = comparison_page.write_comparison([tmp_path / "few", tmp_path / "many"], tmp_path / "both.html").read_text()
     assert "2 nodes" in text
     assert "3 nodes" in text
