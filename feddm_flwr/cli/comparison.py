@@ -37,7 +37,7 @@ from feddm_flwr.storage.atomic import whole_file
 Keys = dict[str, Any]
 
 # Nobody is to be protected from a simulation: all runs are compared with all images.
-_JUDGED: Keys = {"eval.features": "classifier", "eval.samples": 2000, "eval.min-images": 0}
+_EVALUATED: Keys = {"eval.features": "classifier", "eval.samples": 2000, "eval.min-images": 0}
 _STRATEGIES: dict[str, Keys] = {
     "centralized": {"centralized": True},
     "vanilla": {},
@@ -143,7 +143,7 @@ def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | 
     for seed in numbers:
         for condition, under in (tables[2] or {"": {}}).items():
             for run, own in tables[1].items():
-                keys = {**_JUDGED, **flat(tables[0]), **common, **flat(under), **flat(own)}
+                keys = {**_EVALUATED, **flat(tables[0]), **common, **flat(under), **flat(own)}
                 alone = keys.get("centralized")
                 cell = _cell(condition, run, seed, count, keys)
                 same = (c.name for c in found if alone and (c.nodes, c.keys) == (cell.nodes, cell.keys))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from feddm_flwr.config import validation
 from feddm_flwr.config.fields import PLUGIN_MARK, PRESET, ConfigError, Scalar, sections
 from feddm_flwr.config.keys import (
     KEYS,
@@ -20,7 +21,6 @@ from feddm_flwr.config.keys import (
 )
 from feddm_flwr.config.plugins import check_there
 from feddm_flwr.config.presets import ARCHITECTURE, decided
-from feddm_flwr.config.validation import contradictions
 
 
 def defaults() -> dict[str, Scalar]:
@@ -64,7 +64,7 @@ def parse(run_config: Mapping[str, object]) -> RunConfig:
             problems.append(str(error))
     if not problems:
         config = _build(values)
-        problems = list(contradictions(config))
+        problems = list(validation.problems(config))
     if problems:
         raise ConfigError("\n".join(problems))
     return config

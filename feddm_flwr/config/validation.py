@@ -15,8 +15,20 @@ _GRIDS = _CLIPPED | {"int2", "sign"}
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 
 
-def contradictions(c: RunConfig) -> Iterator[str]:
+def problems(c: RunConfig) -> Iterator[str]:
     """Yields one line for each combination of keys that cannot work."""
+    for section in (_run, _train, _codecs, _data, _diffusion, _server, _without_effect, _models):
+        yield from section(c)
+
+
+def _run(c: RunConfig) -> Iterator[str]:
+    if not re.fullmatch(_RUN_NAME, c.run_name):
+        yield f"run-name = {c.run_name!r} is not allowed: must be at most 128 letters, digits, _, - or ., not first"
+    if c.resume and not c.run_name:
+        yield "run-name = '' with resume = true: must name the run to go on with"
+
+
+def _train(c: RunConfig) -> Iterator[str]:
     if (c.train.local_epochs > 0) == (c.train.local_steps > 0):
         yield (
             f"train.local-epochs = {c.train.local_epochs} and train.local-steps = {c.train.local_steps}: "
@@ -24,12 +36,13 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         )
     if c.train.compile and c.train.deterministic:
         yield "train.compile = true with train.deterministic = true: must be false; kernels are chosen by their speed"
-    if not re.fullmatch(_RUN_NAME, c.run_name):
-        yield f"run-name = {c.run_name!r} is not allowed: must be at most 128 letters, digits, _, - or ., not first"
     if c.strategy == "feddm-prox" and c.train.mu == 0:
         yield "train.mu = 0.0 with strategy = 'feddm-prox': must be above 0, or use feddm-vanilla"
     if c.strategy != "feddm-prox" and c.train.mu > 0:
         yield f"train.mu = {c.train.mu} with strategy = {c.strategy!r}: must be 0, or use feddm-prox"
+
+
+def _codecs(c: RunConfig) -> Iterator[str]:
     if c.strategy == "feddm-vanilla" and (c.codec.uplink, c.codec.downlink) != ("none", "none"):
         yield (
             f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r} with "
@@ -56,8 +69,18 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield "codec.topk-bits = 3 is not allowed: must be 2 or 4"
     if c.strategy not in ("feddm-vanilla", "feddm-prox") and (c.codec.uplink, c.codec.downlink) == ("none", "none"):
         yield f"codec.uplink = 'none', codec.downlink = 'none' with strategy = {c.strategy!r}: use feddm-vanilla"
+
+
+def _data(c: RunConfig) -> Iterator[str]:
     if not c.data.name.strip():
         yield "data.name = '' is not allowed: must be digits, an id of a hub, a folder, or parquet files"
+    if c.data.channels == 2:
+        yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
+    if c.data.partition == "natural" and not c.data.natural_column:
+        yield "data.natural-column = '' with data.partition = 'natural': must name a column"
+
+
+def _diffusion(c: RunConfig) -> Iterator[str]:
     if (c.diffusion.prediction, c.diffusion.schedule) == ("epsilon", "cosine") and not c.model.init_from:
         yield (
             "diffusion.prediction = 'epsilon' with diffusion.schedule = 'cosine': its noisiest level magnifies errors "
@@ -69,14 +92,14 @@ def contradictions(c: RunConfig) -> Iterator[str]:
             f"diffusion.timesteps = {d.timesteps} with diffusion.schedule = 'linear': must be at least "
             f"{_LEAST_LINEAR}, or the last level is not noise, which samples begin from; cosine goes with any number"
         )
-    if c.model.resnet_resampling and not any(c.model.attention):
-        yield "model.resnet-resampling = true with no attention in model.attention: acts on levels with attention only"
-    if c.data.channels == 2:
-        yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
-    if c.data.partition == "natural" and not c.data.natural_column:
-        yield "data.natural-column = '' with data.partition = 'natural': must name a column"
-    if c.resume and not c.run_name:
-        yield "run-name = '' with resume = true: must name the run to go on with"
+    if c.sample.steps > c.diffusion.timesteps:
+        yield (
+            f"sample.steps = {c.sample.steps} is not allowed: "
+            f"must be at most diffusion.timesteps = {c.diffusion.timesteps}"
+        )
+
+
+def _server(c: RunConfig) -> Iterator[str]:
     if c.server.robust and c.exchange.parts == "usplit":
         yield (
             f"server.aggregation = {c.server.aggregation!r} with exchange.parts = 'usplit': must be mean; "
@@ -86,13 +109,6 @@ def contradictions(c: RunConfig) -> Iterator[str]:
         yield (
             f"min-replies = {c.min_replies} with server.aggregation = {c.server.aggregation!r}: must be 0 or at least "
             "3; of two replies none can be left out"
-        )
-    yield from _without_effect(c)
-    yield from _about_models(c)
-    if c.sample.steps > c.diffusion.timesteps:
-        yield (
-            f"sample.steps = {c.sample.steps} is not allowed: "
-            f"must be at most diffusion.timesteps = {c.diffusion.timesteps}"
         )
 
 
@@ -145,7 +161,9 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
 
 
-def _about_models(c: RunConfig) -> Iterator[str]:
+def _models(c: RunConfig) -> Iterator[str]:
+    if c.model.resnet_resampling and not any(c.model.attention):
+        yield "model.resnet-resampling = true with no attention in model.attention: acts on levels with attention only"
     trains_autoencoder = c.stage == "autoencoder"
     if c.model.class_conditional and not c.data.class_names:
         yield "data.classes = '' with model.class-conditional = true: must name all classes, such as \"cat,dog\""
@@ -192,7 +210,7 @@ def _about_models(c: RunConfig) -> Iterator[str]:
         yield from _widths("autoencoder", c.autoencoder.block_channels, c.autoencoder.norm_groups)
         yield from _stride("autoencoder", c.autoencoder.block_channels, c.data.image_size)
     elif not c.model.init_from:
-        yield from _about_unet(c)
+        yield from _unet(c)
 
 
 def _stride(section: str, channels: tuple[int, ...], size: int) -> Iterator[str]:
@@ -212,7 +230,7 @@ def _widths(section: str, channels: tuple[int, ...], groups: int) -> Iterator[st
         )
 
 
-def _about_unet(c: RunConfig) -> Iterator[str]:
+def _unet(c: RunConfig) -> Iterator[str]:
     if c.model.kind == "ddpm":  # else the size of the latents decides, see `models.networks`
         yield from _stride("model", c.model.block_channels, c.data.image_size)
     if len(c.model.attention) != len(c.model.block_channels) or not set(c.model.attention) <= {0, 1}:

@@ -39,9 +39,9 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     nodes = {name: simulated_nodes(own) for name, own in rows.items()}
     figures = {name: _figures(own) for name, own in rows.items()}
     heads = list(dict.fromkeys(h for f in figures.values() for h in f))
-    judged = {run.name: evaluation_settings(run, rows[run.name]) for run in runs}
+    evaluated = {run.name: evaluation_settings(run, rows[run.name]) for run in runs}
     settings: dict[str, list[str]] = {}
-    for name, found in judged.items():
+    for name, found in evaluated.items():
         if found:
             own, drawn = without_places(configs[name]), found["keys"]
             how = f"{drawn['sample.steps']} steps of {drawn['sample.scheduler']}"

@@ -41,7 +41,7 @@ def write(run: Path) -> Path:
         rows=rows,
         tiles=_tiles(rows, config, final),
         charts=charts.of_run(rows, apart=bool(config.get("diffusion.min-snr-gamma"))),
-        judged=evaluation_settings(run, rows),
+        evaluated=evaluation_settings(run, rows),
         final=final,
         faults=_faults(rows, status),
         grids=(grids := [grid_images(*grid) for grid in grid_files(run).items()]),

@@ -100,7 +100,7 @@ class RunDirectory:
             file.writelines(map(as_line, [*before, last | figures]))
         self._track(figures, last["round"])
 
-    def is_judged(self) -> bool:
+    def is_evaluated(self) -> bool:
         """Tells whether the last line of `metrics.jsonl` has such figures."""
         return any("fid" in row for row in read_metrics(self.path)[-1:])
 

@@ -78,15 +78,15 @@ PAGE = (
 <div class="row">{% for title, chart in charts %}<div class="card"><h3>{{ title }}</h3>{{ chart }}</div>{% endfor %}</div>
 <p class="soft">Held-out loss: denoising error on images kept from training, fixed noise, of the global weights after the round;
  bytes are the coded payloads, measured. Lost by coding: norm of what the uplink lost over that of what was to be sent.
- {% if judged %}FID, KID and coverage: {{ judged["keys"]["eval.samples"] }} samples of the averaged weights against the {{ "{:,}".format(judged.images) }} images of the nodes,
- which stayed there; features of {{ judged.features }}. {% if judged["keys"]["eval.samples"] < 10000 %}FID of so few samples depends on their number. {% endif %}{% endif %}
+ {% if evaluated %}FID, KID and coverage: {{ evaluated["keys"]["eval.samples"] }} samples of the averaged weights against the {{ "{:,}".format(evaluated.images) }} images of the nodes,
+ which stayed there; features of {{ evaluated.features }}. {% if evaluated["keys"]["eval.samples"] < 10000 %}FID of so few samples depends on their number. {% endif %}{% endif %}
  Drift: spread of the nodes' updates over the norm of their mean. Contraction: this round's step over the last one's; below 1 the steps shrink.
  These are gauges, not proofs: the paper shows convergence for a contraction with a Lipschitz denoiser.</p>
 {% endif %}
-{% if judged and judged.coverage %}
+{% if evaluated and evaluated.coverage %}
 <h2>Classes among the samples</h2>
 <div class="card scroll"><table><tr><th>class</th><th class="n">share of the samples over share of the real images</th></tr>
-{% for name, ratio in judged.coverage.items() %}<tr><td>{{ name }}</td><td class="n">{{ "%.2f"|format(ratio) }}</td></tr>
+{% for name, ratio in evaluated.coverage.items() %}<tr><td>{{ name }}</td><td class="n">{{ "%.2f"|format(ratio) }}</td></tr>
 {% endfor %}</table>
 <p class="soft">A sample counts for the class whose mean feature is nearest, which is not always its own: compare runs; 1 for each class is not what a perfect model gets.</p></div>
 {% endif %}

@@ -47,7 +47,7 @@ class Outputs:
         self._show(feddm)
         if self._evaluation:
             self._evaluation.refer(feddm, self._grid)
-            if not self._run.is_judged():
+            if not self._run.is_evaluated():
                 self._evaluate(feddm)
 
     def after_round(self, feddm: FedDM) -> None:

@@ -127,7 +127,7 @@ def test_a_classifier_needs_images_on_the_server(tmp_path: Path) -> None:
         GlobalEvaluation(of, tmp_path)
 
 
-def test_the_end_of_a_run_is_judged_by_the_nodes(tmp_path: Path) -> None:
+def test_the_end_of_a_run_is_evaluated_by_the_nodes(tmp_path: Path) -> None:
     c = config(eval__features="random", eval__audit=True, eval__samples=32, sample__steps=3)
     of, feddm = federation(c)
     grid, judge = LocalGrid(nodes(c)), GlobalEvaluation(of, tmp_path)
