@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import TypeAlias
 
 from feddm_flwr import __version__
 from feddm_flwr.config import SCHEDULERS, parse
+
+#: What commands are added to.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +22,19 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"feddm {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    keys, drawn = _keys(), _drawn()
+    _add_run(commands, keys)
+    _add_sample(commands, drawn)
+    _add_evaluate(commands, drawn, keys)
+    _add_data(commands, keys)
+    _add_report(commands)
+    _add_compare(commands, keys)
+    _add_certs(commands)
+    return whole
+
+
+def _keys() -> argparse.ArgumentParser:
+    """Returns the option for run-config keys, which several commands take."""
     keys = argparse.ArgumentParser(add_help=False)
     keys.add_argument(
         "-c",
@@ -27,7 +44,30 @@ def parser() -> argparse.ArgumentParser:
         metavar="'KEY=VALUE …'",
         help="run-config keys, as in flwr run (docs/configuration.md has them all); may be repeated",
     )
+    return keys
 
+
+def _drawn() -> argparse.ArgumentParser:
+    """Returns the options of commands that draw samples of a model."""
+    drawn = argparse.ArgumentParser(add_help=False)
+    drawn.add_argument(
+        "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
+    )
+    usual = parse({}).sample
+    drawn.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default=usual.scheduler,
+        help=f"how images are drawn (default {usual.scheduler})",
+    )
+    drawn.add_argument(
+        "--steps", type=_positive, default=usual.steps, metavar="N", help=f"steps of it (default {usual.steps})"
+    )
+    drawn.add_argument("--seed", type=_seed, default=0, help="seed of the starting noise (default 0)")
+    return drawn
+
+
+def _add_run(commands: Commands, keys: argparse.ArgumentParser) -> None:
     run = commands.add_parser(
         "run", parents=[keys], help="train: a simulation on this machine, or on the nodes of a SuperLink"
     )
@@ -61,22 +101,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--telemetry", action="store_true", help="let Flower and Ray report usage to their makers")
     run.add_argument("-v", "--verbose", action="store_true", help="print Flower's whole log")
 
-    drawn = argparse.ArgumentParser(add_help=False)
-    drawn.add_argument(
-        "model", type=Path, metavar="MODEL_OR_RUN", help="a run's folder, or a diffusers pipeline folder"
-    )
-    usual = parse({}).sample
-    drawn.add_argument(
-        "--scheduler",
-        choices=SCHEDULERS,
-        default=usual.scheduler,
-        help=f"how images are drawn (default {usual.scheduler})",
-    )
-    drawn.add_argument(
-        "--steps", type=_positive, default=usual.steps, metavar="N", help=f"steps of it (default {usual.steps})"
-    )
-    drawn.add_argument("--seed", type=_seed, default=0, help="seed of the starting noise (default 0)")
 
+def _add_sample(commands: Commands, drawn: argparse.ArgumentParser) -> None:
     sample = commands.add_parser("sample", parents=[drawn], help="draw images from a trained model")
     sample.add_argument("-n", "--count", type=_positive, default=64, metavar="N", help="images (default 64)")
     sample.add_argument("--class", dest="of_class", metavar="CLASS", help="name or number (default: all, in turns)")
@@ -88,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
         help="a grid (x.png), an array (x.npz, key images: uint8 N,H,W,C) or a folder of PNGs (x/)",
     )
 
+
+def _add_evaluate(commands: Commands, drawn: argparse.ArgumentParser, keys: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         parents=[drawn, keys],
@@ -109,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("-o", "--output", type=Path, help="write the figures there, too (x.json)")
 
+
+def _add_data(commands: Commands, keys: argparse.ArgumentParser) -> None:
     data = commands.add_parser(
         "data", parents=[keys], help="look at images before a run: counts, sizes, classes, a contact sheet"
     )
@@ -120,10 +150,14 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument("-o", "--output", type=Path, default=Path("data.png"), help="the contact sheet (x.png)")
 
+
+def _add_report(commands: Commands) -> None:
     report = commands.add_parser("report", help="write a run's report.html again, or a page that compares several runs")
     report.add_argument("run", type=Path, nargs="+", help="a run's folder")
     report.add_argument("-o", "--output", type=Path, help="the page of several runs (x.html; default comparison.html)")
 
+
+def _add_compare(commands: Commands, keys: argparse.ArgumentParser) -> None:
     compare = commands.add_parser(
         "compare", parents=[keys], help="several strategies, codecs, partitions and seeds side by side"
     )
@@ -138,6 +172,8 @@ def parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=Path("comparison"), help="folder of runs, tables and plots (comparison)"
     )
 
+
+def _add_certs(commands: Commands) -> None:
     certs = commands.add_parser("certs", help="make the keys and certificates of a federation of real nodes")
     certs.add_argument("folder", type=Path, help="where they go; those that are there are kept")
     certs.add_argument(
@@ -147,7 +183,6 @@ def parser() -> argparse.ArgumentParser:
     certs.add_argument(
         "--days", type=_positive, default=365, metavar="N", help="validity of the SuperLink's certificate (default 365)"
     )
-    return whole
 
 
 def _positive(text: str) -> int:

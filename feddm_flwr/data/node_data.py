@@ -6,10 +6,11 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,31 +118,41 @@ def _load_node(
         raise ConfigError(
             f"state-path = {str(root)!r}: decoded images cannot be kept there ({error.strerror})"
         ) from error
+    return _divided(d, found, kept, origin, folder.name, own=data_path is not None)
+
+
+#: A process has one node's own images, which may be others each round: the earlier ones' disk is free then.
+_load_own = lru_cache(maxsize=1)(_load_node.__wrapped__)
+
+
+def _divided(d: Data, found: Mapping[str, Any], kept: Images, origin: str, fingerprint: str, *, own: bool) -> NodeData:
+    """Returns decoded images, of which the facts were `found`, as what is held out and what is trained on; `own`:
+    whether they are a node's own.
+
+    Raises:
+        ConfigError: they are too few, or their classes are others than the configuration names.
+    """
     count, share = found["count"], d.eval_fraction
     # Of a node's own images, names that the run does not ask for are nobody's business: they may be patients'.
-    own = found["classes"] if not data_path or d.class_names else []
+    classes = found["classes"] if not own or d.class_names else []
     held_out = min(math.ceil(share * count), count - 1)
     if count < (2 if share else 1):
         raise ConfigError(
             f"{origin}: {count} images are too few; at least one is needed to train on, "
             "and one to hold out where data.eval-fraction is above 0"
         )
-    images, labels = kept[:count], _labels(d, own, count, origin, bool(data_path))
+    images, labels = kept[:count], _labels(d, classes, count, origin, own)
     return NodeData(
         train=images[held_out:],
         held_out=images[:held_out],
         train_labels=labels[held_out:],
         held_out_labels=labels[:held_out],
-        class_counts=dict(sorted(Counter(own).items())),
-        classes=own,
+        class_counts=dict(sorted(Counter(classes).items())),
+        classes=classes,
         skipped=found["asked"] - count,
         sizes=found["sizes"],
-        fingerprint=folder.name,
+        fingerprint=fingerprint,
     )
-
-
-#: A process has one node's own images, which may be others each round: the earlier ones' disk is free then.
-_load_own = lru_cache(maxsize=1)(_load_node.__wrapped__)
 
 
 def _labels(d: Data, own: list[str], count: int, origin: str, secret: bool) -> Labels:
