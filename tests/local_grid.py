@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from pool_grid import InProcessGrid
 
@@ -22,6 +22,8 @@ from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.models import networks, parameters
+from feddm_flwr.protocol.replies import Introduction
+from feddm_flwr.server.federation.roster import Roster
 from feddm_flwr.server.round import RoundResult
 from feddm_flwr.server.strategy import FedDM
 
@@ -148,3 +150,34 @@ def on_query(handle: Handler, **changes: Any) -> Handler:
         return Message(RecordDict({"report": ConfigRecord(report)}), reply_to=message)
 
     return changed
+
+
+def weights_without_node_3(c: RunConfig) -> bytes:
+    """Of a run of one round that node-3 does not take part in."""
+    handlers = nodes(c)
+    del handlers[997]
+    (done,) = run(c, handlers)
+    assert done.clients_ok == 3
+    return done.weights.tobytes()
+
+
+def failing(c: RunConfig, count: int, times: int) -> dict[int, Handler]:
+    """Nodes of which the first `count` fail the first `times` times."""
+    handlers = nodes(c)
+    left = dict.fromkeys(sorted(handlers)[:count], times)
+
+    def fail(i: int) -> Callable[[Message, Message], Message]:
+        def change(message: Message, reply: Message) -> Message:
+            left[i] -= 1
+            return Message(Error(2, "broken"), reply_to=message) if left[i] >= 0 else reply
+
+        return change
+
+    return {i: on_train(h, fail(i)) if i in left else h for i, h in handlers.items()}
+
+
+def introductions(c: RunConfig) -> dict[str, Introduction]:
+    """What the nodes say of themselves, by name."""
+    roster = Roster(c)
+    roster.wait(LocalGrid(nodes(c)), first=True)
+    return roster.nodes
