@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed  ## train on handwritten digits with four simulated nodes, a few minutes on two cores
 	$(BIN)/feddm run local
 
-test: $(VENV)/installed  ## the whole suite, real runs included
+test: $(VENV)/installed  ## every test but those with real nodes
 	$(BIN)/python -m pytest
 
 test-deployment: $(VENV)/installed  ## real SuperNodes with TLS, killed, cut off and lied to; a quarter of an hour
