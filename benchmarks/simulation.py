@@ -100,7 +100,7 @@ from feddm_flwr.data.node_data import load_node
 from feddm_flwr.models import networks
 from feddm_flwr.training import examples, loop, objectives
 config = parse(json.loads({json.dumps(json.dumps(keys))}))
-device = prepare_process(config)
+device = prepare_process(config.train)
 with tempfile.TemporaryDirectory() as folder:
     own = load_node(config.data, config.seed, (0, 1), None, Path(folder))
     network = networks.build(config, {{}}).to(device)

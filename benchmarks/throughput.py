@@ -85,7 +85,7 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     if preset.startswith("lsun"):  # its latents, which nothing is asked of here but their shape
         config = replace(config, data=replace(config.data, channels=4))
-    device = prepare_process(config)
+    device = prepare_process(config.train)
     images = np.random.default_rng(0).integers(
         0, 256, (options.batch * options.steps, config.data.channels, size, size), np.uint8
     )

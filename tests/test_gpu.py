@@ -40,7 +40,7 @@ def config(**keys: object) -> RunConfig:
 
 
 def trained(c: RunConfig, images: int = 150) -> tuple[Vector, loop.Trained]:
-    device = prepare_process(c)
+    device = prepare_process(c.train)
     network = networks.build(c, {}).to(device)
     pixels = np.random.default_rng(0).integers(0, 256, (images, 3, 32, 32), np.uint8)
     objective = Denoising(c, Pixels(pixels, True, device), np.zeros(images, np.int64), device)
@@ -127,7 +127,7 @@ def test_a_compiled_network_trains_as_well(caplog: pytest.LogCaptureFixture) -> 
 def test_samples_are_those_of_a_cpu(scheduler: str) -> None:
     """Up to the rounding of bf16; the steps of the first batch are recorded."""
     c = config()
-    prepare_process(c)
+    prepare_process(c.train)
     network = networks.build(c, {})
     process = pipelines.noise_scheduler(c).config
     on_cpu = sampling.sample(network, process, 6, 10, seed=1, scheduler=scheduler)

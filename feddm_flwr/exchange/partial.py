@@ -93,10 +93,10 @@ def split_of(layout: Layout, config: RunConfig) -> Split:
     return Split(shared, _part(layout, personal), sent)
 
 
-def assign(parts: Split, names: list[str], config: RunConfig, number: int) -> dict[str, str]:
+def assign(split: Split, names: list[str], config: RunConfig, number: int) -> dict[str, str]:
     """Returns which part each of the nodes sends in a round: as many each as can be, by the seed."""
     order = np.random.default_rng(derive_seed(config.seed, "parts", number)).permutation(len(names))
-    kinds = [*parts.sent]
+    kinds = [*split.sent]
     return {names[node]: kinds[(place + number) % len(kinds)] for place, node in enumerate(order)}
 
 

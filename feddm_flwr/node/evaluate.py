@@ -41,7 +41,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[s
         ConfigError: the feature network cannot be had here, or there are too few images for sums of them to be told.
         FrameError: a frame is corrupt.
     """
-    device = prepare_process(config)
+    device = prepare_process(config.train)
     assets = assets_of(root, str(said["assets"]), frames)
     report: dict[str, Scalar] = {"name": name, "kind": said["kind"]}
     if assets is None:

@@ -32,7 +32,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
         FrameError: a frame is corrupt.
         FloatingPointError: the training diverged.
     """
-    device = prepare_process(config)
+    device = prepare_process(config.train)
     nothing = Outcome({"name": name, "round": task.round}, b"")
     assets = assets_of(root, task.assets, frames)
     if assets is None:

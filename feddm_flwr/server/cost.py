@@ -11,14 +11,14 @@ from feddm_flwr.exchange.partial import Split
 _PROBE = 1 << 20  # values that are coded to see how many bytes they take
 
 
-def text(config: RunConfig, parts: Split, frozen: int) -> str:
+def text(config: RunConfig, split: Split, frozen: int) -> str:
     """Returns megabytes that a node sends and gets in a round, and the least memory that training takes beside
     activations: float32 weights and gradients, AdamW's two averages, the received weights where the proximal term needs
     them, and `frozen` weights."""
     c = config.codec
-    sent = max(part.layout.size for part in parts.sent.values())
-    up, down = _bytes(config, c.uplink, sent), _bytes(config, c.downlink, parts.shared.layout.size)
-    trained = parts.shared.layout.size + parts.personal.layout.size
+    sent = max(part.layout.size for part in split.sent.values())
+    up, down = _bytes(config, c.uplink, sent), _bytes(config, c.downlink, split.shared.layout.size)
+    trained = split.shared.layout.size + split.personal.layout.size
     averages = 2 if config.train.optimizer == "adamw8bit" else 8
     memory = trained * (8 + averages + (4 if config.train.mu else 0)) + 4 * frozen
     return f"up={up / 1e6:.3g}MB down={down / 1e6:.3g}MB memory={memory / 1e9:.3g}GB"

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from feddm_flwr.config import RunConfig
+from feddm_flwr.config.keys import Train
 
 
 class GradientTerm(ABC):
@@ -44,6 +44,6 @@ class Proximal(GradientTerm):
         torch._foreach_add_(gradients, torch._foreach_sub(parameters, self._received), alpha=self._mu)
 
 
-def gradient_terms(config: RunConfig) -> list[GradientTerm]:
+def gradient_terms(train: Train) -> list[GradientTerm]:
     """Returns the terms that a run's configuration asks for, none for most."""
-    return [Proximal(config.train.mu)] if config.train.mu > 0 else []
+    return [Proximal(train.mu)] if train.mu > 0 else []

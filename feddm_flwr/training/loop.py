@@ -67,12 +67,12 @@ def train(
     t = config.train
     model.train()
     parameters: list[Tensor] = [*trainable(model)]
-    terms = gradient_terms(config)
+    terms = gradient_terms(t)
     for term in terms:
         term.start(parameters)
     if start is not None:
         load_vector(model, start)
-    take_step = Step(model, objective, config, parameters, terms)
+    take_step = Step(model, objective, t, parameters, terms)
     steps = local_steps(config, len(objective))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
-from feddm_flwr.config import RunConfig
+from feddm_flwr.config.keys import Train
 from feddm_flwr.training.gradient_terms import GradientTerm
 from feddm_flwr.training.objectives import Drawn, Objective
 
@@ -28,13 +28,13 @@ class Step:
         self,
         model: nn.Module,
         objective: Objective,
-        config: RunConfig,
+        t: Train,
         parameters: list[Tensor],
         terms: Sequence[GradientTerm] = (),
     ) -> None:
         """Takes steps on the objective and on the `terms`, which have been started."""
-        t, self._device = config.train, parameters[0].device
-        self._model, self._objective, self._config = model, objective, config
+        self._device = parameters[0].device
+        self._model, self._objective, self._train = model, objective, t
         self._parameters, self._terms = parameters, terms
         self._micro = t.micro_batch or t.batch_size
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
@@ -42,8 +42,8 @@ class Step:
         self.records = self._device.type == "cuda" and t.cuda_graph and t.optimizer == "adamw" and not t.checkpointing
         # A graph reads the learning rate from the GPU's memory.
         self._rate = torch.tensor(t.learning_rate, device=self._device) if self.records else None
-        self._optimizer = _optimizer(config, parameters, self._rate)
-        self._compiled = _compiled(model, config, self._device)
+        self._optimizer = _optimizer(t, parameters, self._rate)
+        self._compiled = _compiled(model, t, self._device)
         self._checked = self._compiled is None
         self._recording = CudaGraph(self._device, self.records)
 
@@ -63,11 +63,10 @@ class Step:
         return self._recording(self._step, *drawn)
 
     def _step(self, *drawn: Tensor) -> Tensor:
-        t = self._config.train
         loss = self._backward(drawn)
         for term in self._terms:
             term.add(self._parameters)
-        torch.nn.utils.clip_grad_norm_(self._parameters, t.max_grad_norm, foreach=True)
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._train.max_grad_norm, foreach=True)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss
@@ -82,7 +81,7 @@ class Step:
             try:
                 for piece in zip(*(tensor.split(self._micro) for tensor in drawn), strict=True):
                     # Every other size would be compiled by itself.
-                    usual = len(piece[0]) == min(self._micro, self._config.train.batch_size)
+                    usual = len(piece[0]) == min(self._micro, self._train.batch_size)
                     network = self._compiled if self._compiled is not None and usual else self._model
                     part = self._objective.losses(network, piece).sum() / size
                     part.backward()
@@ -132,13 +131,12 @@ class Step:
         return torch.stack(torch._foreach_norm(gradients))
 
 
-def _compiled(model: nn.Module, config: RunConfig, device: torch.device) -> Any:
+def _compiled(model: nn.Module, t: Train, device: torch.device) -> Any:
     """Returns the network with its operations fused, where that is asked for; on a CPU it would be no faster."""
-    return torch.compile(model, dynamic=False) if config.train.compile and device.type == "cuda" else None
+    return torch.compile(model, dynamic=False) if t.compile and device.type == "cuda" else None
 
 
-def _optimizer(config: RunConfig, parameters: list[Tensor], rate: Tensor | None) -> torch.optim.Optimizer:
-    t = config.train
+def _optimizer(t: Train, parameters: list[Tensor], rate: Tensor | None) -> torch.optim.Optimizer:
     if t.optimizer == "adamw8bit":
         import bitsandbytes
 

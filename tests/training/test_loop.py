@@ -149,10 +149,10 @@ def test_a_slow_node_stops_in_time_and_says_how_far_it_came() -> None:
 def test_a_process_serves_one_run_after_another_with_the_settings_of_each() -> None:
     before = torch.get_num_threads()
     try:
-        device.prepare_process(config(train__threads=3, train__deterministic=True))
+        device.prepare_process(config(train__threads=3, train__deterministic=True).train)
         assert torch.get_num_threads() == 3
         assert torch.are_deterministic_algorithms_enabled()
-        device.prepare_process(config())
+        device.prepare_process(config().train)
         assert torch.get_num_threads() == device._CORES
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
