@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
 
-from feddm_flwr.evaluation.statistics import coverage, covered, statistics
+from feddm_flwr.evaluation.statistics import coverage, covered, fid, statistics
 
 #: Below this, FID is dominated by its bias (Chong and Forsyth 2020).
 FEW = 10_000
@@ -92,11 +91,8 @@ def compare(
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:
-    """Returns the Fréchet distance of two sets of features (N, D), by torchmetrics."""
-    fid = FrechetInceptionDistance(Features(real.shape[1])).set_dtype(torch.float64)
-    fid.update(real.double(), real=True)
-    fid.update(fake.double(), real=False)
-    return float(fid.compute())
+    """Returns the Fréchet distance of two sets of features (N, D)."""
+    return fid(statistics(real), statistics(fake))
 
 
 def precision_and_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:

@@ -125,8 +125,8 @@ def total(parts: Iterable[Statistics]) -> Statistics:
 
 
 def fid(real: Statistics, fake: Statistics) -> float:
-    """Returns the Fréchet distance (Heusel et al. 2017): |m - n|^2 + tr(A + B - 2 (A B)^(1/2)). torchmetrics, which
-    agrees, takes no sums."""
+    """Returns the Fréchet distance (Heusel et al. 2017): |m - n|^2 + tr(A + B - 2 (A B)^(1/2)), of sums, which
+    torchmetrics does not take; it agrees on features."""
     a, b = _covariance(real), _covariance(fake)
     apart = real.first / real.count - fake.first / fake.count
     roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real

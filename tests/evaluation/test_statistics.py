@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from feddm_flwr.evaluation import scores
 from feddm_flwr.evaluation.statistics import Statistics, coverage, covered, fid, kid, statistics, total, unpack
@@ -27,7 +28,10 @@ def test_a_federation_s_figures_are_those_of_the_pooled_images() -> None:
     classes = [str(i % 3) for i in range(500)]
     pooled, shared, made = statistics(real, classes), shared_out(real, classes), statistics(fake)
     assert fid(shared, made) == pytest.approx(fid(pooled, made), rel=1e-9)
-    assert fid(shared, made) == pytest.approx(scores.frechet(real, fake), rel=1e-6)
+    field_s = FrechetInceptionDistance(scores.Features(16)).set_dtype(torch.float64)
+    field_s.update(real.double(), real=True)
+    field_s.update(fake.double(), real=False)
+    assert fid(shared, made) == pytest.approx(float(field_s.compute()), rel=1e-6)
     assert kid(shared, made) == pytest.approx(kid(pooled, made), rel=1e-6)
     assert coverage(shared, Counter(classes), fake) == pytest.approx(coverage(pooled, Counter(classes), fake))
     assert {name: n for name, (n, _) in shared.classes.items()} == {"0": 167, "1": 167, "2": 166}
