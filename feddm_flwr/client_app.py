@@ -52,7 +52,8 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
     data = node_data(config, own)
     if config.keeps_state:
         check_state(own)
-    return Introduction(name, len(data.train), len(data.held_out), data.class_counts, data.skipped, data.sizes)
+    told = data.class_counts, data.skipped, data.sizes, dict(data.remarks)
+    return Introduction(name, len(data.train), len(data.held_out), *told)
 
 
 def _check_installed(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from feddm_flwr.config import parse
+from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config.keys import Data
 from feddm_flwr.config.presets import DATASETS
+from feddm_flwr.data.images import Decoded, is_asked_for, listed
 from feddm_flwr.data.node_data import load_all, partitions
+from feddm_flwr.data.remarks import remarks_on
 from feddm_flwr.data.sources import open_named
 from feddm_flwr.evaluation import grids
 
@@ -20,7 +24,10 @@ _GLANCED_AT = 200  # images that size and channels are guessed from
 _SIZES = (256, 128, 64, 32)
 _SHEET = 100  # images of a contact sheet
 _LISTED = 10  # broken images that are named
-_GREY = ("1", "L", "LA", "I")
+_GREY = ("1", "L", "LA", "I", "F")
+_DEPTHS = (8, 10, 12, 14)  # bits that a sensor may have of a file's 16
+_CLASSES = 30  # that are listed one by one
+_NAME = 40  # characters of a class's name
 
 
 def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
@@ -33,18 +40,23 @@ def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
     guessed = _guess(keys)
     config = parse({**guessed, **keys})
     # Here all that is broken is to be seen.
-    images, classes, found = load_all(replace(config.data, max_broken=1 - 1e-9))
+    images, classes, found = load_all(replace(config.data, max_broken=1))
     lines = [
         f"images   {len(images)} of {found.extent()}, {len(found.broken)} more cannot be read",
         f"modes    {_counts(found.modes)}",
         f"classes  {_counts(Counter(classes)) if classes else 'unknown'}",
+        *_values(config.data, found),
     ]
-    lines += [f"  broken {name} ({why})" for name, why in [*found.broken.items()][:_LISTED]]
-    if len(found.broken) > _LISTED:
-        lines.append(f"  broken {len(found.broken) - _LISTED} more")
+    remarks = remarks_on(open_named(config.data), found, images, whole=True)
+    lines += [f"note     {what}: {count}" for what, count in remarks.items()]
+    lines += [f"  broken {what}" for what in listed(found.broken, _LISTED)]
     share = len(found.broken) / (len(images) + len(found.broken))
-    if share > config.data.max_broken:
+    if found.unclear:
+        lines.append(f"  a run would refuse them: {found.unclear}")
+    elif share > config.data.max_broken:
         lines.append(f"  a run would refuse them: more are broken than data.max-broken = {config.data.max_broken:g}")
+    if not len(images):
+        raise ConfigError("\n".join([*lines, f"data.name = {config.data.name!r}: no image can be read"]))
     if guessed:
         text = " ".join(f"{key}={value}" for key, value in guessed.items())
         lines.append(f"guessed  {text}")
@@ -56,6 +68,10 @@ def describe(keys: Mapping[str, Any], nodes: int, output: Path) -> list[str]:
     if nodes:
         shares = partitions(config.data, config.seed, nodes)
         lines += [f"node-{i:<4} {sum(share.values())} images: {_counts(share)}" for i, share in enumerate(shares)]
+        least = 2 if config.data.eval_fraction else 1
+        if few := [f"node-{i}" for i, share in enumerate(shares) if sum(share.values()) < least]:
+            names = ", ".join(few[:_LISTED]) + (f" and {len(few) - _LISTED} more" if len(few) > _LISTED else "")
+            lines.append(f"  too few images for {names}: a node needs {least}, and is left out of a run")
         if left := len(images) + len(found.broken) - sum(sum(share.values()) for share in shares):
             lines.append(f"  {left} images of classes that no node has are left out")
         lines.append(f"plot     {_plot(shares, config.data.partition, output)}")
@@ -68,11 +84,14 @@ def _guess(keys: Mapping[str, Any]) -> dict[str, int]:
     name = str(keys.get("data.name", "digits"))
     if not wanted or name in DATASETS or keys.get("data.streaming"):
         return {}
-    config = parse({"data.image-size": _SIZES[0], "data.channels": 3, **keys, "data.max-broken": 1 - 1e-9})
-    source = open_named(config.data)
+    config = parse({"data.image-size": _SIZES[0], "data.channels": 3, **keys})
+    source = open_named(replace(config.data, max_broken=1))
     rows = np.linspace(0, len(source.table) - 1, min(_GLANCED_AT, len(source.table))).round().astype(int).tolist()
     out = np.empty((len(rows), config.data.channels, config.data.image_size, config.data.image_size), np.uint8)
+    logger = logging.getLogger("feddm_flwr.data.images")
+    logger.disabled = True  # what is broken is said afterwards, of all
     found = source.decode(rows, out)
+    logger.disabled = False
     side = min((min(size) for size in found.sizes), default=_SIZES[-1])
     fits = side if len(found.sizes) == 1 and side <= _SIZES[0] else next((s for s in _SIZES if s <= side), _SIZES[-1])
     stride = 2 ** (len(config.model.block_channels) - 1)
@@ -81,8 +100,33 @@ def _guess(keys: Mapping[str, Any]) -> dict[str, int]:
     return {k: v for k, v in {"data.image-size": fits, "data.channels": 1 if grey else 3}.items() if k in wanted}
 
 
+def _values(data: Data, found: Decoded) -> list[str]:
+    """Returns what to know of values of more than 8 bits."""
+    values = found.values
+    if values.low > values.high:
+        return []
+    share = values.clipped / max(1, values.count)
+    lines = [
+        f"values   {values.low:g} to {values.high:g}; data.black={data.black:g} data.white={data.white:g}, "
+        f"beyond which {share:.1%} are clipped"
+    ]
+    fits = next((2**bits - 1 for bits in _DEPTHS if values.high < 2**bits), None)
+    if fits and values.low >= 0 and fits < data.white and not is_asked_for(data):
+        lines.append(f"  data.white={fits} would fit: the largest value is {values.high:g}")
+    return lines
+
+
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {n}".strip() for name, n in sorted(counts.items()))
+    """Returns names with their counts; of many the largest and the smallest."""
+    if len(counts) <= _CLASSES:
+        return ", ".join(f"{name} {n}".strip() for name, n in sorted(counts.items()))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    first, last = (", ".join(f"{_short(name)} {n}" for name, n in part) for part in (ordered[:3], ordered[-3:]))
+    return f"{len(counts)} of them: {first}, … {last}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
 def _plot(shares: Sequence[Mapping[str, int]], partition: str, sheet: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -18,6 +19,10 @@ from feddm_flwr.config import ConfigError, parse
 
 def main(arguments: list[str] | None = None) -> int:
     """Does what the command line says; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that knows no ö shows another character
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "agg"  # plots are files, whatever a notebook says
     options = parser().parse_args(arguments)
     commands = {
         "run": run_command,

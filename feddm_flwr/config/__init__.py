@@ -2,7 +2,18 @@
 
 from feddm_flwr.config.fields import ConfigError
 from feddm_flwr.config.keys import KEYS, Codec, RunConfig
-from feddm_flwr.config.names import CODECS, NODE_NAME, NOISE_LEVELS, PARTITION_OF, SCHEDULERS, SPARSE_CODECS, class_name
+from feddm_flwr.config.names import (
+    CODECS,
+    MOST_CLASS_TEXT,
+    MOST_CLASSES,
+    NODE_NAME,
+    NOISE_LEVELS,
+    PARTITION_OF,
+    SCHEDULERS,
+    SPARSE_CODECS,
+    class_name,
+    may_be_told,
+)
 from feddm_flwr.config.parsing import (
     defaults,
     derive_seed,
@@ -18,6 +29,8 @@ from feddm_flwr.config.parsing import (
 __all__ = [
     "CODECS",
     "KEYS",
+    "MOST_CLASSES",
+    "MOST_CLASS_TEXT",
     "NODE_NAME",
     "NOISE_LEVELS",
     "PARTITION_OF",
@@ -34,6 +47,7 @@ __all__ = [
     "least_replies",
     "local_path",
     "local_steps",
+    "may_be_told",
     "nodes_asked",
     "parse",
 ]

@@ -23,7 +23,8 @@ class Data:
     )
     split: str = key(
         "train",
-        "split of a hub data set that is trained on; or of a folder that has train, test, … in it",
+        "split that is trained on: of a hub data set, or of a folder that has train, valid, test, … in the names of "
+        "its folders or files; `all`: no name is one of a split",
     )
     reader: str = key(
         "auto",
@@ -56,10 +57,12 @@ class Data:
         "names of all classes of the federation, separated by commas: for model.class-conditional (preset: known data "
         "sets' own), and, without it, for coverage; what a data-path has of classes is told to nobody but for these",
     )
-    white: int = key(
-        65535,
-        "value that is white in grey images of more than 8 bits: 4095 for 12-bit X-rays; PGM says its own",
-        low=256,
+    black: float = key(
+        0.0, "value that is black in grey images of more than 8 bits, and of floating-point or negative values"
+    )
+    white: float = key(
+        65535.0,
+        "value that is white in the same: 4095 for 12-bit X-rays, 1 for floating-point values to 1; PGM says its own",
     )
     flip: bool = key(PRESET, "mirror training images left to right at random")
     eval_fraction: float = key(0.1, "share of its images that a node holds out for `eval_loss`", low=0, below=1)

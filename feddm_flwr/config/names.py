@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from collections.abc import Mapping
 
 #: A node's name: it goes into logs, seeds and file names.
 NODE_NAME = r"(?!\.)[\w.-]{1,64}"
+#: How many classes a node tells the server of one by one, and how many characters they may take.
+MOST_CLASSES, MOST_CLASS_TEXT = 10_000, 300_000
 NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc", "ddpm")
 #: Keys that act with one `data.partition` only.
@@ -23,3 +27,9 @@ CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk"
 def class_name(text: str) -> str:
     """Returns a class as it is compared: a Mac writes an umlaut of a folder's name as two characters."""
     return unicodedata.normalize("NFC", text).strip()
+
+
+def may_be_told(class_counts: Mapping[str, int]) -> bool:
+    """Tells whether a node's counts of its classes are few enough to be sent one by one. Where each patient, or each
+    file, has a class of its own, they are not."""
+    return len(class_counts) <= MOST_CLASSES and len(json.dumps(class_counts)) <= MOST_CLASS_TEXT

@@ -76,6 +76,8 @@ def _data(c: RunConfig) -> Iterator[str]:
         yield "data.name = '' is not allowed: must be digits, an id of a hub, a folder, or parquet files"
     if c.data.channels == 2:
         yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
+    if not c.data.black < c.data.white:
+        yield f"data.black = {c.data.black:g} with data.white = {c.data.white:g}: must be less"
     if c.data.partition == "natural" and not c.data.natural_column:
         yield "data.natural-column = '' with data.partition = 'natural': must name a column"
 

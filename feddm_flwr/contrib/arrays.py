@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from feddm_flwr.config import ConfigError
 from feddm_flwr.config.keys import Data
@@ -32,11 +31,7 @@ class Arrays(Reader):
         def fill(rows: Sequence[int], out: Images) -> Decoded:
             found = Decoded()
             for place, row in enumerate(rows):
-                image = Image.fromarray(images[row])
-                out[place] = fit(data, image)
-                found.kept.append(place)
-                found.sizes[image.size] += 1
-                found.modes[image.mode] += 1
+                found.take(place, fit(data, images[row]), out)
             return found
 
         columns = {"row": [*range(len(images))]} if labels is None else {data.label_column: labels}

@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import hashlib
+import mimetypes
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
-from feddm_flwr.config import ConfigError, expanded
-from feddm_flwr.data.images import ENDINGS
+from PIL import Image
 
+from feddm_flwr.config import ConfigError, expanded
+
+#: What is taken for an image by its name; what is called otherwise is, where its content is an image's.
+IMAGES: tuple[str, ...] = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+)
+IMAGES += (".tif", ".tiff", ".webp")
+#: Files of tables.
+TABLES = (".parquet", ".arrow")
+#: What Pillow knows by its content, and every part of this package reads.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Never looked into: there may be one beside each image, and some change while a run goes on.
+_TEXTS: tuple[str, ...] = (
+    ".csv",
+    ".db",
+    ".json",
+    ".jsonl",
+    ".lock",
+    ".log",
+    ".md",
+    ".npy",
+    ".npz",
+    ".py",
+    ".tsv",
+    ".txt",
+    ".xml",
+)
+_TEXTS += (".yaml", ".yml", ".zip", ".tar", ".gz", ".h5", ".pt", ".safetensors", ".toml", ".html", ".pdf")
+# Endings that are told; another might be part of a patient's name.
+_TOLD = {*IMAGES, *TABLES, *_TEXTS, ".heic", ".heif", ".dcm", ".dicom", ".nii", ".svs", ".ndpi", ".mrxs", ".czi"}
+_TOLD |= {
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".dng",
+    ".orf",
+    ".rw2",
+    ".raw",
+    ".jxl",
+    ".psd",
+    ".exr",
+    ".mha",
+    ".nrrd",
+    ".mat",
+}
 # What systems, and network storage, put beside the images.
 _OF_THE_DISK = {"lost+found", "System Volume Information", "@eaDir", "#recycle", "#snapshot"}
 
@@ -35,15 +94,44 @@ def walk(path: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 
-def pictures(path: Path) -> Iterator[Path]:
-    """Yields the image files below a path."""
+def files_below(path: Path) -> Iterator[Path]:
+    """Yields every file below a path that is not hidden."""
     for folder, names in walk(path):
-        yield from (Path(folder, name) for name in names if name.lower().endswith(ENDINGS))
+        yield from (Path(folder, name) for name in names)
+
+
+def is_image(path: str) -> bool:
+    """Tells whether a file is an image: by its ending, or by its content, as others call theirs `.jfif` or nothing."""
+    name = path.lower()
+    if name.endswith(IMAGES):
+        return True
+    if name.endswith((*_TEXTS, *TABLES)):
+        return False
+    try:
+        found = os.stat(path)  # noqa: PTH116 (half the time that a Path takes)
+    except OSError:  # a link to nothing
+        return False
+    return _looks_like_one(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _looks_like_one(path: str, size: int, changed: int) -> bool:
+    try:
+        with Image.open(path, formats=FORMATS):
+            return size > 0
+    except Exception:  # Pillow raises nearly anything on what is none
+        return False
+
+
+def ending(path: Path) -> str:
+    """Returns the ending of a file's name, where it is one that may be told: a name after a dot may be a person's."""
+    own = path.suffix.lower()
+    return own if own in _TOLD or mimetypes.guess_type(f"x{own}")[0] else "other" if own else "no ending"
 
 
 def stamp_of(name: str, origin: str, *, every: bool = False) -> str:
-    """Returns what changes when an image or a parquet file does that has this name, or is below it, or `every` file; ""
-    where there is none.
+    """Returns what changes when an image or a table does that has this name, or is below it, or `every` file; "" where
+    there is none.
 
     Raises:
         ConfigError: a folder cannot be read; `origin` says whose it is.
@@ -58,10 +146,11 @@ def _stamp(name: str, every: bool) -> str:
     path = expanded(name)
     if not path.exists():
         return ""
-    digest, known = hashlib.sha256(), (*ENDINGS, ".parquet")
+    digest = hashlib.sha256()
     for folder, files in walk(path) if path.is_dir() else [(str(path.parent), [path.name])]:
         for file in files:
-            if not (every or file.lower().endswith(known)):  # what else lies there may change at any time
+            # What else lies there may change at any time.
+            if not (every or file.lower().endswith(TABLES) or is_image(f"{folder}/{file}")):
                 continue
             try:
                 found = os.stat(f"{folder}/{file}")  # noqa: PTH116 (half the time that a Path takes, in every task)

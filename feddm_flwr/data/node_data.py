@@ -7,7 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from feddm_flwr.config import ConfigError, derive_seed
+from feddm_flwr.config import ConfigError, derive_seed, may_be_told
 from feddm_flwr.config.keys import Data
 from feddm_flwr.data.files import stamp_of
 from feddm_flwr.data.images import Decoded, Images
 from feddm_flwr.data.partition import partition_rows
+from feddm_flwr.data.remarks import remarks_on
 from feddm_flwr.data.source import Source
 from feddm_flwr.data.sources import open_named, open_own, open_source
 from feddm_flwr.storage.array_cache import array, cached, facts, new_array, write_facts
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 Labels = NDArray[np.int64]  # (N,)
 
-_FORMAT = 4  # of what is cached: raised when the same file would be decoded to other pixels
+_TOO_MANY = "classes, too many to count one by one (see data.label-column)"
+_FORMAT = 5  # of what is cached: raised when the same file would be decoded to other pixels
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class NodeData:
     held_out_labels: Labels
     skipped: int = 0  # images that cannot be read
     sizes: str = ""  # the smallest and the largest, before they were resized
+    remarks: Mapping[str, int] = field(default_factory=dict)  # see `data.remarks`
     fingerprint: str = ""  # of the images and their order; empty where they are not cached
 
 
@@ -108,7 +111,9 @@ def _load_node(
         classes = _classes(source, d.label_column)
         own = [classes[rows[i]] for i in decoded.kept] if classes else []
         count = len(decoded.kept)
-        write_facts(folder, {"classes": own, "count": count, "asked": len(rows), "sizes": decoded.extent()})
+        remarks = remarks_on(source, decoded, images[:count], whole=not partition or partition[0] == 0)
+        about = {"asked": len(rows), "sizes": decoded.extent(), "remarks": remarks}
+        write_facts(folder, {"classes": own, "count": count, **about})
         shutil.rmtree(scratch, ignore_errors=True)
 
     try:
@@ -142,15 +147,20 @@ def _divided(d: Data, found: Mapping[str, Any], kept: Images, origin: str, finge
             "and one to hold out where data.eval-fraction is above 0"
         )
     images, labels = kept[:count], _labels(d, classes, count, origin, own)
+    counts, remarks = dict(sorted(Counter(classes).items())), dict(found["remarks"])
+    if not d.class_names and not may_be_told(counts):
+        remarks[_TOO_MANY] = len(counts)
+        classes, counts = [], {}
     return NodeData(
         train=images[held_out:],
         held_out=images[:held_out],
         train_labels=labels[held_out:],
         held_out_labels=labels[:held_out],
-        class_counts=dict(sorted(Counter(classes).items())),
+        class_counts=counts,
         classes=classes,
         skipped=found["asked"] - count,
         sizes=found["sizes"],
+        remarks=remarks,
         fingerprint=fingerprint,
     )
 
@@ -211,12 +221,12 @@ def _classes(source: Source, column: str) -> list[str]:
 def _kept(d: Data, source: Source, name: str, root: Path) -> Source:
     """Returns a stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
     shape = (len(source.table), d.channels, d.image_size, d.image_size)
-    chosen = (name, d.split, d.image_column, d.white, d.max_broken)
+    chosen = (name, d.split, d.image_column, d.black, d.white, d.max_broken)
 
     def fill(folder: Path) -> None:
         decoded = source.decode(range(shape[0]), new_array(folder, "images", shape, np.uint8))
         sizes = [[*size, n] for size, n in decoded.sizes.items()]
-        write_facts(folder, {"kept": decoded.kept, "sizes": sizes})
+        write_facts(folder, {"kept": decoded.kept, "sizes": sizes, "pages": decoded.pages})
 
     folder = cached(root, {"format": _FORMAT, "stream": chosen}, f"{source.version} {shape}", fill)
     found, images = facts(folder), array(folder, "images")
@@ -224,7 +234,7 @@ def _kept(d: Data, source: Source, name: str, root: Path) -> Source:
 
     def copy(rows: Sequence[int], out: Images) -> Decoded:
         sizes = Counter({(width, height): n for width, height, n in found["sizes"]})
-        decoded = Decoded([i for i, row in enumerate(rows) if row in place], {}, sizes)
+        decoded = Decoded([i for i, row in enumerate(rows) if row in place], {}, sizes, pages=found["pages"])
         for to, i in enumerate(decoded.kept):
             out[to] = images[place[rows[i]]]
         return decoded

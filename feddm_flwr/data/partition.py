@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,9 @@ from feddm_flwr.config.keys import Data
 from feddm_flwr.data.source import Source
 
 log = logging.getLogger(__name__)
+
+_LEAST = 2  # images of a node: one to train on, one to hold out
+_FACTORS = (2, 4, 8, 16, 32, 64, 128)  # of data.alpha, which are tried for a message
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +45,7 @@ def _partitioner(d: Data, run_seed: int, source: Source, count: int) -> Partitio
         "iid": ("", lambda: _Even(count)),
         "dirichlet": (
             d.label_column,
-            lambda: _flower().DirichletPartitioner(count, "by", d.alpha, min_partition_size=2, seed=seed),
+            lambda: _dirichlet(d, seed, count),
         ),
         "pathological": (d.label_column, lambda: _Pathological(count, d.classes_per_node, seed)),
         "shard": (
@@ -67,8 +72,15 @@ def _partitioner(d: Data, run_seed: int, source: Source, count: int) -> Partitio
         if None in values:  # which has no order
             values = source.classes(column)
         columns["by"] = [values[i] for i in order]
-    partitions = make()
-    partitions.dataset = Dataset.from_dict(columns)
+    partitions, dataset = make(), Dataset.from_dict(columns)
+    if d.partition == "dirichlet":
+        if not _shared_out(partitions, dataset):
+            raise ConfigError(
+                f"{_problem(d, source, count)}: data.alpha = {d.alpha:g} leaves a node fewer than {_LEAST} images"
+                f"{_would_do(d, seed, count, dataset)}"
+            )
+        return partitions
+    partitions.dataset = dataset
     try:
         if d.partition == "natural" and partitions.num_partitions != count:
             raise ValueError(f"{column!r} has {partitions.num_partitions} different values; use as many nodes")
@@ -79,9 +91,45 @@ def _partitioner(d: Data, run_seed: int, source: Source, count: int) -> Partitio
 
 
 def _flower() -> Any:
-    from flwr_datasets import partitioner  # which imports pyplot: a second, where nothing else is slow
+    # It imports pyplot: a second, where nothing else is slow; and Jupyter's backend is not in every environment.
+    os.environ["MPLBACKEND"] = "agg"
+    from flwr_datasets import partitioner
 
     return partitioner
+
+
+def _dirichlet(d: Data, seed: int, count: int, alpha: float | None = None) -> Partitioner:
+    made: Partitioner = _flower().DirichletPartitioner(
+        count, "by", alpha or d.alpha, min_partition_size=_LEAST, seed=seed
+    )
+    return made
+
+
+def _shared_out(partitions: Partitioner | _Even | _Pathological, dataset: Dataset) -> bool:
+    """Deals all partitions; tells whether that could be done."""
+    partitions.dataset = dataset
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that are none here
+            partitions.load_partition(0)
+    except ValueError:
+        return False
+    return True
+
+
+def _would_do(d: Data, seed: int, count: int, dataset: Dataset) -> str:
+    """Returns which values would give every node enough images."""
+    found = []
+    for alpha in (factor * d.alpha for factor in _FACTORS):
+        if _shared_out(_dirichlet(d, seed, count, alpha), dataset):
+            found.append(f"data.alpha = {alpha:g} would do")
+            break
+    fewer = count
+    while (fewer := fewer * 2 // 3) > 1:
+        if _shared_out(_dirichlet(d, seed, fewer), dataset):
+            found.append(f"{fewer} nodes would do")
+            break
+    return "".join(f"; {text}" for text in found)
 
 
 def _problem(d: Data, source: Source, count: int) -> str:

@@ -8,21 +8,20 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from feddm_flwr.config import ConfigError
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.plugins import load_class
-from feddm_flwr.data.files import pictures
-from feddm_flwr.data.images import ENDINGS, Decoded, Images, decode, fit
+from feddm_flwr.data.cells import file_of, holds_images, holds_lists, is_path, pixels_of
+from feddm_flwr.data.images import Decoded, Images, decode, fit
 from feddm_flwr.data.source import Source
+from feddm_flwr.data.splits import ALL, no_such_split, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,106 +54,160 @@ def reader_class(name: str) -> type[Reader]:
     return load_class("data.reader", name, Reader)  # type: ignore[type-abstract]
 
 
-def read_table(data: Data, origin: str, own: bool, stamp: str, table: Dataset) -> Source:
-    """Returns a data set that is on this machine's disk."""
+def read_table(data: Data, origin: str, own: bool, stamp: str, table: Dataset, folders: Sequence[Path] = ()) -> Source:
+    """Returns a data set that is on this machine's disk. Paths in it start at the first of the `folders` that has such
+    a file, else at the working folder."""
     import datasets
 
     column = data.image_column
-    _check_column(column, origin, own, table.column_names)
-    table = table.cast_column(column, datasets.Image(decode=False))
+    _check_columns(data, origin, own, table.features)
+    if isinstance(table.features[column], datasets.Image):
+        table = table.cast_column(column, datasets.Image(decode=False))
+    pixels = pixels_of(data, table)
 
     def fill(rows: Sequence[int], out: Images) -> Decoded:
         cells = (row[column] for row in table.select(rows).select_columns([column]))
-        return decode(data, map(_file, cells), [f"row {row}" for row in rows], origin, out)
+        files = (file_of(cell, folders, pixels) for cell in cells)
+        return decode(data, files, [f"row {row}" for row in rows], origin, out)
 
-    return Source(origin, table, fill, stamp or table._fingerprint)
+    return Source(
+        origin,
+        table,
+        fill,
+        stamp or table._fingerprint,
+        by_path=len(table) > 0 and is_path(table[0][column]),
+        other_columns=_other_images(table.features, column),
+    )
 
 
-def read_stream(data: Data, origin: str, own: bool, stamp: str, name: str, options: dict[str, Any]) -> Source:
+def read_stream(
+    data: Data,
+    origin: str,
+    own: bool,
+    stamp: str,
+    name: str,
+    options: dict[str, Any],
+    folders: Sequence[Path] = (),
+) -> Source:
     """Returns a data set of which nothing is kept but its classes. Parquet is read by column: these cost little."""
     import datasets
     from huggingface_hub import HfApi
 
     d = data
     stream = datasets.load_dataset(name, streaming=True, **options)
-    names = stream.column_names or [*next(iter(stream))]
-    _check_column(d.image_column, origin, own, names)
-    images = stream.select_columns([d.image_column]).cast_column(d.image_column, datasets.Image(decode=False))
-    labels = [c for c in names if c in (d.label_column, d.natural_column)]
-    counted = labels or [c for c in names if c != d.image_column][:1]
+    features = stream.features or dict.fromkeys(stream.column_names or [*next(iter(stream))])
+    _check_columns(d, origin, own, features)
+    images = stream.select_columns([d.image_column])
+    if not stream.features or isinstance(features[d.image_column], datasets.Image):
+        images = images.cast_column(d.image_column, datasets.Image(decode=False))
+    labels = [c for c in features if c in (d.label_column, d.natural_column)]
+    counted = labels or [c for c in features if c != d.image_column][:1]
     count = 0
     columns: dict[str, list[Any]] = {c: [] for c in labels}
     for row in stream.select_columns(counted) if counted else images:
         count += 1
         for c in labels:
             columns[c].append(row[c])
-    kinds = datasets.Features({c: stream.features[c] for c in labels}) if labels and stream.features else None
+    kinds = datasets.Features({c: features[c] for c in labels}) if labels and stream.features else None
     table = datasets.Dataset.from_dict(columns or {"row": [*range(count)]}, kinds)
+    pixels = pixels_of(d, images)
 
     def fill(chosen: Sequence[int], out: Images) -> Decoded:
         assert [*chosen] == [*range(count)]
-        cells = (row[d.image_column] for row in images)
-        return decode(d, map(_file, cells), [f"row {row}" for row in chosen], origin, out)
+        files = (file_of(row[d.image_column], folders, pixels) for row in images)
+        return decode(d, files, [f"row {row}" for row in chosen], origin, out)
 
-    return Source(origin, table, fill, stamp or str(HfApi().dataset_info(name).sha), streamed=True)
+    return Source(
+        origin,
+        table,
+        fill,
+        stamp or str(HfApi().dataset_info(name).sha),
+        streamed=True,
+        by_path=count > 0 and is_path(next(iter(images))[d.image_column]),
+        other_columns=_other_images(features, d.image_column),
+    )
 
 
-def _file(cell: dict[str, Any] | None) -> bytes | Path | str | None:
-    """Returns what a cell of an image column is decoded from."""
-    if not cell or not (cell["bytes"] or cell["path"]):
-        return None
-    return cell["bytes"] or (cell["path"] if "://" in cell["path"] else Path(cell["path"]))
+def _check_columns(data: Data, origin: str, own: bool, features: Mapping[str, Any]) -> None:
+    """Finds out whether the columns that the configuration names can be what it takes them for.
 
-
-def _check_column(column: str, origin: str, own: bool, names: Sequence[str]) -> None:
-    if column not in names:
+    Raises:
+        ConfigError: there is no column of images, or one of classes has several in a cell.
+    """
+    column = data.image_column
+    if column not in features:
         if own:
-            log.warning("%s: has the columns %s", origin, [*names])  # in the node's own log
-        there = "the node's own log says which there are" if own else f"has {[*names]}"
+            log.warning("%s: has the columns %s", origin, [*features])  # in the node's own log
+        there = "the node's own log says which there are" if own else f"has {[*features]}"
         raise ConfigError(f"data.image-column = {column!r}: no such column; {origin}: {there}")
+    kind = features[column]
+    if kind is not None and not (holds_images(kind) or holds_lists(kind) or _is_text(kind)):
+        what = getattr(kind, "dtype", "") or type(kind).__name__
+        raise ConfigError(
+            f"data.image-column = {column!r}: {origin} holds {what} there; must "
+            "hold images: files, their paths or base64 text, or pixels"
+        )
+    for key, name in (("data.label-column", data.label_column), ("data.natural-column", data.natural_column)):
+        if name and holds_lists(features.get(name)):
+            raise ConfigError(
+                f"{key} = {name!r}: {origin} has lists in this column, several values for an image; name a column that "
+                "has one for each, or '' where no classes are needed"
+            )
+
+
+def _is_text(kind: object) -> bool:
+    return getattr(kind, "dtype", "") in ("string", "large_string") or type(kind).__name__ == "Json"
+
+
+def _other_images(features: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    return tuple(name for name, kind in features.items() if name != column and holds_images(kind))
 
 
 def read_digits(data: Data, origin: str) -> Source:
     """Reads scikit-learn's 1,797 handwritten digits (UCI ML repository), 8x8 with values 0..16."""
     from datasets import Dataset
 
-    if data.split not in ("train", "test"):
-        raise ConfigError(f"data.split = {data.split!r}: must be train or test for digits")
+    if (split := data.split if data.split == ALL else split_of(data.split)) not in ("train", "test", ALL):
+        raise no_such_split(data.split, origin, ("train", "test"))
     # Importing it would take longer than all else that an introduction needs.
     where = Path(str(find_spec("sklearn").origin)).parent  # type: ignore[union-attr]
     digits = np.loadtxt(where / "datasets/data/digits.csv.gz", np.uint8, delimiter=",")
     order = np.random.default_rng(0).permutation(len(digits))
     test = len(order) // _DIGITS_TEST_SHARE
-    rows = order[test:] if data.split == "train" else order[:test]
+    rows = {"train": order[test:], "test": order[:test], ALL: order}[split]
     images = np.round(digits[rows, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     table = Dataset.from_dict({"label": digits[rows, -1].astype(np.int64)})
 
     def fill(chosen: Sequence[int], out: Images) -> Decoded:
-        for i, row in enumerate(chosen):
-            out[i] = fit(data, Image.fromarray(images[row]))
-        count = len(chosen)
-        return Decoded([*range(count)], {}, Counter({(8, 8): count}), Counter({"L": count}))
+        found = Decoded()
+        for place, row in enumerate(chosen):
+            found.take(place, fit(data, images[row]), out)
+        return found
 
     return Source(origin, table, fill, "scikit-learn")
 
 
-def read_folder(data: Data, path: Path, origin: str, own: bool, stamp: str) -> Source:
-    """Returns images below a folder; the class is the name of the first subfolder, where there is one."""
+def read_folder(
+    data: Data, path: Path, origin: str, own: bool, stamp: str, found: Sequence[tuple[Path, tuple[str, ...]]]
+) -> Source:
+    """Returns images below a folder, which were `found` there with the folders that each lies in; the class is the name
+    of the first of these, where all have one."""
     from datasets import Dataset
 
-    files = sorted(_once(p for p in pictures(path) if p.is_file()))
-    if not files:
-        raise ConfigError(f"{origin}: no images below this folder; known endings are {' '.join(ENDINGS)}")
-    parts = [p.relative_to(path).parts for p in files]
-    columns: dict[str, list[str]] = {"file": [_text(str(Path(*part))) for part in parts]}
+    inside = dict(found)
+    files = sorted(_once(p for p in inside if p.is_file()), key=lambda p: (*inside[p], p.name))
+    parts = [(*inside[p], p.name) for p in files]
+    names = [_text(str(Path(*part))) for part in parts]
+    columns: dict[str, list[str]] = {"file": names}
     if all(len(part) > 1 for part in parts):
         columns[data.label_column] = [_text(part[0]) for part in parts]
 
     def fill(rows: Sequence[int], out: Images) -> Decoded:
-        names = [f"file {i + 1} in order of name" if own else columns["file"][i] for i in rows]
-        return decode(data, (files[i] for i in rows), names, origin, out)
+        told = [f"file {i + 1} in order of name" for i in rows] if own else None
+        logged = [names[i] for i in rows]
+        return decode(data, (files[i] for i in rows), told or logged, origin, out, logged)
 
-    return Source(origin, Dataset.from_dict(columns), fill, stamp, names=tuple(columns["file"]))
+    return Source(origin, Dataset.from_dict(columns), fill, stamp, names=tuple(names))
 
 
 def _once(files: Iterable[Path]) -> Iterator[Path]:

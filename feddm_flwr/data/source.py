@@ -27,6 +27,9 @@ class Source:
     version: str  # of what it is decoded from
     streamed: bool = False
     names: Sequence[str] = ()  # of the rows, where they have some that stay when others come and go
+    by_path: bool = False  # whether rows have paths of files
+    other_columns: Sequence[str] = ()  # that have images, too, which are not read
+    passed_over: Sequence[tuple[str, int]] = ()  # endings of files there that are not read, and how many there are
 
     def decode(self, rows: Sequence[int], out: Images) -> Decoded:
         """Fills the beginning of an array with rows.
@@ -44,6 +47,12 @@ class Source:
         if column not in self.table.column_names:
             return []
         names: list[str] = getattr(self.table.features[column], "names", [])
-        values = self.table[column][:]
-        named = [_UNLABELLED if v is None or (names and v < 0) else names[v] if names else str(v) for v in values]
-        return [*map(class_name, named)]
+        return [class_name(_class(value, names)) for value in self.table[column][:]]
+
+
+def _class(value: object, names: Sequence[str]) -> str:
+    if value is None or value != value or (names and isinstance(value, int) and value < 0):  # NaN, too
+        return _UNLABELLED
+    if names and isinstance(value, int):
+        return names[value]
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)

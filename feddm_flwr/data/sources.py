@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from feddm_flwr.config import ConfigError, expanded, local_path
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.plugins import is_plugin
-from feddm_flwr.data.files import stamp_of, walk
-from feddm_flwr.data.images import ENDINGS
+from feddm_flwr.data.files import TABLES, ending, files_below, is_image, stamp_of
 from feddm_flwr.data.readers import read_digits, read_folder, read_stream, read_table, reader_class
 from feddm_flwr.data.source import Source
+from feddm_flwr.data.splits import ALL, in_split, no_such_split
 
 log = logging.getLogger(__name__)
 
-_PARQUET = "[!.]*.parquet"
-_SPLITS = {"train", "test", "validation", "val"}
+_OF_A_SAVED_SET = {"dataset_info.json", "state.json", "dataset_dict.json"}  # see `datasets.Dataset.save_to_disk`
 
 
 @lru_cache(maxsize=2)
@@ -58,8 +63,6 @@ def open_own(data: Data, path: str, origin: str, *, stamp: str, scratch: Path) -
 
 
 def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) -> Source:
-    import datasets
-
     own = scratch is not None
     if is_plugin(data.reader):
         if not expanded(name).exists():
@@ -68,53 +71,92 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
     if name == "digits" and not own:
         return read_digits(data, origin)
     path = expanded(name)
-    if path.is_dir() and not sorted(path.glob(_PARQUET)):
-        first = {  # folders with images; "": there are some beside them
-            (*Path(folder).relative_to(path).parts, "")[0]
-            for folder, names in walk(path)
-            if any(name.lower().endswith(ENDINGS) for name in names)
+    if not path.exists():
+        if own or local_path(name) or path.suffix in TABLES:
+            raise ConfigError(f"{origin}: no such file or folder")
+        return _tables(data, name, origin, None, stamp, [])
+    if path.is_file():
+        if data.split not in ("train", ALL):
+            raise no_such_split(data.split, origin, ())
+        return _tables(data, name, origin, scratch, stamp, [path])
+    below = [file for file in files_below(path) if not (file.suffix == ".arrow" and file.name.startswith("cache-"))]
+    tables = [file for file in below if file.name.lower().endswith(TABLES)]
+    images = [] if any(file.parent == path for file in tables) else [file for file in below if is_image(str(file))]
+    if tables and images:
+        raise ConfigError(
+            f"{origin}: has {len(images)} images and {len(tables)} parquet or arrow files below it; name the folder or "
+            "the file that is meant"
+        )
+    if not tables and not images:
+        raise ConfigError(f"{origin}: no images below this folder, and no parquet or arrow files; {_others(below)}")
+    chosen = in_split(tables or images, path, data.split, origin, tables=bool(tables))
+    left = {*below} - {*tables} - {*images}
+    if images:
+        source = read_folder(data, path, origin, own, stamp, chosen)
+    else:
+        if len({folders for _, folders in chosen}) > 1:
+            raise ConfigError(
+                f"{origin}: has parquet or arrow files in several folders, which may be of different data sets; name "
+                "the folder that is meant"
+            )
+        source = _tables(data, name, origin, scratch, stamp, sorted(file for file, _ in chosen), path)
+        left = {
+            file for file in left if file.name not in _OF_A_SAVED_SET and not (source.by_path and is_image(str(file)))
         }
-        below = _split({folder: [path / folder] for folder in sorted(first)}, data.split, origin)
-        return read_folder(data, below[0] if below else path, origin, own, stamp)
-    if not path.exists() and (own or local_path(name) or path.suffix == ".parquet"):
-        raise ConfigError(f"{origin}: no such file or folder")
+    return replace(source, passed_over=tuple(sorted(Counter(map(ending, left)).items())))
+
+
+def _others(files: Sequence[Path]) -> str:
+    """Returns what there is where there are no images."""
+    counts = Counter(map(ending, files))
+    return f"there are: {', '.join(f'{n} {what}' for what, n in sorted(counts.items())) or 'no files'}"
+
+
+def _tables(
+    data: Data,
+    name: str,
+    origin: str,
+    scratch: Path | None,
+    stamp: str,
+    files: Sequence[Path],
+    root: Path | None = None,
+) -> Source:
+    """Returns tables in files, or where there are none, the data set of that name on a hub."""
+    import datasets
+
+    own = scratch is not None
+    folders = [*dict.fromkeys([*(file.parent for file in files), *([root] if root else [])])]
     try:
-        if path.exists():
-            files = sorted(path.glob(_PARQUET)) if path.is_dir() else [path]
-            by_split: dict[str, list[Path]] = {}
-            for file in files:  # a hub's are called train-00000-of-00002.parquet
-                by_split.setdefault(file.stem.partition("-")[0], []).append(file)
-            chosen = _split(by_split if path.is_dir() else {}, data.split, origin) or files
-            found = ("parquet", {"data_files": [*map(str, chosen)], "split": "train"})
-        else:
-            found = (name, {"split": data.split})
+        if files and all((file.parent / "state.json").is_file() for file in files):  # as save_to_disk leaves them
+            saved = [datasets.load_from_disk(str(folder)) for folder in dict.fromkeys(file.parent for file in files)]
+            return read_table(data, origin, own, stamp, datasets.concatenate_datasets(saved), folders)
+        kinds = {file.suffix.lower() for file in files}
+        if len(kinds) > 1:
+            raise ConfigError(f"{origin}: has {' and '.join(sorted(kinds))} files; name the files that are meant")
+        found: tuple[str, dict[str, Any]] = (name, {"split": data.split})
+        if files:
+            # The library takes paths for patterns, and :: for a chain of file systems.
+            if any("::" in str(file) for file in files):
+                raise ConfigError(f"{origin}: a path with :: cannot be read; rename the folder or the file")
+            kind = "arrow" if kinds == {".arrow"} else "parquet"
+            found = (kind, {"data_files": [glob.escape(str(file)) for file in files], "split": "train"})
         if data.streaming:
-            return read_stream(data, origin, own, stamp, *found)
-        return read_table(data, origin, own, stamp, datasets.load_dataset(found[0], cache_dir=scratch, **found[1]))
+            return read_stream(data, origin, own, stamp, *found, folders)
+        table = datasets.load_dataset(found[0], cache_dir=scratch, **found[1])
+        return read_table(data, origin, own, stamp, table, folders)
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for many causes
+        # What is in quotes may be a cell's.
+        what = (
+            re.sub(r"'[^']*'|\"[^\"]*\"", "…", str(error).partition("\n")[0])
+            if files
+            else str(error).partition("\n")[0]
+        )
         if own:
-            log.warning("%s: %s", origin, error)  # in the node's own log
-        what = "" if own else f": {str(error).partition(chr(10))[0]}"
+            log.warning("%s: %s", origin, what)  # in the node's own log
         raise ConfigError(
-            f"{origin}: cannot be read ({type(error).__name__}{what}); must be digits, "
+            f"{origin}: cannot be read ({type(error).__name__}{'' if own else f': {what}'}); must be digits, "
             "a Hugging Face data set id in reach, a folder of images, or parquet with images in column "
             f"{data.image_column!r}"
         ) from error
-
-
-def _split(found: dict[str, list[Path]], split: str, origin: str) -> list[Path]:
-    """Returns what belongs to a split, where everything that was `found` is of one; nothing where there are none."""
-    if len({*found} & _SPLITS) > 1 and not {*found} <= _SPLITS:
-        there = ", ".join(sorted({*found} & _SPLITS))
-        raise ConfigError(
-            f"{origin}: has {there} beside others, so that images to test with would be trained on: leave only splits "
-            "there, or name the folder that is meant"
-        )
-    if found and {*found} <= _SPLITS and split in found:
-        return found[split]
-    if split != "train" or (found and {*found} <= _SPLITS):
-        there = ", ".join(sorted({*found} & _SPLITS)) or "none"
-        raise ConfigError(f"data.split = {split!r}: {origin} has no such split; there are: {there}")
-    return []

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from feddm_flwr.config import NODE_NAME, NOISE_LEVELS
+from feddm_flwr.config import MOST_CLASS_TEXT, MOST_CLASSES, NODE_NAME, NOISE_LEVELS
 from feddm_flwr.protocol.failures import Failure, clean
 from feddm_flwr.protocol.tasks import Scalar
 
 #: Losses and errors above this are a broken node's.
 ABSURD = 1e6
 _MAX_IMAGES = 10_000_000  # keeps the exact sum of a thousand such nodes within 64 bits, at updates up to 0.1
-_MAX_CLASSES = 10_000
+_MAX_REMARKS = 50
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Introduction:
     class_counts: dict[str, int]
     skipped: int = 0  # images that it cannot read
     sizes: str = ""  # the smallest and the largest, before they were resized
+    remarks: dict[str, int] = field(
+        default_factory=dict, compare=False
+    )  # what else is to be known of its images, in counts
 
     def to_record(self, problem: str = "") -> dict[str, Scalar]:
         """Returns the introduction, and what the node finds wrong, as a record of scalars."""
@@ -40,6 +43,7 @@ class Introduction:
             "class-counts": json.dumps(self.class_counts),
             "skipped": self.skipped,
             "sizes": self.sizes,
+            "remarks": json.dumps(self.remarks),
         }
 
     @classmethod
@@ -50,7 +54,7 @@ class Introduction:
             lines = [clean(line, 500) for line in str(said["problem"])[:10_000].splitlines()]
             problem = "\n".join(filter(None, lines))
             skipped = said.get("skipped", 0)
-            counts = json.loads(str(said["class-counts"])[: 30 * _MAX_CLASSES])
+            counts = json.loads(str(said["class-counts"])[:MOST_CLASS_TEXT])
             if not (isinstance(images, int) and isinstance(held_out, int) and isinstance(counts, dict)):
                 raise TypeError("counts must be integers")
             if not isinstance(name, str) or not re.fullmatch(NODE_NAME, name):
@@ -60,12 +64,19 @@ class Introduction:
             if type(skipped) is not int or not 0 <= skipped <= _MAX_IMAGES:
                 raise ValueError(f"skipped = {skipped!r}")
             most = 2 * _MAX_IMAGES
-            if len(counts) > _MAX_CLASSES or not all(type(n) is int and 0 <= n <= most for n in counts.values()):
+            if len(counts) > MOST_CLASSES or not all(type(n) is int and 0 <= n <= most for n in counts.values()):
                 raise ValueError("class counts")
+            remarks = json.loads(str(said.get("remarks", "{}"))[:10_000])  # a node of an older version has none
+            if not isinstance(remarks, dict) or len(remarks) > _MAX_REMARKS:
+                raise ValueError("remarks")
+            if not all(type(n) is int and 0 <= n <= most for n in remarks.values()):
+                raise ValueError("remarks")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             return Failure("malformed", clean(repr(error)))
+        remarks = {clean(what, 100): n for what, n in remarks.items()}
         sizes = clean(str(said.get("sizes", "")), 50)
-        return cls(name, images, held_out, {clean(c, 100): n for c, n in counts.items()}, skipped, sizes), problem
+        counts = {clean(c, 100): n for c, n in counts.items()}
+        return cls(name, images, held_out, counts, skipped, sizes, remarks), problem
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class Roster:
         Later a new node takes part from the round after its introduction, and nobody waits for it.
 
         Raises:
-            ConfigError: before the first round, a node found the configuration or its data wrong.
+            ConfigError: before the first round, nodes found the configuration or their data wrong, and the others are
+                too few.
             RunFailedError: there are too few nodes after `wait-timeout`.
         """
         begun = time.monotonic()
@@ -119,7 +120,7 @@ class Roster:
             now, longer = time.monotonic(), first and view.silent and (view.few or view.absent)
             late = now > deadline + (self.config.round_timeout if longer else 0)
             problems = [member.problem for member in self._members.values() if member.problem]
-            if first and (view.settled or now > deadline) and problems and not self._expected:
+            if first and (view.settled or now > deadline) and problems and view.few and not self._expected:
                 raise ConfigError(_told(problems))
             if (view.settled or late) and not view.few:
                 self._begin(view)
@@ -157,7 +158,9 @@ class Roster:
         return _View(ids, online, absent, silent, settled, len(online) < self._needed())
 
     def _begin(self, view: _View) -> None:
-        """Notes that a round begins with those who are there."""
+        """Notes that a round begins with those who are there, and says who is left out of a new run."""
+        for line in _told(member.problem for member in self._members.values()).splitlines():
+            log.warning("the run begins without %s", line)
         if view.absent:
             log.warning("the run goes on without %s", _list({*view.absent}, 20))
         if view.silent:
@@ -167,7 +170,7 @@ class Roster:
             log.info("%d more nodes; %d images in all, see nodes.json", self._said - _SAID, images)
         self._said = 0
         for member in self._members.values():
-            member.awaited = False
+            member.awaited, member.problem = False, ""
         self.connected = len(view.ids)
 
     def _waiting_for(self, view: _View, *, slow: bool) -> str:
@@ -256,9 +259,10 @@ class Roster:
             problem = "two nodes have this name; give each its own node-name, or wait until a restarted one is gone"
         if not problem:
             return node
-        member.problem = "\n".join(f"{node.name}: {line}" for line in problem.splitlines())
-        # It ends a new run, and is said there; one that is resumed goes on without the node.
-        self._leave_out(member, f"{node.name}: {problem}", quiet=first and not self._expected)
+        # Of a new run it is said when the run begins, or does not, for want of nodes.
+        if new := first and not self._expected:
+            member.problem = "\n".join(f"{node.name}: {line}" for line in problem.splitlines())
+        self._leave_out(member, f"{node.name}: {problem}", quiet=new)
         self._expected.discard(node.name)
         return None
 
@@ -320,6 +324,8 @@ def _say(node: Introduction) -> None:
         "node %s: %d images%s, %d held out%s, classes %s",
         *(node.name, node.images, sizes, node.held_out, skipped, clean(classes, 1000)),
     )
+    for what, count in node.remarks.items():
+        log.warning("node %s: %s: %d", node.name, what, count)
 
 
 def _introduction(reply: RecordDict) -> tuple[Introduction, str] | Failure:

@@ -75,7 +75,7 @@ def test_a_node_has_the_name_that_its_key_was_registered_under(registered: dict[
     grid = LocalGrid(nodes(C))
     grid.registered = registered
     with pytest.raises(ConfigError, match=problem):
-        Roster(C).wait(grid, first=True)
+        Roster(config(min_nodes=4)).wait(grid, first=True)
     grid = LocalGrid(nodes(C))
     grid.registered = {1000 - i: f"node-{i}" for i in range(3)}  # the last has none
     assert len(Roster(C).wait(grid, first=True)) == 4
@@ -218,6 +218,37 @@ def test_a_node_without_what_the_run_needs_says_so_before_it_begins(
         Roster(config(**keys)).wait(LocalGrid(nodes(config(**keys))), first=True)
 
 
+@pytest.mark.parametrize(
+    "problem",
+    ["data-path = '/data': 1 images are too few", "data-path = '/data': no images below this folder", "a\nb"],
+)
+def test_a_new_run_begins_without_a_node_that_finds_something_wrong(
+    problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bad node costs its reply, never the run, unless `min-nodes` says that all must be there."""
+    handlers = nodes(C)
+    handlers[997] = on_query(handlers[997], problem=problem)
+    roster = Roster(C)
+    assert sorted(roster.wait(LocalGrid(handlers), first=True)) == ["node-0", "node-1", "node-2"]
+    said = [f"the run begins without node-3: {line}" for line in problem.splitlines()]
+    assert caplog.messages == said
+    assert len(roster.wait(LocalGrid(handlers), first=False)) == 3
+    assert caplog.messages == said
+    with pytest.raises(ConfigError, match=f"node-3: {problem.splitlines()[0]}"):
+        Roster(config(min_nodes=4)).wait(LocalGrid(handlers), first=True)
+
+
+def test_what_a_node_remarks_on_its_images_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    handlers = nodes(C)
+    handlers[997] = on_query(handlers[997], remarks='{"images nearly all black": 20, "files passed over, .heic": 3}')
+    handlers[998] = on_query(handlers[998], remarks="[" * 100_000)
+    roster = Roster(C)
+    assert len(roster.wait(LocalGrid(handlers), first=True)) == 3
+    assert "node node-3: images nearly all black: 20" in caplog.messages
+    assert "node node-3: files passed over, .heic: 3" in caplog.messages
+    assert roster.nodes["node-3"].remarks == {"images nearly all black": 20, "files passed over, .heic": 3}
+
+
 def test_a_problem_that_was_put_right_does_not_end_the_run() -> None:
     def once_wrong(message: Message) -> Message:
         handle = node(C, 0) if 1000 in grid.activated else on_query(node(C, 0), problem="no such folder")
@@ -306,7 +337,7 @@ def test_a_node_that_has_other_images_than_before_is_asked_what_it_has(
 
 
 def test_what_a_node_finds_wrong_is_said_though_others_do_not_answer(caplog: pytest.LogCaptureFixture) -> None:
-    c = config(wait_timeout=1.0)
+    c = config(wait_timeout=1.0, min_nodes=5)
     wrong = node(c, 0, **{"node-name": "a b"})
     with pytest.raises(ConfigError, match="unnamed: node-name = 'a b' is not allowed"):
         run(c, {**nodes(c), 1: wrong, 2: lambda m: None})
