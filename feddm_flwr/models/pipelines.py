@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from feddm_flwr.config import ConfigError, RunConfig
-from feddm_flwr.models import class_pipeline
 from feddm_flwr.models.autoencoder import load_autoencoder
 from feddm_flwr.models.class_pipeline import ClassPipeline
 from feddm_flwr.models.diffusion import PREDICTIONS, SCHEDULES
 from feddm_flwr.models.lora import merge_adapters
-from feddm_flwr.models.pretrained import AUTOENCODER, Assets
+from feddm_flwr.models.pretrained import AUTOENCODER, Assets, variant_in
 
 
 def noise_scheduler(config: RunConfig) -> DDPMScheduler:
@@ -52,11 +51,6 @@ def save(
     else:
         merge_adapters(network)
         _pipeline(network, config, assets).save_pretrained(path)
-        if config.model.class_conditional:
-            shutil.copyfile(class_pipeline.__file__, path / "pipeline.py")
-            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-            index["_class_name"] = ["pipeline", ClassPipeline.__name__]
-            (path / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (path / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -67,7 +61,8 @@ def _pipeline(network: Any, config: RunConfig, assets: Assets) -> Any:
     autoencoder = load_autoencoder(assets[AUTOENCODER]) if AUTOENCODER in assets else None
     if config.model.class_conditional:
         names = ",".join(config.data.class_names)
-        return ClassPipeline(unet=network, scheduler=scheduler, vae=autoencoder, class_names=names)
+        solver = UniPCMultistepScheduler.from_config(scheduler.config)
+        return ClassPipeline(unet=network, scheduler=solver, vae=autoencoder, class_names=names)
     if autoencoder is None:
         return DDPMPipeline(unet=network, scheduler=scheduler)
     from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
@@ -87,7 +82,11 @@ def load(folder: Path) -> Any:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     own = index.get("_class_name") == ["pipeline", ClassPipeline.__name__]
     try:
-        pipeline = _load_own(folder, index) if own else DiffusionPipeline.from_pretrained(str(folder))
+        pipeline = (
+            _load_own(folder, index)
+            if own
+            else DiffusionPipeline.from_pretrained(str(folder), variant=variant_in(folder / "unet"))
+        )
         if not hasattr(pipeline, "unet"):
             raise ValueError("it has no unet")
     except Exception as error:  # the library raises many kinds
@@ -100,12 +99,14 @@ def load(folder: Path) -> Any:
 def _load_own(folder: Path, index: dict[str, Any]) -> ClassPipeline:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d import UNet2DModel
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    def part(cls: Any, name: str) -> Any:
+        return cls.from_pretrained(folder / name, variant=variant_in(folder / name))
 
     return ClassPipeline(
-        UNet2DModel.from_pretrained(folder / "unet"),
+        part(UNet2DModel, "unet"),
         UniPCMultistepScheduler.from_pretrained(folder / "scheduler"),
-        AutoencoderKL.from_pretrained(folder / "vae") if (folder / "vae").is_dir() else None,
+        part(AutoencoderKL, "vae") if (folder / "vae").is_dir() else None,
         str(index["class_names"]),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -74,12 +75,22 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
         if here and not (here / subfolder / "config.json").is_file():
             continue
         try:
-            model: torch.nn.Module = cls.from_pretrained(str(here or name), subfolder=subfolder or None)
-            if any(not torch.isfinite(p).all() for p in model.parameters()):
-                raise ValueError("it has weights that are not finite")
-            return model
+            own = cls.load_config(str(here or name), subfolder=subfolder or None).get("_class_name", cls.__name__)
         except Exception as error:  # the library raises many kinds for many causes
             problem = problem or error
+            continue
+        if own != cls.__name__:
+            raise ConfigError(f"{key} = {name!r}: is a {own}; must be a {cls.__name__}")
+        for variant in [variant_in(here / subfolder)] if here else [None, "fp16"]:
+            try:
+                model: torch.nn.Module = cls.from_pretrained(
+                    str(here or name), subfolder=subfolder or None, variant=variant
+                )
+                if any(not torch.isfinite(p).all() for p in model.parameters()):
+                    raise ValueError("it has weights that are not finite")
+                return model
+            except Exception as error:
+                problem = problem or error
     text = (
         f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}" if problem else "no config.json there"
     )
@@ -87,6 +98,17 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
         f"{key} = {name!r}: cannot be read ({text}); must be a diffusers folder, or the id of a {cls.__name__} on a "
         "hub in reach: without network, download it elsewhere (hf download ID --local-dir FOLDER) and name the folder"
     )
+
+
+def variant_in(folder: Path) -> str | None:
+    """Returns the variant of the weights in a diffusers model's folder, such as "fp16"; None where there are usual
+    ones."""
+    matches = [
+        re.match(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(safetensors|bin)$", f.name)
+        for f in folder.iterdir()
+    ]
+    found = {m[1] for m in matches if m}
+    return None if None in found else min(found, default=None)
 
 
 def _check_process(config: RunConfig) -> None:
