@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.utils.logging import disable_progress_bar
 
 from feddm_flwr.compute.device import usual_device
@@ -38,6 +39,11 @@ def find(path: Path) -> Path:
         ConfigError: there is none.
     """
     folder = path / "model" if (path / "model").is_dir() else path
+    if (folder / "config.json").is_file() and AutoencoderKL.load_config(folder)["_class_name"] == "AutoencoderKL":
+        raise ConfigError(
+            f"MODEL_OR_RUN = {str(path)!r}: is an AutoencoderKL, which draws nothing by itself; name a model trained "
+            f"on it (model.autoencoder = {str(folder)!r})"
+        )
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"MODEL_OR_RUN = {str(path)!r}: no run with a model/ and no pipeline folder (model_index.json)"

@@ -2,9 +2,9 @@
 folder that needs it, so it imports nothing but diffusers and torch:
 
     DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)(["cat", "dog"], guidance_scale=2.0)
-"""
 
-from __future__ import annotations
+Its annotations are no strings, and an optional one is `Optional`: diffusers 0.33 to 0.36 reads those of `__init__`.
+"""
 
 import inspect
 import json
@@ -12,7 +12,7 @@ import operator
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
@@ -26,7 +26,11 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
     model_cpu_offload_seq = "unet->vae"
 
     def __init__(
-        self, unet: UNet2DModel, scheduler: Any, vae: AutoencoderKL | None = None, class_names: str = ""
+        self,
+        unet: UNet2DModel,
+        scheduler: Any,
+        vae: Optional[AutoencoderKL] = None,  # noqa: UP045
+        class_names: str = "",
     ) -> None:
         """`class_names` are separated by commas, in the order of the labels; the label after the last is no class."""
         super().__init__()

@@ -80,7 +80,7 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
             problem = problem or error
             continue
         if own != cls.__name__:
-            raise ConfigError(f"{key} = {name!r}: is a {own}; must be a {cls.__name__}")
+            raise ConfigError(f"{key} = {name!r}: is {_a(own)}; must be {_a(cls.__name__)}")
         for variant in [variant_in(here / subfolder)] if here else [None, "fp16"]:
             try:
                 model: torch.nn.Module = cls.from_pretrained(
@@ -98,6 +98,10 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
         f"{key} = {name!r}: cannot be read ({text}); must be a diffusers folder, or the id of a {cls.__name__} on a "
         "hub in reach: without network, download it elsewhere (hf download ID --local-dir FOLDER) and name the folder"
     )
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name.startswith("Auto") else f"a {name}"
 
 
 def variant_in(folder: Path) -> str | None:

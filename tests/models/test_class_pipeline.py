@@ -1,8 +1,10 @@
-"""A class model's folder in other hands: every sampler of diffusers, half precision, saved again, and its call."""
+"""A model's folder in other hands: every sampler of diffusers, half precision, saved again, and its call."""
 
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,30 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDPMPipeline,
     DiffusionPipeline,
     DPMSolverSDEScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
     UniPCMultistepScheduler,
 )
 from diffusers.utils import is_torchsde_available
+from local_grid import config
 from torch import Tensor, nn
 
 from feddm_flwr.models import networks, pipelines
 from feddm_flwr.models.class_pipeline import ClassPipeline
-from tests.local_grid import config
 
 TRAINED = pipelines.noise_scheduler(config(diffusion__timesteps=1000))
 ALL = sorted(UniPCMultistepScheduler.from_config(TRAINED.config).compatibles, key=lambda c: c.__name__)
 OTHERS = [c for c in ALL if c.__name__.startswith("EDM")]  # of another noise process
 #: torchsde is not among this package's dependencies.
 COMPATIBLE = [c for c in ALL if c not in OTHERS and (c is not DPMSolverSDEScheduler or is_torchsde_available())]
+#: With which samplers a pixel model's own pipeline draws images, by the document.
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+SAID = re.findall(r"`(\w+)`", next(x for x in DOCUMENT.read_text().splitlines() if "`DDPMPipeline` with" in x))
 
 
 class Known(nn.Module):
@@ -42,12 +49,14 @@ class Known(nn.Module):
         random = torch.Generator().manual_seed(0)
         self.images = nn.Parameter(torch.rand(11, 1, 8, 8, generator=random) * 1.6 - 0.8)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Any:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
         whole = np.arange(1000)
         power = float(np.interp(float(t), whole, TRAINED.alphas_cumprod.numpy()))
         signal, noise = power**0.5, (1 - power) ** 0.5
-        image = self.images[labels]
+        image = self.images[[3] * len(x) if labels is None else labels]
         eps = (x - signal * image) / noise
+        if noise > 0.3:  # what a sampler does not scale as it should has noise of another power
+            assert 0.6 < eps.std() < 1.5, (float(t), float(eps.std()))
         return type("Output", (), {"sample": signal * eps - noise * image})
 
 
@@ -61,6 +70,30 @@ def test_every_sampler_of_diffusers_finds_the_image_that_is_known(sampler: Any) 
         drawn = pipeline([3, 7], 1.0, steps, torch.Generator().manual_seed(1), output_type="latent").images
         assert (drawn - unet.images[[3, 7]]).abs().max() < 0.05, steps
     assert pipeline.scheduler.__class__ is sampler
+
+
+class NoDecoder(nn.Module):
+    """An autoencoder of images that are their own latents."""
+
+    dtype, device, config = torch.float32, torch.device("cpu"), type("Config", (), {"scaling_factor": 1.0})
+
+    def decode(self, latents: Tensor) -> Any:
+        return type("Output", (), {"sample": latents})
+
+
+@pytest.mark.parametrize("sampler", COMPATIBLE, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("kind", ["pixel", "latent"])
+def test_diffusers_own_pipelines_find_it_with_the_samplers_that_we_say(kind: str, sampler: Any) -> None:
+    """`DDPMPipeline` does not scale, and hands every sampler a generator."""
+    unet = Known()
+    scheduler = sampler.from_config(TRAINED.config)
+    pipeline: Any = LDMPipeline(NoDecoder(), unet, scheduler) if kind == "latent" else DDPMPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    random = torch.Generator().manual_seed(1)
+    said = kind == "latent" or sampler.__name__ in SAID
+    with nullcontext() if said else pytest.raises((TypeError, AssertionError)):
+        found = pipeline(batch_size=1, num_inference_steps=25, generator=random, output_type="np").images
+        assert np.abs(found[0, :, :, 0] * 2 - 1 - unet.images[3, 0].detach().numpy()).max() < 0.05
 
 
 @pytest.mark.parametrize("sampler", [*OTHERS, EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler])

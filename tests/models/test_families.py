@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, VQModel
 from local_grid import LocalGrid, config, nodes
 from safetensors.torch import save_file
 
@@ -222,3 +222,33 @@ def test_a_model_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
     kind = {"model__kind": "ldm"} if key == "model.autoencoder" else {}
     with pytest.raises(ConfigError, match=f"{key} = .*nowhere'.*cannot be read"):
         pretrained.fetch(config(**keys, **kind), tmp_path)
+
+
+def test_a_model_of_another_class_is_named(tmp_path: Path) -> None:
+    VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq" / "vqvae")
+    with pytest.raises(ConfigError, match=r"model\.autoencoder = .*vq': is a VQModel; must be an AutoencoderKL"):
+        pretrained.fetch(config(model__kind="ldm", model__autoencoder=str(tmp_path / "vq")), tmp_path)
+    told = UNet2DConditionModel(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, cross_attention_dim=8)
+    told.save_pretrained(tmp_path / "text" / "unet")
+    with pytest.raises(ConfigError, match=r"init-from = .*text': is a UNet2DConditionModel; must be a UNet2DModel"):
+        pretrained.fetch(config(model__init_from=str(tmp_path / "text")), tmp_path)
+
+
+def test_weights_of_a_variant_are_found(tmp_path: Path) -> None:
+    c = config()
+    pipelines.save(networks.build(c, {}).half(), c, {}, tmp_path / "model", "")
+    pipelines.load(tmp_path / "model").to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list(tmp_path.glob("half/unet/diffusion_pytorch_model.safetensors"))
+    assert pretrained.fetch(config(model__init_from=str(tmp_path / "half")), tmp_path / "assets").keys() == {"unet"}
+    assert pipelines.load(tmp_path / "half").unet.config.sample_size == 8
+
+
+def test_a_run_of_an_autoencoder_has_nothing_to_be_drawn_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "model")
+    for command in (["sample", str(tmp_path)], ["evaluate", str(tmp_path)], ["sample", str(tmp_path / "model")]):
+        assert main(command) == 2
+        assert "is an AutoencoderKL, which draws nothing by itself; name a model trained on it (model.autoencoder" in (
+            capsys.readouterr().err
+        )
