@@ -31,6 +31,7 @@ import psutil
 import tomli_w
 
 import feddm_flwr
+from feddm_flwr.cli.failure import cause
 from feddm_flwr.cli.progress import Display
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.reporting.records import nest, status_of
@@ -38,6 +39,7 @@ from feddm_flwr.reporting.records import nest, status_of
 #: Exit code of a run that was stopped by Ctrl-C, SIGTERM or a closed terminal.
 STOPPED = 130
 _START_TIMEOUT = 60.0
+_LONGEST = 24  # characters of a folder that sockets of Ray are in: it adds up to 83
 _SENT = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")  # what Flower sends of an app
 _DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # one is there where a GPU is
 
@@ -60,7 +62,7 @@ def find_app(folder: Path | None) -> Path:
 
 def is_local(superlink: str | None) -> bool:
     """Tells whether the connection is (or falls back to) Flower's local simulation."""
-    file = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "config.toml"
+    file = Path(os.environ.get("FLWR_HOME") or os.path.expanduser("~/.flwr")) / "config.toml"  # noqa: PTH111 (needs no home)
     try:
         connections = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.is_file() else {}
     except (tomllib.TOMLDecodeError, OSError) as error:
@@ -84,6 +86,7 @@ def environment(*, telemetry: bool) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",  # the log is parsed
+        "PYTHONIOENCODING": "utf-8",
     }
     for name in ("NO_PROXY", "no_proxy"):  # a simulation talks to itself
         env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
@@ -139,11 +142,14 @@ class Simulation:
         self.env, self.arguments, self.local = dict(env), ["own", "--federation-config", text], True
 
     def __enter__(self) -> Self:
+        self._sockets = Path(tempfile.mkdtemp(prefix="feddm-", dir=_short_folder()))
         self._home = Path(tempfile.mkdtemp(prefix="feddm-"))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.env["FLWR_HOME"] = str(self._home)
+        if "RAY_ADDRESS" not in self.env:
+            self.env["RAY_TMPDIR"] = str(self._sockets)
         connection = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (self._home / "config.toml").write_text(connection, encoding="utf-8")
         self._log = (self._home / "superlink.log").open("wb")
@@ -174,8 +180,9 @@ class Simulation:
                     return
             except OSError:
                 time.sleep(0.1)
-        tail = (self._home / "superlink.log").read_text(errors="replace")[-2000:]
-        raise ChildProcessError(f"the simulation's SuperLink did not start:\n{tail}")
+        log = (self._home / "superlink.log").read_text(errors="replace").splitlines()
+        why = cause("", log) or "\n".join(log[-5:])
+        raise ChildProcessError(f"the simulation's SuperLink did not start: {why}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -200,9 +207,19 @@ class Simulation:
                 process.kill()
         psutil.wait_procs(family, timeout=5)  # what they hold, such as a run's folder, is free then
         self._log.close()
-        shutil.rmtree(self._home, ignore_errors=True)
+        for folder in (self._home, self._sockets):
+            shutil.rmtree(folder, ignore_errors=True)
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+def _short_folder() -> Path:
+    """Returns a folder for Ray's sockets, whose paths may have 107 characters; those of Slurm's TMPDIR have more."""
+    own = tempfile.gettempdir()
+    for folder in (own, os.environ.get("XDG_RUNTIME_DIR", own), "/tmp", "/var/tmp", "/dev/shm"):
+        if len(os.fsencode(folder)) <= _LONGEST and os.access(folder, os.W_OK | os.X_OK):
+            return Path(folder)
+    raise ConfigError(f"TMPDIR = {own!r}: is too long for sockets; set it to a folder of at most {_LONGEST} characters")
 
 
 def _count_gpus() -> int:
@@ -231,7 +248,7 @@ def follow(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C is ours to handle
         )
@@ -263,16 +280,18 @@ def follow(
         finally:
             process.kill()
     if not run_id:
-        print("".join(tail), "feddm: the run could not be submitted", sep="\n", file=sys.stderr)
+        why = cause("", tail) or next((line.strip() for line in reversed(tail) if line.strip()), "Flower says nothing")
+        print("".join(tail), f"feddm: the run could not be submitted: {why}", sep="\n", file=sys.stderr)
         return 1
     status, details = ("finished:completed", "") if completed else _status(run_id, federation)
     if status == "finished:completed":
         display.summary(run, local=federation.local)
         return 0
     if status.startswith("finished"):
-        if not verbose and not details:
+        why = cause(details, tail)
+        if not verbose and not why:
             print("".join(tail), file=sys.stderr)
-        print(f"feddm: the run failed ({status}): {details or 'see the log above'}", file=sys.stderr)
+        print(f"feddm: the run failed ({status}): {why or 'see the log above'}", file=sys.stderr)
     else:
         where = " ".join([run_id, *federation.arguments[:1]])
         print(f"feddm: the log broke off ({status}); if the run goes on: flwr log {where}", file=sys.stderr)
@@ -298,7 +317,7 @@ def _may_be_sent(path: Path) -> bool:
 def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of Flower's; the connection is its last argument."""
     line = ["flwr", command, *arguments, *federation.arguments[:1]]
-    return subprocess.run(line, env=federation.env, capture_output=True, text=True, check=False)
+    return subprocess.run(line, env=federation.env, capture_output=True, encoding="utf-8", check=False)
 
 
 def _status(run_id: str, federation: Remote | Simulation) -> tuple[str, str]:

@@ -42,7 +42,8 @@ def _keys() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="'KEY=VALUE …'",
-        help="run-config keys, as in flwr run (docs/configuration.md has them all); may be repeated",
+        help="run-config keys, as in flwr run, or a .toml file of them (docs/configuration.md has them all); may be "
+        "repeated",
     )
     return keys
 

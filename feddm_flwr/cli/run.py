@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import shlex
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from feddm_flwr.config import (
     parse,
 )
 from feddm_flwr.config.plugins import is_plugin
+from feddm_flwr.storage.state_folder import state_root
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -43,26 +47,73 @@ def run_command(options: argparse.Namespace) -> int:
     options.num_supernodes = options.num_supernodes or 4
     options.client_cpus = options.client_cpus or config.train.threads or 1
     place = (launch.Simulation if local else launch.Remote)(options, launch.environment(telemetry=options.telemetry))
-    overrides["run-name"] = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = expanded(config.out_dir).resolve() / overrides["run-name"]
+    out_dir = expanded(config.out_dir).resolve()
     if local:
-        overrides["out-dir"] = str(folder.parent)
-        _check_simulation(config, options.num_supernodes, folder)
+        overrides["out-dir"] = str(out_dir)
         if not config.resume and (path := local_path(config.data.name)):  # it is resumed from anywhere
             overrides["data.name"] = str(path.resolve())
+        _check_simulation(config, options.num_supernodes, out_dir / config.run_name)
+    _check_text(overrides)
+    if config.resume:
+        folder = out_dir / config.run_name
+    elif local:
+        folder = _reserved(out_dir, config)
+    else:  # on another machine; two may begin in the same second there
+        name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder = out_dir / name
+    overrides["run-name"], before = folder.name, records.read_status(folder)
     launch.end_by_signal()
-    with place as federation:
-        code = launch.follow(app, federation, overrides, config, verbose=options.verbose)
+    try:
+        with place as federation:
+            code = launch.follow(app, federation, overrides, config, verbose=options.verbose)
+    finally:
+        if local and not config.resume:
+            with suppress(OSError):  # the run began
+                folder.rmdir()
     # A run that was over, and one that another process has open, stay what they are.
     if code == launch.STOPPED and local and records.status_of(folder) in ("stopped", "failed"):
         records.write_status(folder, "stopped")
         print(f"  report  {report.write(folder)}")
-    if code and (folder / "checkpoints").is_dir():
+    if code and _can_go_on(folder, before, stopped=code == launch.STOPPED):
         # What the simulation's rounds tell as soon as there is one.
         nodes = f" --num-supernodes {options.num_supernodes}" if local and not _nodes_before(folder) else ""
         command = " ".join(filter(None, ["feddm run", options.superlink, "--resume", shlex.quote(str(folder))]))
         print(f"  to go on: {command}{nodes}")
     return code
+
+
+def _check_text(keys: Mapping[str, object]) -> None:
+    """Checks that every node can be sent the keys.
+
+    Raises:
+        ConfigError: one has bytes that are not UTF-8, as a file name may.
+    """
+    for key, value in keys.items():
+        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+            raise ConfigError(f"{key} = {value!r}: has bytes that are not UTF-8; rename the file or folder")
+
+
+def _reserved(out_dir: Path, config: RunConfig) -> Path:
+    from feddm_flwr.reporting.run_directory import reserve
+
+    try:
+        return reserve(out_dir, config.run_name, config.strategy)
+    except FileExistsError as error:
+        raise ConfigError(f"run-name = {config.run_name!r}: {error.filename} exists; choose another name") from error
+
+
+def _can_go_on(folder: Path, before: Mapping[str, object], *, stopped: bool) -> bool:
+    """Tells whether a run that this command began, or resumed, may end otherwise when it is resumed: not one that did
+    not come to anything, was left as it was, or whose keys are wrong."""
+    from feddm_flwr.reporting.records import read_status
+
+    now = read_status(folder)
+    return (
+        any(folder.glob("checkpoints/*.safetensors"))
+        and now.get("status") in ("stopped", "failed")
+        and (stopped or now != before)
+        and not str(now.get("reason")).startswith("ConfigError")
+    )
 
 
 def resumed_keys(options: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +153,7 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         ConfigError: the run's folder exists (or does not, for one to resume) or cannot be made, there are too few
             nodes, or what the run builds upon is not there.
     """
-    if folder.exists() and not config.resume:
+    if config.run_name and folder.exists() and not config.resume:
         raise ConfigError(f"run-name = {config.run_name!r}: {folder} exists; choose another name")
     if config.resume and not folder.exists():
         raise ConfigError(f"run-name = {config.run_name!r} with resume = true: there is no {folder}")
@@ -132,4 +183,9 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
         raise ConfigError(f"out-dir = {config.out_dir!r}: lies in data.name = {config.data.name!r}; grids are images")
     if (tracker := config.tracker) in ("wandb", "mlflow") and not find_spec(tracker):
         raise ConfigError(f"tracker = {tracker!r}: {tracker} is not installed: pip install 'feddm-flwr[{tracker}]'")
-    check_folder(folder.parent, f"out-dir = {config.out_dir!r}")
+    check_folder(expanded(config.out_dir), f"out-dir = {config.out_dir!r}")
+    try:
+        root = state_root(None)
+    except OSError as error:
+        raise ConfigError(str(error.strerror)) from error
+    check_folder(root, f"the nodes' state in {str(root)!r} (set XDG_STATE_HOME to another folder)")

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import time
 import uuid
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,26 @@ from filelock import FileLock, Timeout
 from feddm_flwr.reporting import trackers
 from feddm_flwr.reporting.records import Row, as_line, nest, read_metrics, resumed_after, without_places, write_status
 from feddm_flwr.storage.atomic import forget_unfinished, whole_file
+
+
+def reserve(out_dir: Path, name: str, strategy: str) -> Path:
+    """Makes the folder of a new run and returns it: `name`, or where that is empty one that no other run has, though it
+    begins in the same second.
+
+    Raises:
+        FileExistsError: there is a folder of that name.
+    """
+    stem = name or f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, others = out_dir / stem, count(2)
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if name or not path.exists():  # out_dir is a file
+                raise
+            path = out_dir / f"{stem}-{next(others)}"
+        else:
+            return path
 
 
 class RunInUseError(RuntimeError):
@@ -31,7 +53,7 @@ class RunDirectory:
         the nodes are.
 
         Raises:
-            FileExistsError: the folder exists; a run never writes over another.
+            FileExistsError: the folder has something in it; a run never writes over another.
             FileNotFoundError: there is no run of that name to resume.
             RunInUseError: the run still goes on.
         """
@@ -39,7 +61,9 @@ class RunDirectory:
         self.simulated = simulated
         self._trackers: list[trackers.Tracker] = []
         if not resume:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)  # reserved, perhaps
+            if any(path.iterdir()):
+                raise FileExistsError(f"{path} exists; choose another run-name")
         elif not (path / "config.toml").is_file():
             raise FileNotFoundError(f"{path} is not a run's folder")
         self._lock = FileLock(path / ".lock")  # ends with the process, however that ends

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from feddm_flwr.models import networks, parameters, pretrained
 from feddm_flwr.reporting import traffic
 from feddm_flwr.reporting.progress import MARK
 from feddm_flwr.reporting.records import check_kind
-from feddm_flwr.reporting.run_directory import RunDirectory
+from feddm_flwr.reporting.run_directory import RunDirectory, reserve
 from feddm_flwr.server import cost
 from feddm_flwr.server.evaluation import check_reference
 from feddm_flwr.server.federation.dispatch import simulated
@@ -41,8 +40,8 @@ def main(grid: Grid, context: Context) -> None:
     _log_to_stdout()
     config = parse(context.run_config)
     check_extensions(config)
-    name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = expanded(config.out_dir).resolve() / name
+    out_dir, name = expanded(config.out_dir).resolve(), config.run_name
+    path = out_dir / name if name else reserve(out_dir, name, config.strategy)
     run = RunDirectory(path, resume=config.resume, simulated=simulated(grid))
     check_kind(run.path, simulated=run.simulated)
     found = checkpoint.newest(run.checkpoints) if config.resume else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -17,10 +18,20 @@ RUN_UUID = r"[0-9a-f]{32}"  # the name of a run's folder
 
 
 def state_root(configured: str | None) -> Path:
-    """Returns `state-path` of the node config, else `feddm` in the user's XDG state folder."""
+    """Returns `state-path` of the node config, else `feddm` in the user's XDG state folder.
+
+    Raises:
+        FileNotFoundError: neither is set, and this user has no home folder.
+    """
     if configured:
         return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "feddm"
+    if own := os.environ.get("XDG_STATE_HOME"):
+        return Path(own) / "feddm"
+    try:
+        return Path.home() / ".local" / "state" / "feddm"
+    except RuntimeError:  # a container's user who is not in its passwd
+        text = "this user has no home folder; set XDG_STATE_HOME to a folder that can be written"
+        raise FileNotFoundError(errno.ENOENT, text) from None
 
 
 def check_writable(root: Path) -> None:
