@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -50,9 +51,11 @@ def own_environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "FLWR_HOME": str(folder / "no-flower-home")}
 
 
-def train(folder: Path, name: str, config: str = "", *arguments: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+def train(
+    folder: Path, name: str, config: str = "", *arguments: str, env: dict[str, str] | None = None
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     """`feddm run` with a quick configuration; the outcome and the run's folder."""
-    done = feddm("run", *arguments, "-c", QUICK, "-c", f'run-name="{name}" {config}', cwd=folder)
+    done = feddm("run", *arguments, "-c", QUICK, "-c", f'run-name="{name}" {config}', cwd=folder, env=env)
     return done, folder / "runs" / name
 
 
@@ -66,7 +69,7 @@ def checksum(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("app")
+    return tmp_path_factory.mktemp("-app's größe [2] #%20")
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +110,12 @@ def test_the_model_loads_with_diffusers_alone(vanilla: Path) -> None:
 
 
 def test_strategies_are_swapped_by_run_config(vanilla: Path, folder: Path, tmp_path: Path) -> None:
-    done, run = train(folder, "lean", 'strategy="feddm-lean"')
+    job = tmp_path / ("of a job, as Slurm names it " + "x" * 60)
+    job.mkdir()
+    env = own_environment(folder) | {"TMPDIR": str(job), "PYTHONIOENCODING": "ascii"}
+    done, run = train(folder, "lean", 'strategy="feddm-lean"', env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert list(job.iterdir()) == []
     for line, of_vanilla in zip(rows(run), rows(vanilla), strict=True):
         assert line["train_loss"] == pytest.approx(of_vanilla["train_loss"], rel=0.05)
         assert line["bytes_up_fp32"] >= 20 * line["bytes_up"]
@@ -119,9 +126,11 @@ def test_strategies_are_swapped_by_run_config(vanilla: Path, folder: Path, tmp_p
     assert {path.name for path in tmp_path.glob("xdg-state/feddm/*")} == {"cache"}
 
 
-def test_flwr_run_repeats_a_run_by_its_config_file_to_the_same_bits_with_one_actor(vanilla: Path, folder: Path) -> None:
+def test_flwr_run_repeats_a_run_by_its_config_file_to_the_same_bits_with_one_actor(
+    vanilla: Path, folder: Path, tmp_path: Path
+) -> None:
     """Plain Flower, its own local SuperLink and its run-time installation included."""
-    env = private_flower(folder / "flower-home")
+    env = private_flower(tmp_path / "flower-home")  # whose path may not have every character
     out, config = folder / "plain", folder / "plain.toml"
     config.write_text(re.sub(r"(?m)^out-dir = .*$", f'out-dir = "{out}"', (vanilla / "config.toml").read_text()))
     one_actor = f"num-supernodes=4 client-resources-num-cpus={os.cpu_count()}"
@@ -379,7 +388,7 @@ def test_a_run_that_loses_a_client_process_and_is_stopped_leaves_nothing_behind_
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     nodes = "" if (run / "metrics.jsonl").exists() else " --num-supernodes 4"  # where no round was done
-    assert f"to go on: feddm run --resume {run}{nodes}\n" in output
+    assert f"to go on: feddm run --resume {shlex.quote(str(run))}{nodes}\n" in output
     assert json.loads((run / "status.json").read_text())["status"] == "stopped"
     assert psutil.wait_procs(family, timeout=10)[1] == []
     done = feddm("run", "--resume", "runs/stopped", "--num-supernodes", "4", cwd=folder)

@@ -12,7 +12,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from feddm_flwr.cli import launch
 from feddm_flwr.cli.progress import Display
-from feddm_flwr.config import parse
+from feddm_flwr.config import ConfigError, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,3 +74,13 @@ def test_the_time_left_is_estimated_from_the_rounds_seen(monkeypatch: pytest.Mon
         now[0] += 60
         display.take(f"feddm: round={number}/100 loss=0.1 eval=nan ok=4 failed=0 up=1 down=1 seconds=60.0")
     assert display._bar.tasks[0].fields["left"] == "about 48:00 left"
+
+
+def test_sockets_are_in_a_short_folder_whatever_tmpdir_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tmp_path / ("x" * 80)
+    job.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(job))
+    assert len(str(launch._short_folder())) <= 24
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match=f"TMPDIR = '{job}': is too long for sockets; set it to a folder of at most"):
+        launch._short_folder()
