@@ -47,6 +47,7 @@ def write(run: Path) -> Path:
         grids=(grids := [grid_images(*grid) for grid in grid_files(run).items()]),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(nodes, rows, hues),
+        remarks=_remarks(nodes),
         hues=hues,
         command=" ".join(
             [
@@ -120,6 +121,16 @@ def _nodes(nodes: list[Row], rows: Sequence[RoundRecord], hues: Mapping[str, int
             for name, count in sorted(node["class_counts"].items())
         ]
     return sorted(nodes, key=lambda node: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", node["name"])])
+
+
+def _remarks(nodes: list[Row]) -> dict[str, list[tuple[str, int]]]:
+    """Returns what nodes found to remark on their images: the count of each node that has it, the largest first."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for node in nodes:
+        skipped = {"images that cannot be read": n} if (n := node.get("skipped")) else {}
+        for what, count in (skipped | node.get("remarks", {})).items():  # a run of an older version has none
+            found.setdefault(what, []).append((node["name"], count))
+    return {what: sorted(counts, key=lambda pair: -pair[1]) for what, counts in sorted(found.items())}
 
 
 def _hues(nodes: list[Row]) -> dict[str, int]:

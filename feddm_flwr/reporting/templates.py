@@ -114,6 +114,8 @@ PAGE = (
 <div class="card">{{ table(nodes[:25]) }}
 {% if nodes[25:] %}<details><summary>{{ "{:,}".format(nodes[25:]|length) }} more nodes; {{ "{:,}".format(nodes|sum("images")) }} images in all</summary>{{ table(nodes[25:]) }}</details>{% endif %}
 {% if hues %}<p class="soft">{% for name, hue in hues.items() %}<span style="color:hsl({{ hue }} 60% 55%)">■</span> {{ name }} {% endfor %}</p>{% endif %}
+{% if remarks %}<p>{% for what, counts in remarks.items() %}{{ what }}: {% for name, count in counts[:5] %}{{ "{:,}".format(count) }} at {{ name }}{{ ", " if not loop.last }}{% endfor %}
+{% if counts[5:] %} and some at {{ "{:,}".format(counts[5:]|length) }} more nodes{% endif %}<br>{% endfor %}</p>{% endif %}
 </div>
 {% endif %}
 {% if rows %}

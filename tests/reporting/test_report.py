@@ -53,8 +53,15 @@ def test_a_judged_run_has_its_figures_its_best_model_and_reports_that_a_browser_
     assert {*final["audit"]} == {f"node-{i}" for i in range(4)}
     run(tmp_path, run_name="second", strategy="feddm-lean", **JUDGED | {"seed": 1})
 
+    nodes = json.loads((first / "nodes.json").read_text())
+    for node, count in zip(nodes, (3, 1200, 0, 7), strict=True):
+        node |= {"skipped": 2 * (count == 7), "remarks": {"files passed over, .heic": count} if count else {}}
+    (first / "nodes.json").write_text(json.dumps(nodes))
+    assert main(["report", str(first)]) == 0
     report = first / "report.html"
     text = report.read_text()
+    assert "files passed over, .heic: 1,200 at node-1, 7 at node-3, 3 at node-0<br>" in text
+    assert "images that cannot be read: 2 at node-3<br>" in text
     for words in ("FID by round", "Memorization audit", "Classes among the samples", "by noise level", "random (an"):
         assert words in text
     monkeypatch.chdir(tmp_path)
