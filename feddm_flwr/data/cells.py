@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,17 @@ def file_of(cell: Any, folders: Sequence[Path], pixels: Callable[[], Pixels]) ->
         return pixels()(cell)
     except UnclearError as error:
         return error
+
+
+def stamp_of_paths(cells: Iterable[Any], folders: Sequence[Path]) -> str:
+    """Returns what changes when a file does whose path one of the cells is."""
+    digest = hashlib.sha256()
+    for cell in cells:
+        file = file_of(cell, folders, lambda: np.asarray)
+        if isinstance(file, Path) and file.exists():
+            found = file.stat()
+            digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _file_of_text(text: str, folders: Sequence[Path]) -> File:

@@ -29,7 +29,7 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from feddm_flwr.config import KEYS, ConfigError
 from feddm_flwr.config.keys import Data
@@ -67,6 +67,8 @@ _SAY_EVERY = 10.0  # seconds
 
 # Pillow refuses twice as many: a bomb, or a scan that no memory holds.
 Image.MAX_IMAGE_PIXELS = 2**29
+# Of text and profiles in a PNG, which are passed over: it refuses images for 1 MiB of them.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _one_large = threading.Lock()
 
 
@@ -281,9 +283,13 @@ def _reason(error: Exception) -> str:
     """Returns what is wrong with an image, with nothing of it, nor its name, in it."""
     if isinstance(error, UnclearError):
         return str(error)
-    if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.strerror:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow knows"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}"
-    return type(error).__name__
+    return "cut off" if "truncated" in str(error).lower() else type(error).__name__
 
 
 def listed(broken: Mapping[str, str], shown: int = 3) -> list[str]:
@@ -322,6 +328,8 @@ def decode(
         except RangeError as error:  # of a kind: one line tells
             return error
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+            if data.max_broken == 1:  # a survey, which lists them
+                return error
             log.warning("%s: %s cannot be read: %s", origin, name, _reason(error))
             return error
 

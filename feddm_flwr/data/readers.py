@@ -18,7 +18,7 @@ import numpy as np
 from feddm_flwr.config import ConfigError
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.plugins import load_class
-from feddm_flwr.data.cells import file_of, holds_images, holds_lists, is_path, pixels_of
+from feddm_flwr.data.cells import file_of, holds_images, holds_lists, is_path, pixels_of, stamp_of_paths
 from feddm_flwr.data.images import Decoded, Images, decode, fit
 from feddm_flwr.data.source import Source
 from feddm_flwr.data.splits import ALL, no_such_split, split_of
@@ -64,6 +64,7 @@ def read_table(data: Data, origin: str, own: bool, stamp: str, table: Dataset, f
     if isinstance(table.features[column], datasets.Image):
         table = table.cast_column(column, datasets.Image(decode=False))
     pixels = pixels_of(data, table)
+    by_path = len(table) > 0 and is_path(table[0][column])
 
     def fill(rows: Sequence[int], out: Images) -> Decoded:
         cells = (row[column] for row in table.select(rows).select_columns([column]))
@@ -74,8 +75,8 @@ def read_table(data: Data, origin: str, own: bool, stamp: str, table: Dataset, f
         origin,
         table,
         fill,
-        stamp or table._fingerprint,
-        by_path=len(table) > 0 and is_path(table[0][column]),
+        (stamp or table._fingerprint) + (stamp_of_paths(table[column], folders) if by_path else ""),
+        by_path=by_path,
         other_columns=_other_images(table.features, column),
     )
 

@@ -18,10 +18,12 @@ from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.data.files import TABLES, ending, files_below, is_image, stamp_of
 from feddm_flwr.data.readers import read_digits, read_folder, read_stream, read_table, reader_class
 from feddm_flwr.data.source import Source
-from feddm_flwr.data.splits import ALL, in_split, no_such_split
+from feddm_flwr.data.splits import ALL, check_masks, in_split, no_such_split
 
 log = logging.getLogger(__name__)
 
+#: What the library calls tables; in a folder only those of `TABLES` are looked for.
+_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _OF_A_SAVED_SET = {"dataset_info.json", "state.json", "dataset_dict.json"}  # see `datasets.Dataset.save_to_disk`
 
 
@@ -72,7 +74,7 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
         return read_digits(data, origin)
     path = expanded(name)
     if not path.exists():
-        if own or local_path(name) or path.suffix in TABLES:
+        if own or local_path(name) or path.suffix.lower() in _KINDS:
             raise ConfigError(f"{origin}: no such file or folder")
         return _tables(data, name, origin, None, stamp, [])
     if path.is_file():
@@ -89,6 +91,8 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
         )
     if not tables and not images:
         raise ConfigError(f"{origin}: no images below this folder, and no parquet or arrow files; {_others(below)}")
+    if images and data.split != ALL:
+        check_masks(images, path, origin)
     chosen = in_split(tables or images, path, data.split, origin, tables=bool(tables))
     left = {*below} - {*tables} - {*images}
     if images:
@@ -104,6 +108,20 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
             file for file in left if file.name not in _OF_A_SAVED_SET and not (source.by_path and is_image(str(file)))
         }
     return replace(source, passed_over=tuple(sorted(Counter(map(ending, left)).items())))
+
+
+def _kind(file: Path, origin: str) -> str:
+    """Returns what the library calls a table of that kind, which is told by its ending, else by how it begins."""
+    kind = _KINDS.get(file.suffix.lower())
+    if not kind:
+        with file.open("rb") as opened:
+            kind = "parquet" if opened.read(4) == b"PAR1" else ""
+    if not kind:
+        raise ConfigError(
+            f"{origin}: is a file that is no table; must be parquet, arrow, csv, tsv, json or jsonl, or a folder of "
+            "images (unpack an archive first)"
+        )
+    return kind
 
 
 def _others(files: Sequence[Path]) -> str:
@@ -138,8 +156,11 @@ def _tables(
             # The library takes paths for patterns, and :: for a chain of file systems.
             if any("::" in str(file) for file in files):
                 raise ConfigError(f"{origin}: a path with :: cannot be read; rename the folder or the file")
-            kind = "arrow" if kinds == {".arrow"} else "parquet"
-            found = (kind, {"data_files": [glob.escape(str(file)) for file in files], "split": "train"})
+            found = (
+                _kind(files[0], origin),
+                {"data_files": [glob.escape(str(file)) for file in files], "split": "train"},
+            )
+            found[1].update({"sep": "\t"} if kinds == {".tsv"} else {})
         if data.streaming:
             return read_stream(data, origin, own, stamp, *found, folders)
         table = datasets.load_dataset(found[0], cache_dir=scratch, **found[1])

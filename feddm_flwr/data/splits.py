@@ -24,7 +24,9 @@ _NAMES = {
 _OF = {name: split for split, names in _NAMES.items() for name in names}
 # Too short to mean a split but beside a word for images: imagesTr, of the medical decathlon; tr is a language, too.
 _SHORT = {"tr": "train", "ts": "test"}
-_GENERIC = {"set", "data", "dataset", "images", "image", "imgs", "img", "split", "labels"}
+_IMAGES = {"images", "image", "imgs", "img"}
+_MASKS = {"masks", "mask", "labels", "label", "annotations", "annotation", "segmentations", "segmentation", "gt"}
+_GENERIC = {"set", "data", "dataset", *_IMAGES, "split", "labels"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
 
 
@@ -79,6 +81,25 @@ def in_split(
             splits = dict.fromkeys(paths, "")
     chosen = _choose(splits, {path: path.stem for path in paths}, wanted, origin)
     return [(path, part) for path, part in parts.items() if path in chosen]
+
+
+def check_masks(paths: Iterable[Path], root: Path, origin: str) -> None:
+    """Checks that there are no masks of segmented images among images.
+
+    Raises:
+        ConfigError: beside a folder of images there is one that is called after what is marked in them.
+    """
+    kinds: dict[int, set[str]] = {}
+    for folder in {path.parent for path in paths}:
+        for depth, name in enumerate(folder.relative_to(root).parts):
+            said = {word for word in _words(name) if not (_of_words([word]) or word in _SHORT)}
+            if said and said <= _IMAGES | _MASKS:
+                kinds.setdefault(depth, set()).add("masks" if said & _MASKS else "images")
+    if any(len(found) > 1 for found in kinds.values()):
+        raise ConfigError(
+            f"{origin}: has folders of images, and others of masks or labels, which would be trained on; name the "
+            f"folder of the images, or leave only that there; data.split = '{ALL}' takes everything"
+        )
 
 
 def _stem(path: PurePath) -> str:
