@@ -58,7 +58,7 @@ def run_config_keys(arguments: list[str]) -> dict[str, Any]:
 
 def _of_file(name: str) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(expanded(name).read_text(encoding="utf-8"))
+        tables = tomllib.loads(expanded(name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--run-config {name!r} cannot be read: {why}") from error

@@ -8,16 +8,23 @@ from collections.abc import Iterable
 #: What Flower says of a run that ended in whatever error.
 _GENERIC = ("An error was encountered. Ending simulation.", "Simulation Runtime crashed.")
 #: What it says, and what that means.
-_MEANINGS = {"No heartbeat received": "its process was killed, perhaps for want of memory (dmesg tells)"}
-_ERROR = re.compile(r"(?:\([^)]*\) )?([A-Za-z_][\w.]*(?:Error|Exception|Died|Timeout|Exit)\w*)(?:: (.*))?$")
+_MEANINGS = {
+    "No heartbeat received": "its process was killed, perhaps for want of memory (dmesg tells)",
+    "node timed out during startup": "Ray did not start, perhaps for want of memory or files (ulimit -a tells)",
+}
+_ERROR = re.compile(r"(?:\([^)]*\) )?([A-Za-z_][\w.]*(?:Error|Exception|Died|Timeout|Exit)\w*|Exception)(?:: (.*))?$")
 _JOINED = ("The above exception was the direct cause", "During handling of the above exception")
 
 
 def cause(details: str, log: Iterable[str]) -> str:
     """Returns what a run failed of: Flower's `details` where they say it, else what the last traceback of a log began
     with, or the text in Flower's last box; "" where there is none of these."""
-    if details and not any(generic in details for generic in _GENERIC):
-        return next((f"{details}: {means}" for said, means in _MEANINGS.items() if said in details), details)
+    if not details or any(generic in details for generic in _GENERIC):
+        details = _cause_in(log) or details
+    return next((f"{details.rstrip('.')}: {means}" for said, means in _MEANINGS.items() if said in details), details)
+
+
+def _cause_in(log: Iterable[str]) -> str:
     error, box, joined = "", "", False
     for line in map(str.rstrip, log):
         if match := _ERROR.match(line):
@@ -30,4 +37,4 @@ def cause(details: str, log: Iterable[str]) -> str:
             box = ""
         elif line.startswith("│"):
             box = f"{box} {line.strip('│ ')}".strip()
-    return error or box or details
+    return error or box

@@ -40,6 +40,7 @@ from feddm_flwr.reporting.records import nest, status_of
 STOPPED = 130
 _START_TIMEOUT = 60.0
 _LONGEST = 24  # characters of a folder that sockets of Ray are in: it adds up to 83
+_FILES, _FEWEST_FILES = 4096, 256  # that may be open
 _SENT = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")  # what Flower sends of an app
 _DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # one is there where a GPU is
 
@@ -127,6 +128,7 @@ class Simulation:
     def __init__(self, options: argparse.Namespace, env: Mapping[str, str]) -> None:
         cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
         there, cluster = _count_gpus(), os.environ.get("RAY_ADDRESS")
+        _check_cluster(cluster) if cluster else _allow_files()
         gpus = options.client_gpus if options.client_gpus is not None else float(there > 0)
         # Where nvidia-smi is not, Ray may still find some.
         if gpus > there and not cluster and (there or not any(Path(p).exists() for p in _DRIVERS)):
@@ -220,6 +222,38 @@ def _short_folder() -> Path:
         if len(os.fsencode(folder)) <= _LONGEST and os.access(folder, os.W_OK | os.X_OK):
             return Path(folder)
     raise ConfigError(f"TMPDIR = {own!r}: is too long for sockets; set it to a folder of at most {_LONGEST} characters")
+
+
+def _check_cluster(address: str) -> None:
+    """Checks that a cluster answers, for which Ray would wait for ever.
+
+    Raises:
+        ConfigError: none does.
+    """
+    if not (found := re.fullmatch(r"(.+):(\d+)", address)):  # auto, or a client's ray://
+        return
+    try:
+        socket.create_connection((found[1].removeprefix("ray://"), int(found[2])), 10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS = {address!r}: no cluster of Ray answers there ({error}); unset it to use this machine alone"
+        ) from error
+
+
+def _allow_files() -> None:
+    """Lets this process and those that it starts open as many files as Ray needs, for want of which it would wait.
+
+    Raises:
+        ConfigError: the system does not allow that.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, _FILES) if hard != resource.RLIM_INFINITY else _FILES
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < _FEWEST_FILES:
+        raise ConfigError(f"ulimit -n = {most} is not allowed: a simulation needs at least {_FEWEST_FILES} open files")
 
 
 def _count_gpus() -> int:

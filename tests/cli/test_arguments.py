@@ -11,6 +11,12 @@ from feddm_flwr.cli.arguments import run_config_keys
 from feddm_flwr.config import ConfigError
 
 
+def test_a_file_of_windows_is_read(tmp_path: Path) -> None:
+    """hukkin/tomli #304: its editors begin a file with a byte order mark."""
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbfseed = 3\r\n[model]\r\npreset = 'tiny'\r\n")
+    assert run_config_keys([str(tmp_path / "x.toml")]) == {"seed": 3, "model.preset": "tiny"}
+
+
 @pytest.mark.parametrize(
     ("text", "keys"),
     [

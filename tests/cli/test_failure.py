@@ -41,6 +41,11 @@ BOX = """Using SuperLink: site
             "OutOfMemoryError: the node ran",
         ),
         ("", CHAIN + "ValueError: a later one\n", "ValueError: a later one"),
+        (
+            "Simulation Runtime crashed.",
+            "Exception: The current node timed out during startup.\n",
+            "Exception: The current node timed out during startup: Ray did not start, perhaps for want of memory",
+        ),
         ("", BOX, "Connection to the SuperLink is unavailable."),
         ("No heartbeat received from the task", "", "No heartbeat received from the task: its process was killed"),
         ("An error was encountered. Ending simulation.", "", "An error was encountered"),

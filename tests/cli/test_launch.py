@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -84,3 +87,29 @@ def test_sockets_are_in_a_short_folder_whatever_tmpdir_is(tmp_path: Path, monkey
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ConfigError, match=f"TMPDIR = '{job}': is too long for sockets; set it to a folder of at most"):
         launch._short_folder()
+
+
+def test_a_cluster_that_does_not_answer_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself waits for ever."""
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS = '{address}': no cluster of Ray answers there"):
+            launch._check_cluster(address)
+        there.listen()
+        launch._check_cluster(address)
+    launch._check_cluster("auto")
+
+
+def test_files_that_ray_needs_may_be_open_or_no_run_begins() -> None:
+    code = (
+        "import resource, sys; from feddm_flwr.cli.launch import _allow_files; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1]))); _allow_files(); "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", code, hard], capture_output=True, text=True, check=False)
+        for hard in ("1024", "64")
+    ]
+    assert done[0].stdout.strip() == "(1024, 1024)"
+    assert "ulimit -n = 64 is not allowed: a simulation needs at least 256 open files" in done[1].stderr
