@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -69,7 +69,7 @@ def fetch(config: RunConfig, folder: Path) -> dict[str, Path]:
 
 def _read(kind: str, key: str, name: str) -> torch.nn.Module:
     cls, subfolders = _CLASSES[kind]
-    here = local_path(name)
+    here = _here(name)
     problem: Exception | None = None
     for subfolder in subfolders:
         if here and not (here / subfolder / "config.json").is_file():
@@ -83,12 +83,14 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
             raise ConfigError(f"{key} = {name!r}: is {_a(own)}; must be {_a(cls.__name__)}")
         for variant in [variant_in(here / subfolder)] if here else [None, "fp16"]:
             try:
-                model: torch.nn.Module = cls.from_pretrained(
-                    str(here or name), subfolder=subfolder or None, variant=variant
+                model, found = cls.from_pretrained(
+                    str(here or name), subfolder=subfolder or None, variant=variant, output_loading_info=True
                 )
+                if lacks := found["missing_keys"]:
+                    raise ValueError(f"it lacks {len(lacks)} of its weights, {sorted(lacks)[0]} among them")
                 if any(not torch.isfinite(p).all() for p in model.parameters()):
                     raise ValueError("it has weights that are not finite")
-                return model
+                return cast("torch.nn.Module", model)
             except Exception as error:
                 problem = problem or error
     text = (
@@ -98,6 +100,12 @@ def _read(kind: str, key: str, name: str) -> torch.nn.Module:
         f"{key} = {name!r}: cannot be read ({text}); must be a diffusers folder, or the id of a {cls.__name__} on a "
         "hub in reach: without network, download it elsewhere (hf download ID --local-dir FOLDER) and name the folder"
     )
+
+
+def _here(name: str) -> Path | None:
+    """Returns the folder on this machine that a model's name means; of a run, its model."""
+    path = local_path(name)
+    return path / "model" if path and (path / "config.toml").is_file() else path
 
 
 def _a(name: str) -> str:
@@ -118,7 +126,7 @@ def variant_in(folder: Path) -> str | None:
 def _check_process(config: RunConfig) -> None:
     """Tells whether the U-Net to fine-tune was trained for the noise of this run, where a scheduler beside it tells."""
     name = config.model.init_from
-    here = local_path(name)
+    here = _here(name)
     places = (here / "scheduler", here.parent / "scheduler", here, here.parent) if here else ("scheduler", None)
     own: dict[str, Any] = {}
     for place in places:

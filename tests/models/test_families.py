@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, VQModel
 from local_grid import LocalGrid, config, nodes
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from feddm_flwr.cli.main import main
 from feddm_flwr.config import ConfigError
@@ -241,6 +241,20 @@ def test_weights_of_a_variant_are_found(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("half/unet/diffusion_pytorch_model.safetensors"))
     assert pretrained.fetch(config(model__init_from=str(tmp_path / "half")), tmp_path / "assets").keys() == {"unet"}
     assert pipelines.load(tmp_path / "half").unet.config.sample_size == 8
+
+
+def test_a_run_s_folder_is_its_model_and_a_file_without_all_weights_is_none(tmp_path: Path) -> None:
+    c = config()
+    pipelines.save(networks.build(c, {}), c, {}, tmp_path / "model", "")
+    (tmp_path / "config.toml").write_text("")
+    of_run = config(model__init_from=str(tmp_path))
+    assert pretrained.fetch(of_run, tmp_path / "assets").keys() == {"unet"}
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_in.bias"]
+    save_file(weights, file)
+    with pytest.raises(ConfigError, match=r"cannot be read \(ValueError: it lacks 1 of its weights, conv_in\.bias amo"):
+        pretrained.fetch(of_run, tmp_path / "others")
 
 
 def test_a_run_of_an_autoencoder_has_nothing_to_be_drawn_from(
