@@ -69,6 +69,8 @@ _TOLD |= {
     ".nrrd",
     ".mat",
 }
+#: What is wrong with a file that is none of its own.
+POINTER = "a pointer of Git LFS: git lfs pull puts the file in its place"
 # What systems, and network storage, put beside the images.
 _OF_THE_DISK = {"lost+found", "System Volume Information", "@eaDir", "#recycle", "#snapshot"}
 
@@ -121,6 +123,11 @@ def _looks_like_one(path: str, size: int, changed: int) -> bool:
             return size > 0
     except Exception:  # Pillow raises nearly anything on what is none
         return False
+
+
+def is_pointer(head: bytes) -> bool:
+    """Tells whether a file that begins so only says what Git LFS would put in its place."""
+    return head.startswith(b"version https://git-lfs")
 
 
 def ending(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -113,11 +114,16 @@ def _load_node(
         count = len(decoded.kept)
         remarks = remarks_on(source, decoded, images[:count], whole=not partition or partition[0] == 0)
         about = {"asked": len(rows), "sizes": decoded.extent(), "remarks": remarks}
+        about |= {"version": source.version} if source.by_path else {}
         write_facts(folder, {"classes": own, "count": count, **about})
         shutil.rmtree(scratch, ignore_errors=True)
 
     try:
         folder = cached(root, key, version, fill)
+        if before := facts(folder).get("version"):  # a table of paths stays as it is when an image changes
+            with tempfile.TemporaryDirectory(dir=root) as scratch:
+                now = open_here(Path(scratch)).version
+            folder = folder if now == before else cached(root, key, now, fill)
         found, kept = facts(folder), array(folder, "images")
     except OSError as error:
         raise ConfigError(

@@ -112,6 +112,8 @@ def read_stream(
     kinds = datasets.Features({c: features[c] for c in labels}) if labels and stream.features else None
     table = datasets.Dataset.from_dict(columns or {"row": [*range(count)]}, kinds)
     pixels = pixels_of(d, images)
+    by_path = count > 0 and is_path(next(iter(images))[d.image_column])
+    paths = stamp_of_paths((row[d.image_column] for row in images), folders) if by_path else ""
 
     def fill(chosen: Sequence[int], out: Images) -> Decoded:
         assert [*chosen] == [*range(count)]
@@ -122,9 +124,9 @@ def read_stream(
         origin,
         table,
         fill,
-        stamp or str(HfApi().dataset_info(name).sha),
+        (stamp or str(HfApi().dataset_info(name).sha)) + paths,
         streamed=True,
-        by_path=count > 0 and is_path(next(iter(images))[d.image_column]),
+        by_path=by_path,
         other_columns=_other_images(features, d.image_column),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 from feddm_flwr.config import ConfigError, expanded, local_path
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.plugins import is_plugin
-from feddm_flwr.data.files import TABLES, ending, files_below, is_image, stamp_of
+from feddm_flwr.data.files import POINTER, TABLES, ending, files_below, is_image, is_pointer, stamp_of
 from feddm_flwr.data.readers import read_digits, read_folder, read_stream, read_table, reader_class
 from feddm_flwr.data.source import Source
 from feddm_flwr.data.splits import ALL, check_masks, in_split, no_such_split
@@ -112,11 +112,11 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
 
 def _kind(file: Path, origin: str) -> str:
     """Returns what the library calls a table of that kind, which is told by its ending, else by how it begins."""
-    kind = _KINDS.get(file.suffix.lower())
-    if not kind:
-        with file.open("rb") as opened:
-            kind = "parquet" if opened.read(4) == b"PAR1" else ""
-    if not kind:
+    with file.open("rb") as opened:
+        head = opened.read(40)
+    if is_pointer(head):
+        raise ConfigError(f"{origin}: {POINTER}")
+    if not (kind := _KINDS.get(file.suffix.lower(), "parquet" if head.startswith(b"PAR1") else "")):
         raise ConfigError(
             f"{origin}: is a file that is no table; must be parquet, arrow, csv, tsv, json or jsonl, or a folder of "
             "images (unpack an archive first)"
@@ -161,7 +161,7 @@ def _tables(
                 {"data_files": [glob.escape(str(file)) for file in files], "split": "train"},
             )
             found[1].update({"sep": "\t"} if kinds == {".tsv"} else {})
-        if data.streaming:
+        if data.streaming and found[0] not in ("csv", "json"):  # which have paths, and little else
             return read_stream(data, origin, own, stamp, *found, folders)
         table = datasets.load_dataset(found[0], cache_dir=scratch, **found[1])
         return read_table(data, origin, own, stamp, table, folders)

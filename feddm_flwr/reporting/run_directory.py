@@ -56,6 +56,7 @@ class RunDirectory:
             FileExistsError: the folder has something in it; a run never writes over another.
             FileNotFoundError: there is no run of that name to resume.
             RunInUseError: the run still goes on.
+            OSError: the folder cannot be written, or its files not be locked.
         """
         self.path, self.checkpoints = path, path / "checkpoints"
         self.simulated = simulated
@@ -71,6 +72,9 @@ class RunDirectory:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunInUseError(f"{path} is in use by another process: is the run still going on?") from None
+        except OSError as error:  # of some network file systems
+            text = f"{error.strerror}: files there cannot be locked; set out-dir to a folder on another file system"
+            raise OSError(error.errno, text, str(path)) from error
         for folder in (path, self.checkpoints, path / "samples", path / "reference", path / "assets"):
             forget_unfinished(folder)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import struct
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image, PngImagePlugin
 from test_inputs import encoded, own, picture, seen, survey
 
 from feddm_flwr.config import ConfigError
+from feddm_flwr.data import node_data
+from feddm_flwr.storage.state_folder import state_root
 
 
 def test_what_systems_and_notebooks_leave_is_no_image(tmp_path: Path) -> None:
@@ -86,11 +89,28 @@ def test_a_list_of_images_and_classes_is_a_table(name: str, column: str, tmp_pat
         text = "\n".join([f"{column}{tab}label", *(tab.join(row.values()) for row in rows)])
     (tmp_path / name).write_text(text)
     assert seen(tmp_path / name, image_column=column) == [1, 2, 3]
-    data = own(tmp_path / name, image_column=column, classes="ill,well")
-    assert data.class_counts == {"ill": 1, "well": 2}
+    for streaming in (False, True):
+        data = own(tmp_path / name, image_column=column, classes="ill,well", streaming=streaming)
+        assert data.class_counts == {"ill": 1, "well": 2}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_that_a_table_has_paths_of_are_decoded_anew_when_one_changes(streaming: bool, tmp_path: Path) -> None:
+    for value in (1, 2, 3):
+        picture(tmp_path / "img" / f"{value}.png", value)
+    table = Dataset.from_dict({"image": [f"img/{value}.png" for value in (1, 2, 3)]})
+    table.to_parquet(tmp_path / "x.parquet")
+
+    def there() -> list[int]:  # to another process
+        node_data._load_own.cache_clear()
+        node_data._kept.cache_clear()
+        data = own(tmp_path / "x.parquet", streaming=streaming)
+        return sorted(int(image.max()) for image in (*data.train, *data.held_out))
+
+    assert there() == there() == [1, 2, 3]
     picture(tmp_path / "img" / "1.png", 50)  # the table is as it was
-    os.utime(tmp_path / "img" / "1.png", (1, 1))
-    assert seen(tmp_path / name, image_column=column, max_broken=0) == [2, 3, 50]
+    assert there() == there() == [2, 3, 50]
+    assert not list(state_root(None).glob("tmp*"))
 
 
 @pytest.mark.parametrize("name", ["x.zip", "shard-000.tar", "x.npz", "x.png"])
@@ -120,10 +140,20 @@ def test_classes_called_mask_are_classes(tmp_path: Path) -> None:
 
 def test_labels_below_zero_are_no_class(tmp_path: Path) -> None:
     """huggingface/datasets: a test split of which nobody may know the labels has -1."""
-    from datasets import ClassLabel, Dataset, Features
-    from datasets import Image as ImageFeature
-
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
     cells = [{"bytes": encoded(value), "path": None} for value in range(4)]
     Dataset.from_dict({"image": cells, "label": [-1, 0, 1, -1]}, features).to_parquet(tmp_path / "x.parquet")
     assert "classes  a 1, b 1, unlabelled 2" in survey(tmp_path / "x.parquet")
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
+    """huggingface/datasets and others: a clone without git-lfs has pointers in place of its files."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "x.parquet").write_bytes(pointer)
+    with pytest.raises(
+        ConfigError, match=r"x\.parquet': a pointer of Git LFS: git lfs pull puts the file in its place"
+    ):
+        seen(tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(tmp_path / "x.png")
+    with pytest.raises(ConfigError, match=r"1 of 1 images cannot be read: x.png \(a pointer of Git LFS: git lfs pull"):
+        seen(tmp_path)
