@@ -26,6 +26,7 @@ class Data:
         "split that is trained on: of a hub data set, or of a folder that has train, valid, test, … in the names of "
         "its folders or files; `all`: no name is one of a split",
     )
+    subset: str = key("", "configuration of a hub data set that has several")
     reader: str = key(
         "auto",
         "how the files of data.name, or of a node's data-path, are read: by what they are, or by an extension",

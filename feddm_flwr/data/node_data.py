@@ -215,7 +215,7 @@ def _essence(d: Data) -> dict[str, object]:
     """Returns what of the keys decides what is decoded; a key that came later is not in it at its default, so that what
     was cached before stays of use."""
     found = asdict(replace(d, classes="", eval_fraction=0))
-    return {key: value for key, value in found.items() if (key, value) != ("reader", "auto")}
+    return {key: value for key, value in found.items() if (key, value) not in (("reader", "auto"), ("subset", ""))}
 
 
 @lru_cache(maxsize=1)
@@ -227,7 +227,7 @@ def _classes(source: Source, column: str) -> list[str]:
 def _kept(d: Data, source: Source, name: str, root: Path) -> Source:
     """Returns a stream's images as a source that has them on its disk, decoded; every node of a machine shares them."""
     shape = (len(source.table), d.channels, d.image_size, d.image_size)
-    chosen = (name, d.split, d.image_column, d.black, d.white, d.max_broken)
+    chosen = (name, d.split, d.image_column, d.black, d.white, d.max_broken, *filter(None, [d.subset]))
 
     def fill(folder: Path) -> None:
         decoded = source.decode(range(shape[0]), new_array(folder, "images", shape, np.uint8))

@@ -70,9 +70,11 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
         if not expanded(name).exists():
             raise ConfigError(f"{origin}: no such file or folder, which data.reader = {data.reader!r} could read")
         return reader_class(data.reader)().open(expanded(name), data, origin, stamp)
+    path = expanded(name)
+    if data.subset and (own or name == "digits" or path.exists()):
+        raise ConfigError(f"data.subset = {data.subset!r}: is for a data set of a hub; {origin} has none")
     if name == "digits" and not own:
         return read_digits(data, origin)
-    path = expanded(name)
     if not path.exists():
         if own or local_path(name) or path.suffix.lower() in _KINDS:
             raise ConfigError(f"{origin}: no such file or folder")
@@ -151,7 +153,7 @@ def _tables(
         kinds = {file.suffix.lower() for file in files}
         if len(kinds) > 1:
             raise ConfigError(f"{origin}: has {' and '.join(sorted(kinds))} files; name the files that are meant")
-        found: tuple[str, dict[str, Any]] = (name, {"split": data.split})
+        found: tuple[str, dict[str, Any]] = (name, {"name": data.subset or None, "split": data.split})
         if files:
             # The library takes paths for patterns, and :: for a chain of file systems.
             if any("::" in str(file) for file in files):
@@ -168,6 +170,10 @@ def _tables(
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for many causes
+        if not files and (there := re.search(r"vailable\b[^\[]*\[(.*?)\]", str(error))):
+            raise ConfigError(
+                f"data.subset = {data.subset!r}: must be one of {there[1]}, which {origin} has"
+            ) from error
         # What is in quotes may be a cell's.
         what = (
             re.sub(r"'[^']*'|\"[^\"]*\"", "…", str(error).partition("\n")[0])

@@ -7,14 +7,18 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image, PngImagePlugin
-from test_inputs import encoded, own, picture, seen, survey
+from test_inputs import SHAPE, encoded, own, picture, seen, survey, table
 
-from feddm_flwr.config import ConfigError
-from feddm_flwr.data import node_data
+from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config.keys import Data
+from feddm_flwr.data import node_data, sources
+from feddm_flwr.data.images import Images
+from feddm_flwr.data.source import Source
 from feddm_flwr.storage.state_folder import state_root
 
 
@@ -98,8 +102,7 @@ def test_a_list_of_images_and_classes_is_a_table(name: str, column: str, tmp_pat
 def test_images_that_a_table_has_paths_of_are_decoded_anew_when_one_changes(streaming: bool, tmp_path: Path) -> None:
     for value in (1, 2, 3):
         picture(tmp_path / "img" / f"{value}.png", value)
-    table = Dataset.from_dict({"image": [f"img/{value}.png" for value in (1, 2, 3)]})
-    table.to_parquet(tmp_path / "x.parquet")
+    Dataset.from_dict({"image": [f"img/{value}.png" for value in (1, 2, 3)]}).to_parquet(tmp_path / "x.parquet")
 
     def there() -> list[int]:  # to another process
         node_data._load_own.cache_clear()
@@ -157,3 +160,33 @@ def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").rename(tmp_path / "x.png")
     with pytest.raises(ConfigError, match=r"1 of 1 images cannot be read: x.png \(a pointer of Git LFS: git lfs pull"):
         seen(tmp_path)
+
+
+def test_the_subsets_of_a_hub_s_data_set_are_named(tmp_path: Path) -> None:
+    """huggingface/datasets #2703 and #6533. A folder in the place of a repository, which the library takes as one."""
+    for value, subset in enumerate(("full", "mini")):
+        table(tmp_path / subset / "train.parquet", [value])
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: full, data_files: full/*}\n- {config_name: mini, data_files: mini/*}\n---\n"
+    )
+
+    def values(**keys: object) -> list[int]:
+        data = parse({"data.name": "a/b", **SHAPE, **keys}).data
+        source = sources._tables(data, str(tmp_path), "data.name = 'a/b'", None, "stamp", [])
+        return [int(image.max()) for image in images_of(source, data)]
+
+    for wrong in ({}, {"data.subset": "tiny"}):
+        with pytest.raises(
+            ConfigError, match=r"data\.subset = '.*': must be one of 'full', 'mini', which data\.name ="
+        ):
+            values(**wrong)
+    assert values(**{"data.subset": "mini"}) == [1]
+    assert values(**{"data.subset": "mini", "data.streaming": True}) == [1]
+    with pytest.raises(ConfigError, match=r"data\.subset = 'mini': is for a data set of a hub"):
+        seen(tmp_path / "mini", subset="mini")
+
+
+def images_of(source: Source, data: Data) -> Images:
+    out = np.empty((len(source.table), data.channels, data.image_size, data.image_size), np.uint8)
+    source.decode(range(len(out)), out)
+    return out
