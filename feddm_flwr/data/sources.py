@@ -144,6 +144,7 @@ def _tables(
     """Returns tables in files, or where there are none, the data set of that name on a hub."""
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell its makers of every file that is read here
     own = scratch is not None
     folders = [*dict.fromkeys([*(file.parent for file in files), *([root] if root else [])])]
     try:

@@ -190,3 +190,14 @@ def images_of(source: Source, data: Data) -> Images:
     out = np.empty((len(source.table), data.channels, data.image_size, data.image_size), np.uint8)
     source.decode(range(len(out)), out)
     return out
+
+
+def test_reading_what_is_here_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library tells its makers of every table that it reads, unless told not to, and waits where it cannot."""
+    table(tmp_path / "x.parquet", [1, 2])
+    asked: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *given, **_: asked.append(given) or [])
+    for streaming in (False, True):
+        assert seen(tmp_path / "x.parquet", streaming=streaming) == [1, 2]
+    assert len(own(tmp_path / "x.parquet").train) == 1
+    assert not asked
