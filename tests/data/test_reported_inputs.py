@@ -150,7 +150,7 @@ def test_labels_below_zero_are_no_class(tmp_path: Path) -> None:
 
 
 def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
-    """huggingface/datasets and others: a clone without git-lfs has pointers in place of its files."""
+    """policy-gradient/GRPO-Zero #1, jinnovation/rainy-image-dataset #2: a clone without git-lfs has them for files."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     (tmp_path / "x.parquet").write_bytes(pointer)
     with pytest.raises(
@@ -193,7 +193,7 @@ def images_of(source: Source, data: Data) -> Images:
 
 
 def test_reading_what_is_here_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library tells its makers of every table that it reads, unless told not to, and waits where it cannot."""
+    """huggingface/datasets #6088 and #1818: the library tells its makers of every table, and waits where it cannot."""
     table(tmp_path / "x.parquet", [1, 2])
     asked: list[object] = []
     monkeypatch.setattr("socket.getaddrinfo", lambda *given, **_: asked.append(given) or [])
