@@ -23,7 +23,7 @@ LEVELS = [
     "training evaluation",
     "extensions",
     "server node cli contrib",  # three processes, and what users add: never each other
-    "server_app client_app",
+    "server_app client_app __main__",
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms.split()}
 #: No torch at all, not even inside a function.

@@ -106,6 +106,7 @@ class RoundInProgress:
         `received` are the weights that all of them get."""
         self.number, self.part, self.traffic = number, part, Traffic()
         self.outdated: set[str] = set()  # nodes that have other images than they said at their introduction
+        self.why = ""  # the last failure
         self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
         self._outliers = outliers
         total = sum(nodes[name].images for name in part)

@@ -154,7 +154,8 @@ class FedDM:
                 )
                 log.warning("%s; attempt %d of %d", problem, attempt + 1, 1 + self.config.max_round_retries)
             else:
-                raise RunFailedError(f"{problem}; gave up after {1 + self.config.max_round_retries} attempts")
+                tries = f"gave up after {1 + self.config.max_round_retries} attempts"
+                raise RunFailedError(f"{problem}; {tries}; {progress.why}".removesuffix("; "))
             progress.traffic = earlier
             before_step()
             yield self._commit(number, received, progress, len(chosen), time.monotonic() - start)
@@ -178,6 +179,7 @@ class FedDM:
             failure = reply if isinstance(reply, Failure) else progress.accept(name, reply)
             if failure:
                 progress.traffic.failures[failure.reason] += 1
+                progress.why = f"{name}: {failure.text}"
                 log.warning("round=%d node=%s dropped: %s", number, name, failure)
             else:
                 self._held[name] = number

@@ -81,7 +81,11 @@ class Denoising(Objective):
         """Returns the weighted distance of each prediction to what it should be, shape (B,)."""
         d, t = self._config.diffusion, drawn[1]
         weight = diffusion.loss_weight(d.prediction, self._abar[t], d.min_snr_gamma)
-        return self.distance(*self._predict(network, drawn)) * weight
+        distance = self.distance(*self._predict(network, drawn))
+        if distance.shape != weight.shape:
+            shape = tuple(distance.shape)
+            raise ValueError(f"train.objective: distance must return a number for each image, ({len(t)},), not {shape}")
+        return distance * weight
 
     def distance(self, prediction: Tensor, goal: Tensor) -> Tensor:
         """Returns what is minimized, for each of predictions and goals (B, C, H, W): the mean squared error, (B,)."""

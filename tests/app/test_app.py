@@ -333,7 +333,7 @@ def test_a_run_never_writes_over_another(vanilla: Path, folder: Path) -> None:
 def test_a_run_whose_nodes_all_fail_is_a_failed_run(folder: Path) -> None:
     done, run = train(folder, "diverged", 'train.learning-rate=1e25 train.precision="fp32" max-round-retries=1')
     assert done.returncode == 1
-    assert "0 of 4 nodes gave a good reply, 3 are needed (4 exception); gave up after 2 attempts" in done.stderr
+    assert "0 of 4 nodes gave a good reply, 3 are needed (4 exception); gave up after 2 attempts; node-" in done.stderr
     assert "the training loss of node-0 became nan in round 1" in done.stdout
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
     assert not (run / "model").exists()

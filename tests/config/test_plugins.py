@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from feddm_flwr.contrib.huber import Huber
 from feddm_flwr.contrib.yogi import yogi
 from feddm_flwr.data.node_data import load_all, load_node
 from feddm_flwr.extensions import check_extensions
+from feddm_flwr.protocol.failures import RunFailedError
 
 FLOAT8, YOGI = "feddm_flwr.contrib.fp8:Float8", "feddm_flwr.contrib.yogi:yogi"
 HUBER, ARRAYS = "feddm_flwr.contrib.huber:Huber", "feddm_flwr.contrib.arrays:Arrays"
@@ -81,15 +84,15 @@ from feddm_flwr import Aggregator, Tracker
 
 class Unweighted(Aggregator):
     def __init__(self, size):
-        self._sum, self._count = np.zeros(size), 0
+        self._sum, self._count = np.zeros(size, np.int64), 0
     @property
     def count(self):
         return self._count
     def add(self, vector, weight, frame, scale):
-        self._sum += vector
+        self._sum += np.rint(vector * 2.0**32).astype(np.int64)
         self._count += 1
     def mean(self):
-        return (self._sum / max(1, self._count)).astype(np.float32)
+        return (self._sum / (2.0**32 * max(1, self._count))).astype(np.float32)
 
 class Notes(Tracker):
     def __init__(self, run, identity, config):
@@ -199,3 +202,56 @@ def test_public_names_are_those_of_the_rooms() -> None:
     assert feddm_flwr.Codec is Codec
     with pytest.raises(AttributeError, match="has no attribute 'Kodec'"):
         _ = feddm_flwr.Kodec  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return w + d, {'m': d}", None),
+        ("return (w + d)[:2], s", r"update must return a float32 vector of the size it is given, not float32 \(2,\)"),
+        ("return w.astype(float), s", "not float64"),
+        ("return w, {'n': 1}", "the state must be a dictionary of vectors"),
+        ("w += d; return w, s", "update must change none of what it is given"),
+        ("return w * s['no'], s", r"KeyError: 'no' \(own.py, line 4\)"),
+    ],
+)
+def test_a_server_optimizer_is_tried_on_a_few_numbers(body: str, said: str | None, extension: Path) -> None:
+    extension.write_text(
+        f"from feddm_flwr import ServerOptimizer\ndef own(eta, beta):\n    def update(w, d, s):\n        {body}\n"
+        "    return ServerOptimizer(lambda w: {}, update)\n"
+    )
+    name = "feddm_flwr.contrib.own:own"
+    c = parse({"server.optimizer": name, "server.learning-rate": 1.0, "server.momentum": 0.0})
+    with pytest.raises(ConfigError, match=f"server.optimizer = '{name}': .*{said}") if said else nullcontext():
+        check_extensions(c)
+
+
+@pytest.mark.parametrize(
+    ("add", "mean", "said"),
+    [
+        ("self.n += 1", "return np.ones(self.size, np.float32)", None),
+        ("self.n += 1", "return np.zeros(3)", r"mean must return a float32 vector .*, not float64 \(3,\)"),
+        ("self.n += 1", "return None", "mean must return a float32 vector of the size it is given, not NoneType"),
+        ("...", "return np.ones(self.size, np.float32)", "count is 0 after three updates"),
+        ("1 / 0", "...", r"ZeroDivisionError: division by zero \(own.py, line 6\)"),
+    ],
+)
+def test_an_aggregator_is_tried_on_a_few_numbers(add: str, mean: str, said: str | None, extension: Path) -> None:
+    extension.write_text(
+        "import numpy as np\nfrom feddm_flwr import Aggregator\nclass Own(Aggregator):\n"
+        f"    def __init__(self, size): self.n, self.size = 0, size\n    def add(self, v, w, f, s):\n        {add}\n"
+        f"    def mean(self): {mean}\n    count = property(lambda self: self.n)\n"
+    )
+    name = "feddm_flwr.contrib.own:Own"
+    with pytest.raises(ConfigError, match=f"server.aggregation = '{name}': .*{said}") if said else nullcontext():
+        check_extensions(parse({"server.aggregation": name}))
+
+
+def test_a_distance_is_one_of_each_image(extension: Path, caplog: pytest.LogCaptureFixture) -> None:
+    extension.write_text(
+        "from feddm_flwr import Denoising\nclass Own(Denoising):\n    def distance(self, p, g): return (p - g).sum()\n"
+    )
+    c = config(train__objective="feddm_flwr.contrib.own:Own", num_server_rounds=1)
+    with pytest.raises(RunFailedError, match="0 of 4 nodes gave a good reply"):
+        run(c)
+    assert re.search(r"distance must return a number for each image, \(\d+,\), not \(\)", caplog.text)
