@@ -10,6 +10,8 @@ A comparison is a TOML file or one of the presets below:
     strategy = "feddm-lean"
     [runs.centralized]
     centralized = true            # one node that has all images, and takes as many steps as the others together
+    [runs.data-parallel]
+    data-parallel = true          # one node that has all images, and takes as many steps as each, of all their batches
     [conditions.skewed]           # where there are any, every run is done under each
     data.alpha = 0.1
 """
@@ -36,10 +38,14 @@ from feddm_flwr.storage.atomic import whole_file
 
 Keys = dict[str, Any]
 
+#: Runs on all images in one place: the keys of a run that ask for them.
+POOLED = ("centralized", "data-parallel")
+
 # Nobody is to be protected from a simulation: all runs are compared with all images.
 _EVALUATED: Keys = {"eval.features": "classifier", "eval.samples": 2000, "eval.min-images": 0}
 _STRATEGIES: dict[str, Keys] = {
     "centralized": {"centralized": True},
+    "data-parallel": {"data-parallel": True},
     "vanilla": {},
     "prox 0.01": {"strategy": "feddm-prox", "train.mu": 0.01},
     "quant": {"strategy": "feddm-quant"},
@@ -55,7 +61,7 @@ _PARTITIONS: dict[str, Keys] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "runs": {
-            **{name: _STRATEGIES[name] for name in ("centralized", "vanilla")},
+            **{name: _STRATEGIES[name] for name in ("centralized", "data-parallel", "vanilla")},
             **{f"prox {mu}": {"strategy": "feddm-prox", "train.mu": mu} for mu in (0.001, 0.01, 0.1)},
             "quant": _STRATEGIES["quant"],
         },
@@ -95,6 +101,7 @@ class Cell:
     seed: int
     nodes: int
     keys: Keys
+    pooled: str = ""  # which of `POOLED` it is; "" where there are nodes
     shared: str = ""  # the folder of an earlier cell that is the same run: one on all images knows no partition
 
     @property
@@ -144,7 +151,7 @@ def cells(name: str, common: Mapping[str, Any], nodes: int | None, seeds: int | 
         for condition, under in (tables[2] or {"": {}}).items():
             for run, own in tables[1].items():
                 keys = {**_EVALUATED, **flat(tables[0]), **common, **flat(under), **flat(own)}
-                alone = keys.get("centralized")
+                alone = any(keys.get(kind) for kind in POOLED)
                 cell = _cell(condition, run, seed, count, keys)
                 same = (c.name for c in found if alone and (c.nodes, c.keys) == (cell.nodes, cell.keys))
                 found.append(replace(cell, shared=next(same, "")))
@@ -169,27 +176,37 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
             f"run {run!r}: {sorted(own)[0]} is not allowed: the comparison decides it (--seeds, --output)"
         )
     keys["seed"] = seed
-    centralized = keys.pop("centralized", False)
-    if not isinstance(centralized, bool):
-        raise ConfigError(f"run {run!r}: centralized = {centralized!r} is not allowed: must be true or false")
-    if centralized:
-        config = parse(keys)
-        if config.train.local_epochs:
-            raise ConfigError(f"run {run!r}: centralized = true needs train.local-steps, not train.local-epochs")
-        asked = nodes_asked(config, nodes)
-        of_many = (*PARTITION_OF, "server.aggregation", "server.trim-share")
-        keys = {key: value for key, value in keys.items() if key not in of_many}
-        keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
-        keys |= {"train.local-steps": asked * config.train.local_steps, "train.max-seconds": 0.0}
-        keys["round-timeout"] = asked * config.round_timeout
-        keys["server.ema-decay"] = config.server.ema_decay ** (1 / asked)  # an average over as much of the run
-        nodes = 1
-    cell = Cell(condition, run, seed, nodes, keys)
+    asks = {kind: keys.pop(kind, False) for kind in POOLED}
+    if wrong := [kind for kind, value in asks.items() if not isinstance(value, bool)]:
+        raise ConfigError(f"run {run!r}: {wrong[0]} = {asks[wrong[0]]!r} is not allowed: must be true or false")
+    if all(asks.values()):
+        raise ConfigError(f"run {run!r}: {' and '.join(POOLED)} are two runs: must be one of them")
+    pooled = next((kind for kind, value in asks.items() if value), "")
+    if pooled:
+        keys, nodes = _on_all_images(run, pooled, nodes, keys), 1
+    cell = Cell(condition, run, seed, nodes, keys, pooled)
     try:
         parse({**keys, "run-name": cell.name})
     except ConfigError as error:
         raise ConfigError("\n".join(f"run {run!r}: {line}" for line in str(error).splitlines())) from error
     return cell
+
+
+def _on_all_images(run: str, pooled: str, nodes: int, keys: Keys) -> Keys:
+    """Returns the keys of a run on one node that sees as many images as those of a round together: one batch after the
+    other (centralized), or all in one step (data-parallel)."""
+    config = parse(keys)
+    if config.train.local_epochs:
+        raise ConfigError(f"run {run!r}: {pooled} = true needs train.local-steps, not train.local-epochs")
+    asked = nodes_asked(config, nodes)
+    of_many = (*PARTITION_OF, "server.aggregation", "server.trim-share")
+    keys = {key: value for key, value in keys.items() if key not in of_many}
+    keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
+    keys |= {"train.max-seconds": 0.0, "round-timeout": asked * config.round_timeout}
+    if pooled == "data-parallel":
+        return keys | {"train.batch-size": asked * config.train.batch_size}
+    keys["server.ema-decay"] = config.server.ema_decay ** (1 / asked)  # an average over as much of the run
+    return keys | {"train.local-steps": asked * config.train.local_steps}
 
 
 def do(cell: Cell, folder: Path, feddm: Callable[[list[str]], int]) -> int:
@@ -249,6 +266,7 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
         "run": cell.run,
         "seed": cell.seed,
         "nodes": cell.nodes,
+        "pooled": cell.pooled,
         "rounds": rounds[-1].round,
         "images": sum(r.local_steps for r in rounds) * config.train.batch_size,
         **{key: evaluated[-1].figure(key) if evaluated else None for key in ("fid", "kid", "coverage")},

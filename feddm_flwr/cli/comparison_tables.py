@@ -19,19 +19,26 @@ def markdown(results: Results) -> str:
     parts = []
     for condition in dict.fromkeys(r["condition"] for r in results):
         own = [r for r in results if r["condition"] == condition]
-        all_images = [r for r in own if _centralized(r) and r["fid"] is not None]
-        base = _base(all_images)
+        bases = {
+            kind: found
+            for kind in ("centralized", "data-parallel")
+            if kind == "centralized" or any(_pooled(r) == kind for r in own)
+            for found in [[r for r in own if _pooled(r) == kind and r["fid"] is not None]]
+        }
         lines = [f"**{condition}**\n"] if condition else []
-        lines.append("| run | FID | least | over centralized | KID | coverage | held-out loss | up | down | seeds |")
-        lines.append("|---|---|---|---|---|---|---|---|---|---|")
+        # Where no run is data-parallel, tables are as they were.
+        more = ["images to centralized FID"] if "data-parallel" in bases else []
+        heads = ["run", "FID", "least", *(f"over {kind}" for kind in bases), *more]
+        heads += ["KID", "coverage", "held-out loss", "up", "down", "seeds"]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for run in dict.fromkeys(r["run"] for r in own):
             same = [r for r in own if r["run"] == run]
             fids = [r["fid"] for r in same if r["fid"] is not None]
-            alike = len({_setting(r) for r in (*same, *all_images)}) == 1
-            over = f"{mean(fids) / mean(base):.3f}" if fids and base and alike else "–"
+            over = [_over(fids, same, base) for base in bases.values()]
+            over += [_images_to(same, bases["centralized"])] if more else []
             name = run.replace("|", "\\|")
             lines.append(
-                f"| {name} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {over} "
+                f"| {name} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {' | '.join(over)} "
                 f"| {_spread([r['kid'] for r in same if r['kid'] is not None])} "
                 f"| {_spread([r['coverage'] for r in same if r['coverage'] is not None])} "
                 f"| {_spread([r['eval_loss'] for r in same if r['eval_loss'] is not None])} "
@@ -85,11 +92,12 @@ def plots(results: Results, folder: Path) -> list[Path]:
     def by_bytes(axes: Any) -> None:
         for ax, condition in zip(axes, conditions, strict=True):
             here = [r for r in judged if r["condition"] == condition]
-            for r in (r for r in here if not _centralized(r)):
+            for r in (r for r in here if not _pooled(r)):
                 ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
-            base = _base([r for r in here if _centralized(r)])
-            if base and len({_setting(r) for r in here}) == 1:
-                ax.axhline(mean(base), color="grey", linestyle="--", label="centralized")
+            for kind, style in (("centralized", "--"), ("data-parallel", ":")):
+                base = _base([r for r in here if _pooled(r) == kind])
+                if base and len({_setting(r) for r in here}) == 1:
+                    ax.axhline(mean(base), color="grey", linestyle=style, label=kind)
             ax.set(xscale="log", xlabel="megabytes, both ways, all nodes", title=condition)
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter("{x:g}")
@@ -125,9 +133,27 @@ def _base(centralized: Results) -> list[float]:
     return [r["fid"] for r in centralized] if len({r["run"] for r in centralized}) == 1 else []
 
 
-def _centralized(result: dict[str, Any]) -> bool:
-    """Tells whether one node has all images."""
-    return bool(result["nodes"] == 1)
+def _pooled(result: dict[str, Any]) -> str:
+    """Returns which run on all images it is, `centralized` or `data-parallel`; "" where there are nodes."""
+    return str(result.get("pooled", "centralized" if result["nodes"] == 1 else ""))
+
+
+def _over(fids: Sequence[float], same: Results, pooled: Results) -> str:
+    """Returns FIDs over those of the one run on all images, where they may be divided."""
+    base, alike = _base(pooled), len({_setting(r) for r in (*same, *pooled)}) == 1
+    return f"{mean(fids) / mean(base):.3f}" if fids and base and alike else "–"
+
+
+def _images_to(same: Results, centralized: Results) -> str:
+    """Returns how many images had been seen when the FID was that of the centralized run; a dash where it never was."""
+    if not (base := _base(centralized)) or len({_setting(r) for r in (*same, *centralized)}) != 1:
+        return "–"
+    reached = [
+        next((r["images"] * number / r["rounds"] for number, fid in r["fid_by_round"] if fid <= mean(base)), None)
+        for r in same
+    ]
+    seen = [images for images in reached if images is not None]
+    return f"{mean(seen):,.0f}" if len(seen) == len(same) else "–"
 
 
 def _setting(result: dict[str, Any]) -> str:
@@ -145,7 +171,7 @@ def _spread(values: Sequence[float], places: int = 4) -> str:
 
 
 def _fewer(same: Results, way: str) -> str:
-    if _centralized(same[0]):
+    if _pooled(same[0]):
         return "–"
     sent = mean(r[f"bytes_{way}"] for r in same)
     ratio = mean(r[f"bytes_{way}_fp32"] for r in same) / sent

@@ -86,6 +86,46 @@ def test_all_images_are_trained_on_for_as_long_as_the_nodes_together(tmp_path: P
         comparison.cells(str(tmp_path / "x.toml"), {"train.local-steps": 0, "train.local-epochs": 1}, None, None)
 
 
+def test_a_data_parallel_run_takes_the_steps_of_one_node_on_the_batches_of_all(tmp_path: Path) -> None:
+    text = FILE.replace("[conditions.iid]", "[runs.together]\ndata-parallel = true\n[conditions.iid]")
+    (tmp_path / "x.toml").write_text(text)
+    cells = comparison.cells(str(tmp_path / "x.toml"), {**QUICK, "fraction-train": 0.5}, None, None)
+    together = next(c for c in cells if c.run == "together")
+    config = parse(together.keys)
+    assert (together.nodes, config.train.local_steps, config.train.batch_size) == (1, 2, 2 * 8)
+    assert config.server.ema_decay == parse(cells[0].keys).server.ema_decay  # as many steps
+    assert [c.shared for c in cells if c.run == "together"] == ["", together.name]  # one on all images knows no shares
+    for cell in cells[:4]:
+        assert not comparison.do(cell, tmp_path, in_process)
+    results = [comparison.result(cell, tmp_path) for cell in cells[:4]]
+    assert len({r["images"] for r in results}) == 1
+    (tmp_path / "x.toml").write_text(text.replace("data-parallel = true", "data-parallel = true\ncentralized = true"))
+    with pytest.raises(ConfigError, match="'together': centralized and data-parallel are two runs"):
+        comparison.cells(str(tmp_path / "x.toml"), QUICK, None, None)
+
+
+def test_fids_are_over_both_kinds_of_runs_on_all_images() -> None:
+    row = {"condition": "", "kid": None, "coverage": None, "eval_loss": None, "features": "x", "samples": 9, "real": []}
+    row |= {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
+    row |= {"keys": {}, "images": 100, "rounds": 4}
+    rows = [
+        {**row, "run": run, "pooled": run if nodes == 1 else "", "nodes": nodes, "fid": fids[-1], "fid_by_round": by}
+        for run, nodes, fids in (("centralized", 1, [9.0, 2.0]), ("data-parallel", 1, [9.0, 4.0]), ("a", 4, [2.0, 1.0]))
+        for by in [[[2, fids[0]], [4, fids[1]]]]
+    ]
+    heads, _, *lines = (line.split("|")[1:-1] for line in comparison_tables.markdown(rows).splitlines()[:5])
+    assert [head.strip() for head in heads[3:6]] == [
+        "over centralized",
+        "over data-parallel",
+        "images to centralized FID",
+    ]
+    assert [[cell.strip() for cell in line[3:6]] for line in lines] == [
+        ["1.000", "0.500", "100"],
+        ["2.000", "1.000", "–"],
+        ["0.500", "0.250", "50"],
+    ]
+
+
 def test_fids_of_other_images_or_samples_are_not_divided() -> None:
     row = {"condition": "", "kid": None, "coverage": None, "eval_loss": None, "features": "x"}
     sent = {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
@@ -134,7 +174,7 @@ def test_presets_are_valid_and_say_so_where_a_file_is_not(name: str) -> None:
     cells = comparison.cells(name, {}, 10, 3)
     assert {c.seed for c in cells} == {0, 1, 2}
     assert len({c.name for c in cells}) == sum(not c.shared for c in cells)
-    assert {c.run for c in cells if c.shared} <= {"centralized"}
+    assert {c.run for c in cells if c.shared} <= {*comparison.POOLED}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +236,7 @@ def test_a_run_of_unknown_keys_is_nobodys_result(kept: str | None, tmp_path: Pat
 def test_one_node_has_nothing_to_leave_out() -> None:
     cells = comparison.cells("paper", {"server.aggregation": "median"}, 4, 1)
     rules = {cell.run: cell.keys.get("server.aggregation") for cell in cells}
-    assert rules == {name: None if name == "centralized" else "median" for name in rules}
+    assert rules == {name: None if name in comparison.POOLED else "median" for name in rules}
 
 
 def test_means_are_over_seeds() -> None:
