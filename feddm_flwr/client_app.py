@@ -18,7 +18,7 @@ from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.node import worker
 from feddm_flwr.node.settings import check_state, node_data, node_name, wants_worker
 from feddm_flwr.protocol.replies import Introduction
-from feddm_flwr.protocol.tasks import FRAME, LOST, PROBE, REPORT, TASK, WEIGHTS_RECORD
+from feddm_flwr.protocol.tasks import LOST, PROBE, REPORT, TASK, WEIGHTS_RECORD
 
 app = ClientApp()
 log = logging.getLogger(__name__)
@@ -85,9 +85,9 @@ def train(message: Message, context: Context) -> Message:
         task=dict(message.content.config_records[TASK]),
         frames={key: array.data for key, array in message.content.array_records[WEIGHTS_RECORD].items()},
     )
-    report, frame = worker.do(job)
-    content = RecordDict({REPORT if frame else LOST: ConfigRecord(report)})
-    if frame:
-        array = Array("uint8", (len(frame),), "feddm.frame", frame)
-        content[WEIGHTS_RECORD] = ArrayRecord({FRAME: array})
+    report, frames = worker.do(job)
+    content = RecordDict({REPORT if frames else LOST: ConfigRecord(report)})
+    if frames:
+        arrays = {name: Array("uint8", (len(frame),), "feddm.frame", frame) for name, frame in frames.items()}
+        content[WEIGHTS_RECORD] = ArrayRecord(arrays)
     return Message(content, reply_to=message)

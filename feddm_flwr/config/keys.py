@@ -164,6 +164,12 @@ class Train:
         "`adamw8bit` keeps its averages in 8 bits (package bitsandbytes): 6 bytes less for each parameter",
         choices=("adamw", "adamw8bit"),
     )
+    moments: str = key(
+        "reset",
+        "AdamW's second moments: `reset` every round, or averaged by the `server` as a mean for each output channel, "
+        "which every node goes on with (some kilobytes each way)",
+        choices=("reset", "server"),
+    )
     learning_rate: float = key(2e-3, "AdamW's step size", above=0)
     lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
     warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)

@@ -24,7 +24,7 @@ from feddm_flwr.models.pretrained import FEATURES, Assets
 from feddm_flwr.node.assets import assets_of
 from feddm_flwr.node.outcome import Outcome
 from feddm_flwr.protocol.replies import Audit, FinalReply
-from feddm_flwr.protocol.tasks import REFERENCE, SAMPLES, WEIGHTS, Frames, Scalar
+from feddm_flwr.protocol.tasks import FRAME, REFERENCE, SAMPLES, WEIGHTS, Frames, Scalar
 from feddm_flwr.training.build import build_objectives
 from feddm_flwr.training.objectives import Denoising
 
@@ -45,16 +45,17 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[s
     assets = assets_of(root, str(said["assets"]), frames)
     report: dict[str, Scalar] = {"name": name, "kind": said["kind"]}
     if assets is None:
-        return Outcome(report, b"")
+        return Outcome(report, {})
     if said["kind"] == REFERENCE:
         if len(data.train) < config.eval.min_images:  # the server asks none that has few; images may have gone since
             raise ConfigError(f"eval.min-images = {config.eval.min_images}: this node has {len(data.train)}")
         network = features.read(assets[FEATURES]).build()
         log.info("summing the features of %d images", len(data.train) + len(data.held_out))
         seen = torch.cat([network(images) for images in (data.held_out, data.train) if len(images)])
-        return Outcome(report, statistics(seen, data.classes, config.eval.min_images // _PER_CLASS).pack())
+        sums = statistics(seen, data.classes, config.eval.min_images // _PER_CLASS)
+        return Outcome(report, {FRAME: sums.pack()})
     final = _final(config, name, data, assets, root, frames, device)
-    return Outcome(report | final.to_record(), b"done")
+    return Outcome(report | final.to_record(), {FRAME: b"done"})
 
 
 def _final(

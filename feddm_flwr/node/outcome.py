@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from feddm_flwr.protocol.tasks import Scalar
+from feddm_flwr.protocol.tasks import Frames, Scalar
 
 
 @dataclass(frozen=True)
@@ -12,4 +12,4 @@ class Outcome:
     """What came of a task."""
 
     report: dict[str, Scalar]  # what the server is told
-    frame: bytes  # empty where the node had lost what the server's frames add to
+    frames: Frames  # by name; none where the node had lost what the server's frames add to

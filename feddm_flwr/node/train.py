@@ -11,6 +11,7 @@ from feddm_flwr.compute.device import prepare_process
 from feddm_flwr.config import RunConfig
 from feddm_flwr.data.node_data import NodeData
 from feddm_flwr.exchange.downlink import DownlinkReceiver
+from feddm_flwr.exchange.moments import MomentsChannel
 from feddm_flwr.exchange.node_state import NodeState, StateLostError
 from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.exchange.uplink import UplinkSender
@@ -18,9 +19,10 @@ from feddm_flwr.models import networks, parameters, pipelines
 from feddm_flwr.node.assets import assets_of
 from feddm_flwr.node.outcome import Outcome
 from feddm_flwr.protocol.replies import TrainReply
-from feddm_flwr.protocol.tasks import Frames, TrainTask
+from feddm_flwr.protocol.tasks import FRAME, MOMENTS, Frames, TrainTask
 from feddm_flwr.training import loop
 from feddm_flwr.training.build import build_objectives
+from feddm_flwr.training.moments import Moments
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
         FloatingPointError: the training diverged.
     """
     device = prepare_process(config.train)
-    nothing = Outcome({"name": name, "round": task.round}, b"")
+    nothing = Outcome({"name": name, "round": task.round}, {})
     assets = assets_of(root, task.assets, frames)
     if assets is None:
         log.warning("what the run builds upon is not here; the server sends it")
@@ -52,7 +54,13 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
     objective, unseen = build_objectives(config, data, assets, root, device)
     held_out = unseen.held_out(network, config.eval.images if task.evaluate else 0, name)
     progress, start = loop.Progress(task.round, task.steps_before), uplink.start(received)
-    trained = loop.train(network, objective, config, name, progress, device, start)
+    shared = split.shared.layout
+    via = MomentsChannel(shared) if config.train.moments == "server" else None
+    moments = None
+    if via:
+        means = via.decode(frames[MOMENTS], task.round) if MOMENTS in frames else None  # not in the first round
+        moments = Moments([p in shared.names for p in parameters.layout(network).names], means, task.steps_before)
+    trained = loop.train(network, objective, config, name, progress, device, start, moments)
     sent = uplink.send(parameters.flat(network), received)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")
@@ -66,4 +74,5 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
         coding_error=sent.error,
         state_lost=state is not None and state.lost,
     )
-    return Outcome(reply.to_record(name, task.round), sent.frame)
+    own = {MOMENTS: via.encode(trained.moments, task.round)} if via and trained.moments is not None else {}
+    return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **own})

@@ -30,7 +30,7 @@ from filelock import FileLock
 import feddm_flwr
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.node.settings import node_data, node_name, node_state_root, wants_worker
-from feddm_flwr.protocol.tasks import TrainTask
+from feddm_flwr.protocol.tasks import Frames, TrainTask
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Job:
     frames: dict[str, bytes]
 
 
-Result = tuple[dict[str, Any], bytes]  # what the server is told, and the frame
+Result = tuple[dict[str, Any], Frames]  # what the server is told, and the frames
 
 
 class JobFailedError(RuntimeError):
@@ -73,7 +73,7 @@ def do(job: Job) -> Result:
                 answer = json.loads(connection.recv_bytes())
                 if "error" in answer:
                     raise JobFailedError(answer["error"])
-                return answer["report"], connection.recv_bytes()
+                return answer["report"], {name: connection.recv_bytes() for name in answer["frames"]}
         except (OSError, EOFError, ValueError) as error:
             log.warning("no worker did the job (%s: %s); it is done without", type(error).__name__, error)
     try:
@@ -104,7 +104,7 @@ def _do_here(job: Job) -> Result:
     else:
         outcome = train.do(config, name, data, root, TrainTask.from_record(job.task), job.frames)
     release_memory()  # of a GPU: other nodes of a simulation, and the server, need it next
-    return outcome.report, outcome.frame
+    return outcome.report, outcome.frames
 
 
 def process() -> str:
@@ -245,8 +245,8 @@ def serve(address: str, owner: str) -> None:
                 job["frames"] = {name: connection.recv_bytes() for name in job["frames"]}
                 life.working = True
                 try:
-                    report, frame = _do_here(Job(**job))
-                    _send(connection, {"report": report}, [frame])
+                    report, frames = _do_here(Job(**job))
+                    _send(connection, {"report": report, "frames": [*frames]}, [*frames.values()])
                 except Exception as error:
                     log.exception("the job failed")
                     _send(connection, {"error": told(error)}, [])

@@ -8,7 +8,7 @@ from typing import Self
 
 Scalar = str | int | float | bool
 
-#: Names of the records and of the one frame in a message.
+#: Names of the records, and of what a reply is about.
 TASK, WEIGHTS_RECORD, REPORT, LOST, PROBE, FRAME = "task", "weights", "report", "lost", "probe", "frame"
 #: Kinds of what is asked beside the training.
 REFERENCE, FINAL = "reference", "final"
@@ -16,6 +16,8 @@ REFERENCE, FINAL = "reference", "final"
 WEIGHTS, SAMPLES = "weights", "samples"
 #: The frame of a whole shadow, and what coded frames and assets have before their number or kind.
 SHADOW = "shadow"
+#: That of second moments, both ways.
+MOMENTS = "moments"
 _CODED, _ASSET = "frame-", "asset-"
 
 #: Frames by name.

@@ -19,10 +19,11 @@ from feddm_flwr.aggregation.robust import RobustMean
 from feddm_flwr.codecs.framing import Frame, FrameError
 from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, local_steps
 from feddm_flwr.config.plugins import is_plugin
+from feddm_flwr.exchange.moments import MomentsChannel, mean_of_nodes
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, clean
 from feddm_flwr.protocol.replies import Introduction, TrainReply
-from feddm_flwr.protocol.tasks import REPORT
+from feddm_flwr.protocol.tasks import MOMENTS, REPORT
 from feddm_flwr.reporting.progress import NodeDone
 from feddm_flwr.server.federation.traffic import Traffic, most_bytes
 from feddm_flwr.server.federation.transport import frame_of
@@ -101,14 +102,16 @@ class RoundInProgress:
         receiver: UplinkReceiver,
         received: Vector,
         outliers: Outliers,
+        moments: MomentsChannel | None = None,
     ) -> None:
         """Begins with no replies. `part` says, for each of the nodes that are asked, what its reply is to cover;
-        `received` are the weights that all of them get."""
+        `received` are the weights that all of them get; `moments` are asked for where that is given."""
         self.number, self.part, self.traffic = number, part, Traffic()
         self.outdated: set[str] = set()  # nodes that have other images than they said at their introduction
         self.why = ""  # the last failure
         self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
-        self._outliers = outliers
+        self._outliers, self._moments = outliers, moments
+        self._means: list[tuple[str, int, Vector]] = []  # by node: its images and second moments
         total = sum(nodes[name].images for name in part)
         self._aggregators = {
             name: _aggregator(config, receiver.size(name), total, receiver.decoder(name, number, received))
@@ -130,8 +133,9 @@ class RoundInProgress:
         size = self._receiver.size(part)
         try:
             frame = frame_of(reply)
-            self.traffic.up[name] += len(frame)
-            self.traffic.float32_up += 4 * size
+            own = frame_of(reply, MOMENTS) if self._moments else b""
+            self.traffic.up[name] += len(frame) + len(own)
+            self.traffic.float32_up += 4 * (size + (self._moments.size if self._moments else 0))
             said = TrainReply.from_record(reply.config_records[REPORT], name, self.number)
         except (KeyError, TypeError, AttributeError) as error:
             return Failure("malformed", clean(repr(error)))
@@ -144,6 +148,7 @@ class RoundInProgress:
         if len(frame) > most_bytes(size):
             return Failure("oversized", f"a frame of {len(frame)} bytes for {size} values")
         try:
+            means = self._moments.decode(own, self.number) if self._moments else None
             update = self._receiver.update(part, frame, self.number, self._received)
         except FrameError as error:
             return Failure("bad-frame", clean(str(error)))
@@ -159,6 +164,8 @@ class RoundInProgress:
         except ValueError as error:
             return Failure("bad-update", str(error))
         self._accepted.append(_Accepted(node, said, norm, scale))
+        if means is not None:
+            self._means.append((name, node.images, means))
         if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", self.number, name)
         log.info("%s", NodeDone(self.number, name, self.count, said.train_loss, len(frame)))
@@ -173,6 +180,10 @@ class RoundInProgress:
             found[name] = aggregator.mean(), aggregator.count
             del aggregator
         return found
+
+    def moments(self) -> Vector | None:
+        """Returns what the nodes' second moments come to; None where none were asked for."""
+        return mean_of_nodes(self._means, robust=self._config.server.robust) if self._means else None
 
     def acknowledged(self) -> dict[tuple[str, str], int]:
         """Returns the round by node and part of each good reply."""

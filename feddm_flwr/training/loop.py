@@ -15,6 +15,7 @@ from feddm_flwr.compute.cuda_graph import side_stream
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.models.parameters import load_vector, trainable
 from feddm_flwr.training.gradient_terms import gradient_terms
+from feddm_flwr.training.moments import Moments
 from feddm_flwr.training.objectives import Objective
 from feddm_flwr.training.step import Step
 from feddm_flwr.vector import Vector
@@ -34,6 +35,7 @@ class Trained:
 
     loss: float  # mean over the round's steps
     steps: int
+    moments: Vector | None = None  # as the steps have left them, where there were some to begin with
 
 
 def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) -> float:
@@ -55,8 +57,10 @@ def train(
     progress: Progress,
     device: torch.device,
     start: Vector | None = None,
+    moments: Moments | None = None,
 ) -> Trained:
-    """Trains the model, which is on the device, in place on the objective's examples, from fresh optimizer state.
+    """Trains the model, which is on the device, in place on the objective's examples, from fresh optimizer state but
+    for the `moments`.
 
     It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with.
 
@@ -72,7 +76,7 @@ def train(
         term.start(parameters)
     if start is not None:
         load_vector(model, start)
-    take_step = Step(model, objective, t, parameters, terms)
+    take_step = Step(model, objective, t, parameters, terms, moments)
     steps = local_steps(config, len(objective))
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0
@@ -89,7 +93,7 @@ def train(
     mean = float(total) / done  # the one synchronization with the device; NaN and inf survive the sum
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
-    return Trained(mean, done)
+    return Trained(mean, done, take_step.moments() if moments else None)
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

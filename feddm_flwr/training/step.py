@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
 from feddm_flwr.config.keys import Train
 from feddm_flwr.training.gradient_terms import GradientTerm
+from feddm_flwr.training.moments import Moments, begin, end
 from feddm_flwr.training.objectives import Drawn, Objective
+from feddm_flwr.vector import Vector
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,9 @@ class Step:
         t: Train,
         parameters: list[Tensor],
         terms: Sequence[GradientTerm] = (),
+        moments: Moments | None = None,
     ) -> None:
-        """Takes steps on the objective and on the `terms`, which have been started."""
+        """Takes steps on the objective and on the `terms`, which have been started, from the `moments` or anew."""
         self._device = parameters[0].device
         self._model, self._objective, self._train = model, objective, t
         self._parameters, self._terms = parameters, terms
@@ -40,9 +43,10 @@ class Step:
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
         # usual stream, whatever the current one is.
         self.records = self._device.type == "cuda" and t.cuda_graph and t.optimizer == "adamw" and not t.checkpointing
-        # A graph reads the learning rate from the GPU's memory.
-        self._rate = torch.tensor(t.learning_rate, device=self._device) if self.records else None
-        self._optimizer = _optimizer(t, parameters, self._rate)
+        self._optimizer = _optimizer(t, _groups(parameters, moments), self.records)
+        self._moments, self._taken = moments, 0
+        if moments:
+            begin(self._optimizer, parameters, moments)
         self._compiled = _compiled(model, t, self._device)
         self._checked = self._compiled is None
         self._recording = CudaGraph(self._device, self.records)
@@ -54,13 +58,22 @@ class Step:
         Raises:
             torch.OutOfMemoryError: not even one image fits into memory.
         """
-        if self._rate is None:
-            self._optimizer.param_groups[0]["lr"] = rate
-        else:
-            self._rate.fill_(rate)
+        self._taken += 1
+        for group in self._optimizer.param_groups:
+            # Where the count of steps goes on, AdamW does not correct first moments, which begin at 0.
+            own = rate / (1 - group["betas"][0] ** self._taken) if group.get("goes_on") else rate
+            if self.records:
+                group["lr"].fill_(own)  # a graph reads it from the GPU's memory
+            else:
+                group["lr"] = own
         if not self._checked:
             self._check(drawn)
         return self._recording(self._step, *drawn)
+
+    def moments(self) -> Vector:
+        """Returns the means of the second moments that are shared, as the steps have left them."""
+        assert self._moments
+        return end(self._optimizer, self._parameters, self._moments)
 
     def _step(self, *drawn: Tensor) -> Tensor:
         loss = self._backward(drawn)
@@ -136,15 +149,25 @@ def _compiled(model: nn.Module, t: Train, device: torch.device) -> Any:
     return torch.compile(model, dynamic=False) if t.compile and device.type == "cuda" else None
 
 
-def _optimizer(t: Train, parameters: list[Tensor], rate: Tensor | None) -> torch.optim.Optimizer:
+def _groups(parameters: list[Tensor], moments: Moments | None) -> list[dict[str, Any]]:
+    """Returns the groups of parameters that have a learning rate in common: those whose count of steps goes on, and the
+    others."""
+    shared = moments.shared if moments and moments.means is not None else [False] * len(parameters)
+    parts = [[p for p, one in zip(parameters, shared, strict=True) if one == kind] for kind in (True, False)]
+    return [{"params": part, "goes_on": kind} for part, kind in zip(parts, (True, False), strict=True) if part]
+
+
+def _optimizer(t: Train, groups: list[dict[str, Any]], records: bool) -> torch.optim.Optimizer:
     if t.optimizer == "adamw8bit":
         import bitsandbytes
 
         eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            parameters, t.learning_rate, weight_decay=t.weight_decay
+            groups, t.learning_rate, weight_decay=t.weight_decay
         )
         return eight_bit
-    if rate is None:
-        return torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay, fused=True)
+    if not records:
+        return torch.optim.AdamW(groups, t.learning_rate, weight_decay=t.weight_decay, fused=True)
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the first is not recorded
-    return torch.optim.AdamW(parameters, rate, weight_decay=t.weight_decay, fused=True, capturable=True)
+    for group in groups:
+        group["lr"] = torch.tensor(t.learning_rate, device=group["params"][0].device)
+    return torch.optim.AdamW(groups, t.learning_rate, weight_decay=t.weight_decay, fused=True, capturable=True)

@@ -116,13 +116,13 @@ def content_of(arrays: ArrayRecord, task: Mapping[str, Scalar]) -> RecordDict:
     return RecordDict({WEIGHTS_RECORD: arrays, TASK: ConfigRecord({**task})})
 
 
-def frame_of(reply: RecordDict) -> bytes:
-    """Returns the frame in a reply.
+def frame_of(reply: RecordDict, name: str = FRAME) -> bytes:
+    """Returns the frame of that name in a reply.
 
     Raises:
         KeyError, TypeError, AttributeError: there is none.
     """
-    return reply.array_records[WEIGHTS_RECORD][FRAME].data
+    return reply.array_records[WEIGHTS_RECORD][name].data
 
 
 def _gist(error: Error) -> str:
