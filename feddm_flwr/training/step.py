@@ -60,8 +60,9 @@ class Step:
         """
         self._taken += 1
         for group in self._optimizer.param_groups:
-            # Where the count of steps goes on, AdamW does not correct first moments, which begin at 0.
-            own = rate / (1 - group["betas"][0] ** self._taken) if group.get("goes_on") else rate
+            own, beta = rate, group["betas"][0]
+            if self._moments and group.get("goes_on"):  # AdamW takes the first moments, which begin at 0, for as old
+                own *= (1 - beta ** (self._moments.steps + self._taken)) / (1 - beta**self._taken)
             if self.records:
                 group["lr"].fill_(own)  # a graph reads it from the GPU's memory
             else:

@@ -1,0 +1,192 @@
+"""Second moments of AdamW over the rounds: the steps that they make, the way to the server and back, and resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from local_grid import LocalGrid, config, feddm, nodes, on_train, run, weights_without_node_3
+from torch import Tensor, nn
+
+from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.exchange.channel import FrameError
+from feddm_flwr.exchange.moments import MomentsChannel, mean_of_nodes
+from feddm_flwr.training.moments import Moments
+from feddm_flwr.training.objectives import Drawn, HeldOut, Objective
+from feddm_flwr.training.step import Step
+from feddm_flwr.vector import Layout, Vector
+
+LAYOUT = Layout(("conv", "bias", "scale"), ((3, 2, 2, 2), (3,), ()))
+
+
+class Quadratic(Objective):
+    """A loss whose gradients are known."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def draw(self, index: Tensor, random: torch.Generator) -> Drawn:
+        return (torch.ones(1),)
+
+    def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        total = sum(((p - 1) ** 2 * (i + 1)).sum() for i, p in enumerate(network.parameters()))
+        assert isinstance(total, Tensor)
+        return total * drawn[0]
+
+    def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
+        return HeldOut()
+
+
+def network() -> nn.Module:
+    made = nn.Module()
+    for name, shape in zip(LAYOUT.names, LAYOUT.shapes, strict=True):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+        made.register_parameter(name, nn.Parameter(values))
+    return made
+
+
+def trained(moments: Moments | None, steps: int = 3) -> tuple[list[Tensor], Step]:
+    model = network()
+    step = Step(model, Quadratic(), parse({"train.max-grad-norm": 1e9}).train, [*model.parameters()], (), moments)
+    for _ in range(steps):
+        step((torch.ones(1),), 0.01)
+    return [p.detach() for p in model.parameters()], step
+
+
+def test_steps_go_on_from_second_moments_and_first_moments_begin_anew() -> None:
+    """Against AdamW's formula (Kingma and Ba 2015, algorithm 1) with a count of its own for each of the moments."""
+    means = np.linspace(0.5, 2, 3 + 3 + 1).astype(np.float32)
+    found, step = trained(Moments([True, True, True], means, 40))
+    v0 = [
+        torch.from_numpy(means[:3]).view(3, 1, 1, 1),
+        torch.from_numpy(means[3:6]),
+        torch.from_numpy(means[6:]).view([]),
+    ]
+    ends = []
+    for i, (p, v, expected) in enumerate(zip(network().parameters(), v0, found, strict=True)):
+        w, m, second = p.detach().double(), torch.zeros(p.shape).double(), v.double().expand(p.shape).clone()
+        for k in range(1, 4):
+            g = 2 * (w - 1) * (i + 1)
+            m, second = 0.9 * m + 0.1 * g, 0.999 * second + 0.001 * g**2
+            w = w - 0.01 * (m / (1 - 0.9**k)) / ((second / (1 - 0.999 ** (40 + k))).sqrt() + 1e-8)
+        torch.testing.assert_close(expected.double(), w, rtol=1e-5, atol=1e-6)
+        ends.append(second.reshape(len(second) if second.dim() else 1, -1).mean(1))
+    np.testing.assert_allclose(step.moments(), torch.cat(ends).numpy(), rtol=1e-5)
+
+
+def test_only_what_is_shared_goes_on_and_the_first_round_is_as_without() -> None:
+    plain, _ = trained(None)
+    first, step = trained(Moments([True, True, False], None, 0))
+    assert all(torch.equal(a, b) for a, b in zip(plain, first, strict=True))
+    assert step.moments().shape == (6,)
+    later, _ = trained(Moments([True, False, False], np.full(3, 9.0, np.float32), 40))
+    assert [torch.equal(a, b) for a, b in zip(plain, later, strict=True)] == [False, True, True]
+
+
+def test_they_travel_as_a_mean_for_each_output_channel() -> None:
+    via = MomentsChannel(LAYOUT)
+    assert via.size == 3 + 3 + 1
+    means = np.geomspace(1e-14, 1e2, via.size).astype(np.float32)
+    frame = via.encode(means, 5)
+    np.testing.assert_allclose(via.decode(frame, 5), means, rtol=2**-8)
+    with pytest.raises(FrameError, match="round"):
+        via.decode(frame, 6)
+    with pytest.raises(FrameError, match="layout"):
+        MomentsChannel(Layout(LAYOUT.names, ((3, 2, 2, 2), (2,), (2,)))).decode(frame, 5)
+    for wrong in (-1e-3, 1e7):
+        with pytest.raises(FrameError, match="second moments must be from 0 to"):
+            via.decode(via.encode(np.full(via.size, wrong, np.float32), 5), 5)
+
+
+def test_the_mean_is_weighted_by_images_and_a_robust_one_is_not_moved_by_one_node() -> None:
+    of = [("b", 1, np.full(2, 4.0, np.float32)), ("a", 3, np.full(2, 8.0, np.float32))]
+    assert mean_of_nodes(of, robust=False).tolist() == [7.0, 7.0]
+    assert mean_of_nodes(reversed(of), robust=False).tobytes() == mean_of_nodes(of, robust=False).tobytes()
+    assert mean_of_nodes([*of, ("c", 10**6, np.full(2, 1e6, np.float32))], robust=True).tolist() == [8.0, 8.0]
+
+
+C: dict[str, Any] = {"train__moments": "server", "num_server_rounds": 3}
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"strategy": "feddm-lean"}, {"exchange__personal": "conv_in.*"}, {"exchange__parts": "usplit"}]
+)
+def test_every_node_goes_on_with_the_mean_and_a_run_that_is_resumed_has_the_same_bits(keys: dict[str, Any]) -> None:
+    c = config(**C, **keys)
+    got: list[Vector] = []
+    sent: list[tuple[str, int, Vector]] = []
+    size = 0
+
+    def record(message: Message, reply: Message) -> Message:
+        nonlocal size
+        number = int(str(message.content.config_records["task"]["round"]))
+        down = message.content.array_records["weights"]
+        assert ("moments" in down) == (number > 1)
+        if number == 2:
+            got.append(via.decode(down["moments"].data, 2))
+        up = reply.content.array_records["weights"]["moments"].data
+        if number == 1:
+            size += len(up)
+            report = reply.content.config_records["report"]
+            sent.append((str(report["name"]), int(str(report["images"])), via.decode(up, 1)))
+        return reply
+
+    server = feddm(c)
+    via = MomentsChannel(server._split.shared.layout)
+    handlers = {i: on_train(h, record) for i, h in nodes(c).items()}
+    rounds = server.run(LocalGrid(handlers))
+    first = next(rounds)
+    weights = sum(len(frame) for frame in first_frames(c))
+    assert first.bytes_up == size + weights
+    middle = server.checkpoint()
+    *_, last = rounds
+    expected = mean_of_nodes(sent, robust=False)
+    assert (expected > 0).all()
+    for means in got:
+        np.testing.assert_allclose(means, expected, rtol=2**-8)
+    assert last.weights.tobytes() != run(config(**C | {"train__moments": "reset"}, **keys))[-1].weights.tobytes()
+    other = feddm(c)
+    other.restore(middle)
+    *_, again = other.run(LocalGrid(nodes(c), backwards=True))
+    assert again.weights.tobytes() == last.weights.tobytes()
+
+
+def first_frames(c: Any) -> list[bytes]:
+    """The frames with the weights that nodes send in the first round."""
+    sent: list[bytes] = []
+
+    def record(message: Message, reply: Message) -> Message:
+        sent.append(reply.content.array_records["weights"]["frame"].data)
+        return reply
+
+    next(feddm(c).run(LocalGrid({i: on_train(h, record) for i, h in nodes(c).items()})))
+    return sent
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "malformed"), (b"noise" * 9, "bad-frame"), (b"", "bad-frame")])
+def test_a_reply_with_wrong_moments_is_no_reply(content: bytes | None, reason: str) -> None:
+    c = config(**C | {"num_server_rounds": 1})
+
+    def change(message: Message, reply: Message) -> Message:
+        frame = reply.content.array_records["weights"]["frame"]
+        arrays = {"frame": frame}
+        if content is not None:
+            arrays["moments"] = Array("uint8", (len(content),), "feddm.frame", content)
+        records = {"weights": ArrayRecord(arrays), "report": reply.content["report"]}
+        return Message(RecordDict(records), reply_to=message)
+
+    handlers = nodes(c)
+    handlers[997] = on_train(handlers[997], change)
+    (done,) = run(c, handlers)
+    assert done.failures == {reason: 1}
+    assert done.weights.tobytes() == weights_without_node_3(c)
+
+
+def test_they_are_of_adamw() -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.moments = 'server' with train\.optimizer = 'adamw8bit': is for adamw"
+    ):
+        parse({"train.moments": "server", "train.optimizer": "adamw8bit"})
