@@ -170,6 +170,13 @@ class Train:
         "which every node goes on with (some kilobytes each way)",
         choices=("reset", "server"),
     )
+    alignment: float = key(
+        0.0,
+        "share of the last round's global step that a node adds along its own steps, where its last reply counted "
+        "(FedAdamW's alpha)",
+        low=0,
+        high=1,
+    )
     learning_rate: float = key(2e-3, "AdamW's step size", above=0)
     lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
     warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)
@@ -389,7 +396,7 @@ class RunConfig:
     @property
     def keeps_state(self) -> bool:
         """Whether nodes keep files from round to round."""
-        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal
+        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal or self.train.alignment > 0
 
 
 KEYS: dict[str, KeySpec] = {spec.name: spec for _, _, specs in sections(RunConfig) for spec in specs}

@@ -7,13 +7,15 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from feddm_flwr.compute.device import prepare_process
 from feddm_flwr.config import RunConfig
 from feddm_flwr.data.node_data import NodeData
 from feddm_flwr.exchange.downlink import DownlinkReceiver
 from feddm_flwr.exchange.moments import MomentsChannel
 from feddm_flwr.exchange.node_state import NodeState, StateLostError
-from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.exchange.partial import Split, split_of
 from feddm_flwr.exchange.uplink import UplinkSender
 from feddm_flwr.models import networks, parameters, pipelines
 from feddm_flwr.node.assets import assets_of
@@ -23,6 +25,7 @@ from feddm_flwr.protocol.tasks import FRAME, MOMENTS, Frames, TrainTask
 from feddm_flwr.training import loop
 from feddm_flwr.training.build import build_objectives
 from feddm_flwr.training.moments import Moments
+from feddm_flwr.vector import Vector
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,8 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
     if via:
         means = via.decode(frames[MOMENTS], task.round) if MOMENTS in frames else None  # not in the first round
         moments = Moments([p in shared.names for p in parameters.layout(network).names], means, task.steps_before)
-    trained = loop.train(network, objective, config, name, progress, device, start, moments)
+    along = _last_step(received, split, task, state) if state and config.train.alignment else None
+    trained = loop.train(network, objective, config, name, progress, device, start, moments, along)
     sent = uplink.send(parameters.flat(network), received)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")
@@ -76,3 +80,17 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
     )
     own = {MOMENTS: via.encode(trained.moments, task.round)} if via and trained.moments is not None else {}
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **own})
+
+
+def _last_step(received: Vector, split: Split, task: TrainTask, state: NodeState) -> Vector | None:
+    """Returns how far the global weights have come since the last round, 0 for personal parameters, and keeps those of
+    this round; None where this node's last reply did not count: what it holds from then is not for sure."""
+    layout, last = split.shared.layout, task.round - 1
+    before = state.recall("received", last, layout) if task.acked_any == last else None
+    now = split.shared.take(received)
+    state.write("received", task.round, now, layout, {task.durable_any})
+    if before is None:
+        return None
+    step = np.zeros_like(received)
+    split.shared.put(now - before, step)
+    return step

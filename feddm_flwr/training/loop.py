@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,11 +59,13 @@ def train(
     device: torch.device,
     start: Vector | None = None,
     moments: Moments | None = None,
+    along: Vector | None = None,
 ) -> Trained:
     """Trains the model, which is on the device, in place on the objective's examples, from fresh optimizer state but
     for the `moments`.
 
-    It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with.
+    It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with. Of
+    `along`, the last global step, a share is added in equal parts by the local steps (`train.alignment`).
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
@@ -76,8 +79,9 @@ def train(
         term.start(parameters)
     if start is not None:
         load_vector(model, start)
-    take_step = Step(model, objective, t, parameters, terms, moments)
     steps = local_steps(config, len(objective))
+    share = None if along is None else torch.from_numpy(along * np.float32(t.alignment / steps)).to(device)
+    take_step = Step(model, objective, t, parameters, terms, moments, share)
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0
     deadline = time.monotonic() + (t.max_seconds or math.inf)

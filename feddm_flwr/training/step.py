@@ -34,8 +34,10 @@ class Step:
         parameters: list[Tensor],
         terms: Sequence[GradientTerm] = (),
         moments: Moments | None = None,
+        along: Tensor | None = None,
     ) -> None:
-        """Takes steps on the objective and on the `terms`, which have been started, from the `moments` or anew."""
+        """Takes steps on the objective and on the `terms`, which have been started, from the `moments` or anew; every
+        step adds `along` to the parameters, of which it has the layout."""
         self._device = parameters[0].device
         self._model, self._objective, self._train = model, objective, t
         self._parameters, self._terms = parameters, terms
@@ -45,6 +47,9 @@ class Step:
         self.records = self._device.type == "cuda" and t.cuda_graph and t.optimizer == "adamw" and not t.checkpointing
         self._optimizer = _optimizer(t, _groups(parameters, moments), self.records)
         self._moments, self._taken = moments, 0
+        sizes = [p.numel() for p in parameters]
+        parts = zip(along.split(sizes), parameters, strict=True) if along is not None else ()
+        self._along = [part.view_as(p) for part, p in parts]
         if moments:
             begin(self._optimizer, parameters, moments)
         self._compiled = _compiled(model, t, self._device)
@@ -82,6 +87,9 @@ class Step:
             term.add(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, self._train.max_grad_norm, foreach=True)
         self._optimizer.step()
+        if self._along:
+            with torch.no_grad():
+                torch._foreach_add_(self._parameters, self._along)
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 

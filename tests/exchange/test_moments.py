@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from local_grid import LocalGrid, config, feddm, nodes, on_train, run, weights_without_node_3
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from local_grid import Handler, LocalGrid, config, feddm, nodes, on_train, run, weights_without_node_3
 from torch import Tensor, nn
 
 from feddm_flwr.config import ConfigError, parse
@@ -183,6 +183,65 @@ def test_a_reply_with_wrong_moments_is_no_reply(content: bytes | None, reason: s
     (done,) = run(c, handlers)
     assert done.failures == {reason: 1}
     assert done.weights.tobytes() == weights_without_node_3(c)
+
+
+def test_a_share_of_the_last_global_step_is_added_along_the_way() -> None:
+    """FedAdamW, arXiv 2510.27486."""
+    model = network()
+    parameters = [*model.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    along = torch.linspace(-1, 1, LAYOUT.size)
+    step = Step(model, Quadratic(), parse({}).train, parameters, (), None, along)
+    for _ in range(3):
+        step((torch.ones(1),), 0.0)
+    moved = torch.cat([(p.detach() - b).reshape(-1) for p, b in zip(parameters, before, strict=True)])
+    torch.testing.assert_close(moved, 3 * along)
+
+
+@pytest.mark.parametrize("keys", [{}, {"strategy": "feddm-lean", "exchange__personal": "conv_in.*"}])
+def test_the_last_step_is_of_the_global_weights_and_resumed_to_the_same_bits(keys: dict[str, Any]) -> None:
+    c = config(train__alignment=0.5, num_server_rounds=4, **keys)
+    server = feddm(c)
+    started = server.run(LocalGrid(nodes(c)))
+    first, second = next(started), next(started)
+    middle = server.checkpoint()
+    *_, last = started
+    other = feddm(c)
+    other.restore(middle)
+    *_, again = other.run(LocalGrid(nodes(c), backwards=True))
+    assert again.weights.tobytes() == last.weights.tobytes()
+    if not keys:  # plain averaging of nodes that learn nothing is the share alone
+        still = config(train__alignment=0.5, num_server_rounds=3, train__learning_rate=1e-30)
+        resting = feddm(still)
+        resting.restore(middle)
+        (third,) = resting.run(LocalGrid(nodes(still)))
+        step = second.weights - first.weights
+        np.testing.assert_allclose(third.weights - second.weights, 0.5 * step, atol=1e-6)
+
+
+def test_a_node_whose_reply_did_not_count_goes_on_without_whether_it_trained_or_not() -> None:
+    c = config(train__alignment=0.5, num_server_rounds=3)
+
+    def lost(handle: Handler, *, trained: bool) -> Handler:
+        def answer(message: Message) -> Message | None:
+            kind = message.metadata.message_type
+            if kind != "train" or message.content.config_records["task"]["round"] != 2:
+                return handle(message)
+            if trained:
+                handle(message)
+            return Message(Error(2, "broken"), reply_to=message)
+
+        return answer
+
+    found = set()
+    for trained in (True, False):
+        handlers = nodes(c)
+        handlers[997] = lost(handlers[997], trained=trained)
+        done = run(c, handlers)
+        assert done[1].failures == {"exception": 1}
+        assert done[2].state_lost == 0
+        found.add(done[2].weights.tobytes())
+    assert len(found) == 1
 
 
 def test_they_are_of_adamw() -> None:
