@@ -166,9 +166,10 @@ class Train:
     )
     moments: str = key(
         "reset",
-        "AdamW's second moments: `reset` every round, or averaged by the `server` as a mean for each output channel, "
-        "which every node goes on with (some kilobytes each way)",
-        choices=("reset", "server"),
+        "AdamW's averages: `reset` every round; second moments averaged by the `server` as a mean for each output "
+        "channel, which every node goes on with (some kilobytes each way); or both kept by each `node`, in a file "
+        "twice the size of the model",
+        choices=("reset", "server", "node"),
     )
     alignment: float = key(
         0.0,
@@ -198,6 +199,11 @@ class Train:
     )
     threads: int = key(0, "CPU threads of a node; 0: 1 in a simulation, every core on a real node", low=0)
     deterministic: bool = key(False, "bit-identical results on a GPU too, at some cost (a CPU always gives them)")
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a node's training needs what it kept of the rounds before."""
+        return self.alignment > 0 or self.moments == "node"
 
 
 @dataclass(frozen=True)
@@ -396,7 +402,7 @@ class RunConfig:
     @property
     def keeps_state(self) -> bool:
         """Whether nodes keep files from round to round."""
-        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal or self.train.alignment > 0
+        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal or self.train.keeps_state
 
 
 KEYS: dict[str, KeySpec] = {spec.name: spec for _, _, specs in sections(RunConfig) for spec in specs}

@@ -159,8 +159,8 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         if not acts and given != KEYS[name].default:
             shown = str(given).lower() if isinstance(given, bool) else repr(given)
             yield f"{name} = {shown} with {state}: acts with {where} only"
-    if c.train.moments == "server" and c.train.optimizer != "adamw":
-        yield f"train.moments = 'server' with train.optimizer = {c.train.optimizer!r}: is for adamw"
+    if c.train.moments != "reset" and c.train.optimizer != "adamw":
+        yield f"train.moments = {c.train.moments!r} with train.optimizer = {c.train.optimizer!r}: is for adamw"
     if c.server.momentum and c.server.optimizer == "averaging":
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
 

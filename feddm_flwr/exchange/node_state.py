@@ -2,7 +2,7 @@
 large state silently, and never at a path that the run configuration names.
 
     <state-path>/<run-uuid>/shadow-<version>-<fingerprint>.frame   shared by the nodes of a machine
-    <state-path>/<run-uuid>/<node>/residual-<round>.frame, received-<round>.frame
+    <state-path>/<run-uuid>/<node>/residual-<round>.frame, received-…, optimizer-…
     <state-path>/<run-uuid>/<node>/personal-<round>.frame, pipeline/
 
 Every file is a frame (see `codecs.framing`), so one that is truncated, corrupt or of another run, node or
@@ -84,8 +84,8 @@ class NodeState:
             return None
 
     def read(self, kind: str, number: int, layout: Layout) -> Vector:
-        """Returns what was kept as of round `number`: a `residual`, the `personal` parameters or the shared
-        ones that were `received`.
+        """Returns what was kept as of round `number`: a `residual`, the `personal` parameters, the shared
+        ones that were `received`, or what the `optimizer` goes on with.
 
         Raises:
             StateLostError: it is not there, or of another run, node or model, or corrupt.

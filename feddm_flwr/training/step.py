@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
 from feddm_flwr.config.keys import Train
 from feddm_flwr.training.gradient_terms import GradientTerm
-from feddm_flwr.training.moments import Moments, begin, end
+from feddm_flwr.training.moments import Moments
 from feddm_flwr.training.objectives import Drawn, Objective
 from feddm_flwr.vector import Vector
 
@@ -45,13 +45,15 @@ class Step:
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
         # usual stream, whatever the current one is.
         self.records = self._device.type == "cuda" and t.cuda_graph and t.optimizer == "adamw" and not t.checkpointing
-        self._optimizer = _optimizer(t, _groups(parameters, moments), self.records)
+        self._optimizer = _optimizer(
+            t, moments.groups(parameters) if moments else [{"params": parameters}], self.records
+        )
         self._moments, self._taken = moments, 0
         sizes = [p.numel() for p in parameters]
         parts = zip(along.split(sizes), parameters, strict=True) if along is not None else ()
         self._along = [part.view_as(p) for part, p in parts]
         if moments:
-            begin(self._optimizer, parameters, moments)
+            moments.begin(self._optimizer, parameters)
         self._compiled = _compiled(model, t, self._device)
         self._checked = self._compiled is None
         self._recording = CudaGraph(self._device, self.records)
@@ -65,9 +67,7 @@ class Step:
         """
         self._taken += 1
         for group in self._optimizer.param_groups:
-            own, beta = rate, group["betas"][0]
-            if self._moments and group.get("goes_on"):  # AdamW takes the first moments, which begin at 0, for as old
-                own *= (1 - beta ** (self._moments.steps + self._taken)) / (1 - beta**self._taken)
+            own = rate * (self._moments.correction(group, self._taken) if self._moments else 1.0)
             if self.records:
                 group["lr"].fill_(own)  # a graph reads it from the GPU's memory
             else:
@@ -77,9 +77,9 @@ class Step:
         return self._recording(self._step, *drawn)
 
     def moments(self) -> Vector:
-        """Returns the means of the second moments that are shared, as the steps have left them."""
+        """Returns what the next round is to begin with, where this one had something to begin with."""
         assert self._moments
-        return end(self._optimizer, self._parameters, self._moments)
+        return self._moments.end(self._optimizer, self._parameters)
 
     def _step(self, *drawn: Tensor) -> Tensor:
         loss = self._backward(drawn)
@@ -156,14 +156,6 @@ class Step:
 def _compiled(model: nn.Module, t: Train, device: torch.device) -> Any:
     """Returns the network with its operations fused, where that is asked for; on a CPU it would be no faster."""
     return torch.compile(model, dynamic=False) if t.compile and device.type == "cuda" else None
-
-
-def _groups(parameters: list[Tensor], moments: Moments | None) -> list[dict[str, Any]]:
-    """Returns the groups of parameters that have a learning rate in common: those whose count of steps goes on, and the
-    others."""
-    shared = moments.shared if moments and moments.means is not None else [False] * len(parameters)
-    parts = [[p for p, one in zip(parameters, shared, strict=True) if one == kind] for kind in (True, False)]
-    return [{"params": part, "goes_on": kind} for part, kind in zip(parts, (True, False), strict=True) if part]
 
 
 def _optimizer(t: Train, groups: list[dict[str, Any]], records: bool) -> torch.optim.Optimizer:

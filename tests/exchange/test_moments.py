@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.exchange.channel import FrameError
 from feddm_flwr.exchange.moments import MomentsChannel, mean_of_nodes
-from feddm_flwr.training.moments import Moments
+from feddm_flwr.training.moments import ChannelMeans, Kept, Moments
 from feddm_flwr.training.objectives import Drawn, HeldOut, Objective
 from feddm_flwr.training.step import Step
 from feddm_flwr.vector import Layout, Vector
@@ -59,7 +59,7 @@ def trained(moments: Moments | None, steps: int = 3) -> tuple[list[Tensor], Step
 def test_steps_go_on_from_second_moments_and_first_moments_begin_anew() -> None:
     """Against AdamW's formula (Kingma and Ba 2015, algorithm 1) with a count of its own for each of the moments."""
     means = np.linspace(0.5, 2, 3 + 3 + 1).astype(np.float32)
-    found, step = trained(Moments([True, True, True], means, 40))
+    found, step = trained(ChannelMeans([True, True, True], means, 40))
     v0 = [
         torch.from_numpy(means[:3]).view(3, 1, 1, 1),
         torch.from_numpy(means[3:6]),
@@ -79,11 +79,27 @@ def test_steps_go_on_from_second_moments_and_first_moments_begin_anew() -> None:
 
 def test_only_what_is_shared_goes_on_and_the_first_round_is_as_without() -> None:
     plain, _ = trained(None)
-    first, step = trained(Moments([True, True, False], None, 0))
+    first, step = trained(ChannelMeans([True, True, False], None, 0))
     assert all(torch.equal(a, b) for a, b in zip(plain, first, strict=True))
     assert step.moments().shape == (6,)
-    later, _ = trained(Moments([True, False, False], np.full(3, 9.0, np.float32), 40))
+    later, _ = trained(ChannelMeans([True, False, False], np.full(3, 9.0, np.float32), 40))
     assert [torch.equal(a, b) for a, b in zip(plain, later, strict=True)] == [False, True, True]
+
+
+def test_what_is_kept_goes_on_as_if_no_round_had_ended() -> None:
+    whole, _ = trained(None, steps=5)
+    model = network()
+    first = Step(model, Quadratic(), parse({"train.max-grad-norm": 1e9}).train, [*model.parameters()], (), Kept(None))
+    for _ in range(2):
+        first((torch.ones(1),), 0.01)
+    kept = first.moments()
+    assert kept.shape == (Kept.layout(LAYOUT.size).size,)
+    assert kept[0] == 2
+    t = parse({"train.max-grad-norm": 1e9}).train
+    then = Step(model, Quadratic(), t, [*model.parameters()], (), Kept(kept))
+    for _ in range(3):
+        then((torch.ones(1),), 0.01)
+    assert all(torch.equal(a, b.detach()) for a, b in zip(whole, model.parameters(), strict=True))
 
 
 def test_they_travel_as_a_mean_for_each_output_channel() -> None:
@@ -198,6 +214,22 @@ def test_a_share_of_the_last_global_step_is_added_along_the_way() -> None:
     torch.testing.assert_close(moved, 3 * along)
 
 
+def test_what_nodes_keep_is_as_of_the_last_reply_that_counted() -> None:
+    c = config(train__moments="node", num_server_rounds=4)
+    server = feddm(c)
+    rounds = server.run(LocalGrid(nodes(c)))
+    next(rounds)
+    next(rounds)
+    middle = server.checkpoint()
+    *_, last = rounds  # nodes have kept later ones now
+    other = feddm(c)
+    other.restore(middle)
+    *_, again = other.run(LocalGrid(nodes(c), backwards=True))
+    assert again.weights.tobytes() == last.weights.tobytes()
+    assert again.state_lost == 0
+    assert again.weights.tobytes() != run(config(num_server_rounds=4))[-1].weights.tobytes()
+
+
 @pytest.mark.parametrize("keys", [{}, {"strategy": "feddm-lean", "exchange__personal": "conv_in.*"}])
 def test_the_last_step_is_of_the_global_weights_and_resumed_to_the_same_bits(keys: dict[str, Any]) -> None:
     c = config(train__alignment=0.5, num_server_rounds=4, **keys)
@@ -219,8 +251,9 @@ def test_the_last_step_is_of_the_global_weights_and_resumed_to_the_same_bits(key
         np.testing.assert_allclose(third.weights - second.weights, 0.5 * step, atol=1e-6)
 
 
-def test_a_node_whose_reply_did_not_count_goes_on_without_whether_it_trained_or_not() -> None:
-    c = config(train__alignment=0.5, num_server_rounds=3)
+@pytest.mark.parametrize("keys", [{"train__alignment": 0.5}, {"train__moments": "node"}])
+def test_a_reply_that_did_not_count_leaves_no_trace_at_the_node(keys: dict[str, Any]) -> None:
+    c = config(**keys, num_server_rounds=3)
 
     def lost(handle: Handler, *, trained: bool) -> Handler:
         def answer(message: Message) -> Message | None:
