@@ -172,11 +172,7 @@ class Train:
         choices=("reset", "server", "node"),
     )
     alignment: float = key(
-        0.0,
-        "share of the last round's global step that a node adds along its own steps, where its last reply counted "
-        "(FedAdamW's alpha)",
-        low=0,
-        high=1,
+        0.0, "share of the last global step that a node adds along its own (FedAdamW's alpha)", low=0, high=1
     )
     learning_rate: float = key(2e-3, "AdamW's step size", above=0)
     lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
@@ -199,11 +195,6 @@ class Train:
     )
     threads: int = key(0, "CPU threads of a node; 0: 1 in a simulation, every core on a real node", low=0)
     deterministic: bool = key(False, "bit-identical results on a GPU too, at some cost (a CPU always gives them)")
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether a node's training needs what it kept of the rounds before."""
-        return self.alignment > 0 or self.moments == "node"
 
 
 @dataclass(frozen=True)
@@ -402,7 +393,8 @@ class RunConfig:
     @property
     def keeps_state(self) -> bool:
         """Whether nodes keep files from round to round."""
-        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal or self.train.keeps_state
+        of_training = self.train.alignment > 0 or self.train.moments == "node"
+        return self.codec.shadow or self.codec.error_feedback or self.keeps_personal or of_training
 
 
 KEYS: dict[str, KeySpec] = {spec.name: spec for _, _, specs in sections(RunConfig) for spec in specs}
