@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from feddm_flwr.cli.comparison import POOLED
 from feddm_flwr.config.keys import KEYS
 
 Results = Sequence[dict[str, Any]]
@@ -19,12 +20,8 @@ def markdown(results: Results) -> str:
     parts = []
     for condition in dict.fromkeys(r["condition"] for r in results):
         own = [r for r in results if r["condition"] == condition]
-        bases = {
-            kind: found
-            for kind in ("centralized", "data-parallel")
-            if kind == "centralized" or any(_pooled(r) == kind for r in own)
-            for found in [[r for r in own if _pooled(r) == kind and r["fid"] is not None]]
-        }
+        kinds = [kind for kind in POOLED if kind == "centralized" or any(_pooled(r) == kind for r in own)]
+        bases = {kind: [r for r in own if _pooled(r) == kind and r["fid"] is not None] for kind in kinds}
         lines = [f"**{condition}**\n"] if condition else []
         # Where no run is data-parallel, tables are as they were.
         more = ["images to centralized FID"] if "data-parallel" in bases else []
@@ -94,7 +91,7 @@ def plots(results: Results, folder: Path) -> list[Path]:
             here = [r for r in judged if r["condition"] == condition]
             for r in (r for r in here if not _pooled(r)):
                 ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
-            for kind, style in (("centralized", "--"), ("data-parallel", ":")):
+            for kind, style in zip(POOLED, ("--", ":"), strict=True):
                 base = _base([r for r in here if _pooled(r) == kind])
                 if base and len({_setting(r) for r in here}) == 1:
                     ax.axhline(mean(base), color="grey", linestyle=style, label=kind)

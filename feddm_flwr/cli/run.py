@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import secrets
 import shlex
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -31,6 +30,7 @@ from feddm_flwr.storage.state_folder import state_root
 def run_command(options: argparse.Namespace) -> int:
     from feddm_flwr.cli import launch
     from feddm_flwr.reporting import records, report
+    from feddm_flwr.reporting.run_directory import usual_name
 
     app = launch.find_app(options.app)
     overrides = run_config_keys(options.run_config)
@@ -59,7 +59,7 @@ def run_command(options: argparse.Namespace) -> int:
     elif local:
         folder = _reserved(out_dir, config)
     else:  # on another machine; two may begin in the same second there
-        name = config.run_name or f"{config.strategy}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        name = config.run_name or f"{usual_name(config.strategy)}-{secrets.token_hex(2)}"
         folder = out_dir / name
     overrides["run-name"], before = folder.name, records.read_status(folder)
     launch.end_by_signal()

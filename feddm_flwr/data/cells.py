@@ -111,10 +111,14 @@ def file_of(cell: Any, folders: Sequence[Path], pixels: Callable[[], Pixels]) ->
 
 
 def stamp_of_paths(cells: Iterable[Any], folders: Sequence[Path]) -> str:
-    """Returns what changes when a file does whose path one of the cells is."""
-    digest = hashlib.sha256()
+    """Returns what changes when a file does whose path one of the cells is; "" where an image in base64 comes
+    before any path: each would be decoded for nothing."""
+    digest, paths = hashlib.sha256(), False
     for cell in cells:
         file = file_of(cell, folders, lambda: np.asarray)
+        if isinstance(file, bytes) and not paths:
+            return ""
+        paths = paths or isinstance(file, Path)
         if isinstance(file, Path) and file.exists():
             found = file.stat()
             digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))

@@ -69,7 +69,8 @@ _TOLD |= {
     ".nrrd",
     ".mat",
 }
-#: What is wrong with a file that is none of its own.
+#: Bytes that tell a pointer of Git LFS, and what is wrong with it.
+HEAD = 40
 POINTER = "a pointer of Git LFS: git lfs pull puts the file in its place"
 # What systems, and network storage, put beside the images.
 _OF_THE_DISK = {"lost+found", "System Volume Information", "@eaDir", "#recycle", "#snapshot"}

@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from feddm_flwr.config import KEYS, ConfigError
 from feddm_flwr.config.keys import Data
-from feddm_flwr.data.files import POINTER, is_pointer
+from feddm_flwr.data.files import HEAD, POINTER, is_pointer
 
 Images = NDArray[np.uint8]  # (N, C, H, W)
 
@@ -65,7 +65,6 @@ _BLOCK = 2**20  # pixels of many bits that are scaled at a time
 _ELONGATED = 4  # from this ratio of the sides, an image is cropped before it is resized, not after
 _LARGE = 50_000_000  # pixels from which images are decoded one after the other
 _SAY_EVERY = 10.0  # seconds
-_HEAD = 40  # bytes that tell a pointer of Git LFS
 
 # Pillow refuses twice as many: a bomb, or a scan that no memory holds.
 Image.MAX_IMAGE_PIXELS = 2**29
@@ -279,7 +278,7 @@ def _fitted(data: Data, file: File) -> Fitted:
                 return fit(data, image)
         except UnidentifiedImageError:
             opened.seek(0)
-            if is_pointer(opened.read(_HEAD)):
+            if is_pointer(opened.read(HEAD)):
                 raise UnclearError(POINTER) from None
             raise
 

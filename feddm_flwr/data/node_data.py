@@ -114,7 +114,7 @@ def _load_node(
         count = len(decoded.kept)
         remarks = remarks_on(source, decoded, images[:count], whole=not partition or partition[0] == 0)
         about = {"asked": len(rows), "sizes": decoded.extent(), "remarks": remarks}
-        about |= {"version": source.version} if source.by_path else {}
+        about |= {"version": source.version} if source.by_path and source.version != version else {}
         write_facts(folder, {"classes": own, "count": count, **about})
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 from feddm_flwr.config import ConfigError, expanded, local_path
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.plugins import is_plugin
-from feddm_flwr.data.files import POINTER, TABLES, ending, files_below, is_image, is_pointer, stamp_of
+from feddm_flwr.data.files import HEAD, POINTER, TABLES, ending, files_below, is_image, is_pointer, stamp_of
 from feddm_flwr.data.readers import read_digits, read_folder, read_stream, read_table, reader_class
 from feddm_flwr.data.source import Source
 from feddm_flwr.data.splits import ALL, check_masks, in_split, no_such_split
@@ -115,7 +115,7 @@ def _open(data: Data, name: str, origin: str, scratch: Path | None, stamp: str) 
 def _kind(file: Path, origin: str) -> str:
     """Returns what the library calls a table of that kind, which is told by its ending, else by how it begins."""
     with file.open("rb") as opened:
-        head = opened.read(40)
+        head = opened.read(HEAD)
     if is_pointer(head):
         raise ConfigError(f"{origin}: {POINTER}")
     if not (kind := _KINDS.get(file.suffix.lower(), "parquet" if head.startswith(b"PAR1") else "")):

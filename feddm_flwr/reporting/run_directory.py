@@ -21,6 +21,11 @@ from feddm_flwr.reporting.records import Row, as_line, nest, read_metrics, resum
 from feddm_flwr.storage.atomic import forget_unfinished, whole_file
 
 
+def usual_name(strategy: str) -> str:
+    """Returns the name of a run that was given none; one that begins in the same second has the same."""
+    return f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def reserve(out_dir: Path, name: str, strategy: str) -> Path:
     """Makes the folder of a new run and returns it: `name`, or where that is empty one that no other run has, though it
     begins in the same second.
@@ -28,7 +33,7 @@ def reserve(out_dir: Path, name: str, strategy: str) -> Path:
     Raises:
         FileExistsError: there is a folder of that name.
     """
-    stem = name or f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = name or usual_name(strategy)
     path, others = out_dir / stem, count(2)
     while True:
         try:
