@@ -123,7 +123,7 @@ def run_server(c: RunConfig, handlers: dict[int, Handler] | None = None) -> None
 
 def row(number: int, **figures: Any) -> dict[str, Any]:
     """A line of `metrics.jsonl`, of zeros but for some figures."""
-    zeros = {f.name: 0 for f in fields(RoundResult) if f.name not in ("weights", "ema", "eval_losses")}
+    zeros = {f.name: 0 for f in fields(RoundResult) if f.name not in ("weights", "eval_losses")}
     return {**zeros, "eval_levels": [], "failures": {}, "nodes": {}, **figures, "round": number}
 
 

@@ -1,4 +1,4 @@
-"""Server optimizers as `init` and `update`, and the moving average of the global weights."""
+"""Server optimizers as `init` and `update`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from feddm_flwr.config import ConfigError
 from feddm_flwr.config.plugins import is_plugin, load
-from feddm_flwr.vector import PIECE, Vector
+from feddm_flwr.vector import Vector
 
 State = dict[str, Vector]
 
@@ -75,17 +75,3 @@ def adam(eta: float, beta: float, beta2: float = 0.99, tau: float = 1e-3) -> Ser
         return w + np.float32(eta) * step, {"m": m, "v": v}
 
     return ServerOptimizer(lambda w: {"m": np.zeros_like(w), "v": np.full_like(w, tau * tau)}, update)
-
-
-def ema_factor(decay: float, steps_before: int, steps: int) -> float:
-    """Returns what remains of the average in a round of `steps` local steps after `steps_before` others: min(decay, (1
-    + s) / (10 + s))^H. A decay per round would ship the initial noise of a short run."""
-    return float(min(decay, (1 + steps_before) / (10 + steps_before)) ** steps)
-
-
-def ema_update(ema: Vector, weights: Vector, factor: float) -> Vector:
-    """Returns factor * ema + (1 - factor) * weights."""
-    result: Vector = np.float32(factor) * ema
-    for start in range(0, len(result), PIECE):
-        result[start : start + PIECE] += np.float32(1 - factor) * weights[start : start + PIECE]
-    return result

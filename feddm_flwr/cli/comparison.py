@@ -205,7 +205,8 @@ def _on_all_images(run: str, pooled: str, nodes: int, keys: Keys) -> Keys:
     keys |= {"train.max-seconds": 0.0, "round-timeout": asked * config.round_timeout}
     if pooled == "data-parallel":
         return keys | {"train.batch-size": asked * config.train.batch_size}
-    keys["server.ema-decay"] = config.server.ema_decay ** (1 / asked)  # an average over as much of the run
+    if config.server.average == "exponential":
+        keys["server.ema-decay"] = config.server.ema_decay ** (1 / asked)  # an average over as much of the run
     return keys | {"train.local-steps": asked * config.train.local_steps}
 
 
@@ -269,7 +270,9 @@ def result(cell: Cell, folder: Path) -> dict[str, Any]:
         "pooled": cell.pooled,
         "rounds": rounds[-1].round,
         "images": sum(r.local_steps for r in rounds) * config.train.batch_size,
-        **{key: evaluated[-1].figure(key) if evaluated else None for key in ("fid", "kid", "coverage")},
+        **{
+            key: evaluated[-1].figure(key) if evaluated else None for key in ("fid", "kid", "coverage", "average_width")
+        },
         "eval_loss": rounds[-1].eval_loss,
         "fid_by_round": [[r.round, r.fid] for r in evaluated],
         **total_bytes(rounds),

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from feddm_flwr.cli.comparison import POOLED
-from feddm_flwr.config.keys import KEYS
+from feddm_flwr.config.run_config import KEYS
 
 Results = Sequence[dict[str, Any]]
 

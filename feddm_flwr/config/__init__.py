@@ -1,7 +1,7 @@
 """The run configuration: every key, what `preset` stands for, and what contradicts what."""
 
 from feddm_flwr.config.fields import ConfigError
-from feddm_flwr.config.keys import KEYS, Codec, RunConfig
+from feddm_flwr.config.keys import Codec
 from feddm_flwr.config.names import (
     CODECS,
     MOST_CLASS_TEXT,
@@ -25,6 +25,7 @@ from feddm_flwr.config.parsing import (
     nodes_asked,
     parse,
 )
+from feddm_flwr.config.run_config import KEYS, RunConfig
 
 __all__ = [
     "CODECS",

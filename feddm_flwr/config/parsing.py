@@ -1,7 +1,7 @@
 """The typed, validated run configuration.
 
 Flower hands an app one flat mapping of dotted keys (`"train.batch-size": 64`) and checks neither
-types nor values. `parse` turns it into frozen dataclasses (see `config.keys`) or raises a `ConfigError` that
+types nor values. `parse` turns it into frozen dataclasses (see `config.run_config`) or raises a `ConfigError` that
 names every offending key, its value and what is allowed.
 """
 
@@ -15,12 +15,9 @@ from typing import Any
 
 from feddm_flwr.config import validation
 from feddm_flwr.config.fields import PLUGIN_MARK, PRESET, ConfigError, Scalar, sections
-from feddm_flwr.config.keys import (
-    KEYS,
-    RunConfig,
-)
 from feddm_flwr.config.plugins import check_there
 from feddm_flwr.config.presets import ARCHITECTURE, decided
+from feddm_flwr.config.run_config import KEYS, RunConfig
 
 
 def defaults() -> dict[str, Scalar]:

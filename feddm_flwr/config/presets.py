@@ -141,9 +141,12 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     data = DATASETS.get(chosen("data.name", "digits"), OTHER_DATA)
     if raw.get("model.class-conditional") is not True:
         data = data | {"data.classes": ""}
+    by_power = raw.get("server.ema-decay", PRESET) == PRESET
     decay = {"codec.residual-decay": strategy.get("codec.residual-decay", 1.0) if feedback else 1.0}
     return {
         "train.mu": 0.0,
+        "server.average": "power" if by_power else "exponential",
+        "server.ema-decay": 0.999,
         "server.optimizer": optimizer,
         **SERVER_OPTIMIZERS.get(optimizer, {}),
         **strategy,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from feddm_flwr.config.fields import ConfigError
-from feddm_flwr.config.keys import RunConfig
 from feddm_flwr.config.parsing import flatten, parse
+from feddm_flwr.config.run_config import RunConfig
 
 #: Keys that may change when a run is resumed, since the weights do not depend on them.
 _FREE = {
     "run-name", "out-dir", "resume", "keep-checkpoints", "min-nodes", "min-replies", "max-round-retries",
     "round-timeout", "wait-timeout", "eval.every", "eval.images", "sample.every", "sample.count", "sample.steps",
     "sample.scheduler", "sample.guidance", "eval.features", "eval.features-from", "eval.samples",
-    "eval.min-images", "eval.keep-best", "eval.audit", "tracker",
+    "eval.min-images", "eval.keep-best", "eval.average-by", "eval.audit", "tracker",
 }  # fmt: skip
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from feddm_flwr.config.keys import KEYS, RunConfig
 from feddm_flwr.config.names import CODECS, PARTITION_OF, SPARSE_CODECS
 from feddm_flwr.config.plugins import is_plugin
+from feddm_flwr.config.run_config import KEYS, RunConfig
 
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
 _CLIPPED = {"int8", "int4", "int3"}
@@ -161,6 +161,8 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
             yield f"{name} = {shown} with {state}: acts with {where} only"
     if c.train.moments != "reset" and c.train.optimizer != "adamw":
         yield f"train.moments = {c.train.moments!r} with train.optimizer = {c.train.optimizer!r}: is for adamw"
+    if c.server.average == "power" and c.server.ema_decay != 0.999:
+        yield f"server.ema-decay = {c.server.ema_decay} with server.average = 'power': acts with 'exponential' only"
     if c.server.momentum and c.server.optimizer == "averaging":
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"
 

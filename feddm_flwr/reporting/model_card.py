@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from feddm_flwr.reporting.records import without_places
 
 
-def model_card(config: Mapping[str, object], rounds: int, nodes: int, *, simulated: bool) -> str:
-    """Returns the README.md of a pipeline folder."""
+def model_card(
+    config: Mapping[str, object], rounds: int, nodes: int, width: float | None, chosen_by: str, *, simulated: bool
+) -> str:
+    """Returns the README.md of a pipeline folder, whose weights are an average of this width; `chosen_by` is the figure
+    that it is the best by, "" where no others were tried."""
     size = config["data.image-size"]
     keys = (
         "strategy",
@@ -20,7 +23,7 @@ def model_card(config: Mapping[str, object], rounds: int, nodes: int, *, simulat
         "codec.uplink",
         "codec.downlink",
         "server.optimizer",
-        "server.ema-decay",
+        *(["server.ema-decay"] if width is None else []),
         "seed",
     )
     shown = without_places(config)
@@ -38,7 +41,7 @@ library_name: diffusers
 # {title} trained by {nodes} nodes that kept their images
 
 {what} for {size}x{size} images, trained with FedDM (Vora et al., arXiv 2407.14730; settings ours)
-over {rounds} rounds. The weights are the exponential moving average of the global model.
+over {rounds} rounds. {_average(width, chosen_by)}
 
 ```python
 {code}
@@ -51,6 +54,15 @@ over {rounds} rounds. The weights are the exponential moving average of the glob
 No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
 images, and averaged updates can be inverted. Treat the model as you would treat the images.
 """
+
+
+def _average(width: float | None, chosen_by: str) -> str:
+    """Returns what average of the global model the weights are."""
+    if width is None:
+        return "The weights are the exponential moving average of the global model."
+    of = f"an average over about the last {width:.0%} of the training" if width else "the last of the training"
+    best = f", best of several by {'FID' if chosen_by == 'fid' else 'held-out loss'}" if chosen_by else ""
+    return f"The weights are {of} (EDM2, relative width {width:g}){best}."
 
 
 def _use(config: Mapping[str, object]) -> tuple[str, str]:

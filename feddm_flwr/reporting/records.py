@@ -158,6 +158,8 @@ class RoundRecord:
     coverage: float | None = None
     coverage_by_class: dict[str, float] = field(default_factory=dict)
     lipschitz: float | None = None
+    average_width: float | None = None  # of the average that the figures are of, where it was chosen
+    average_tried: dict[str, float] = field(default_factory=dict)  # what was chosen among, and by
 
     def figure(self, name: str) -> float | None:
         """Returns a figure by its name in the file."""

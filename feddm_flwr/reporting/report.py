@@ -101,13 +101,18 @@ def _tiles(
             (
                 f"{r.fid:.3g}",
                 "FID of the averaged weights",
-                f"round {r.round}; KID {r.kid:.3g}" if r.kid is not None else f"round {r.round}",
+                f"round {r.round}" + (f"; KID {r.kid:.3g}" if r.kid is not None else "") + _average(r),
             )
             for r in [r for r in rows if r.fid is not None][-1:]
         ),
         *((megabytes(sent), who, note) for who, sent, note in traffic_rows(rows, final)),
         (str(failed), "failed replies", f"of {failed + sum(r.clients_ok for r in rows)}"),
     ]
+
+
+def _average(row: RoundRecord) -> str:
+    """Returns which average was chosen after a round, among how many; "" where none was."""
+    return "" if row.average_width is None else f"; width {row.average_width:g}, best of {len(row.average_tried)}"
 
 
 def _nodes(nodes: list[Row], rows: Sequence[RoundRecord], hues: Mapping[str, int]) -> list[Row]:

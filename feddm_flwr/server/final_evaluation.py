@@ -35,11 +35,11 @@ def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path
         ConfigError, RunFailedError: as `FedDM.ask`.
     """
     own = layout(model.network)
-    frame = exact(own.fingerprint, own.size).encode(feddm.ema, "weights", model.config.num_server_rounds, 0)
+    frame = exact(own.fingerprint, own.size).encode(feddm.averaged, "weights", model.config.num_server_rounds, 0)
     frames, assets = {WEIGHTS: frame}, dict[str, bytes]()
     samples = min(_AUDITED, model.config.eval.samples)
     if recipe is not None and model.config.eval.audit:
-        frames[SAMPLES] = model.draw(feddm.ema, samples, 1.0).tobytes()
+        frames[SAMPLES] = model.draw(feddm.averaged, samples, 1.0).tobytes()
         assets[FEATURES] = recipe.read_bytes()
     said: list[tuple[Introduction, FinalReply]] = []
     for node, answer in feddm.ask(grid, FINAL, frames, assets):

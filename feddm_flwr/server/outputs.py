@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from flwr.serverapp import Grid
 
+from feddm_flwr.aggregation.averages import WIDTHS
 from feddm_flwr.config import flatten
 from feddm_flwr.evaluation import grids
 from feddm_flwr.evaluation.global_model import GlobalModel
@@ -41,18 +44,24 @@ class Outputs:
             log.warning("no samples are drawn: %s", self._incomplete or "an autoencoder draws none")
         evaluates = self._draws and self._config.eval.features != "none"
         self._evaluation = GlobalEvaluation(model, run.path) if evaluates else None
+        self._chosen_by = ""  # the figure that the shipped average is the best by, once it is chosen
+        self._said: dict[float | None, dict[str, Any]] = {}  # by the nodes, of the averages of these widths
 
     def begin(self, feddm: FedDM) -> None:
         """Makes what a run that was killed still owes, and has the nodes sum the features of their images."""
-        self._show(feddm)
         if self._evaluation:
             self._evaluation.refer(feddm, self._grid)
-            if not self._run.is_evaluated():
-                self._evaluate(feddm)
+        self.after_round(feddm)
 
     def after_round(self, feddm: FedDM) -> None:
         """Makes what is due after a round, once its figures are written."""
-        self._evaluate(feddm)
+        width = self._run.average_width(feddm.round)
+        if width is not None:
+            feddm.average.width, self._chosen_by = width, self._config.eval.average_by
+        elif self._chooses(feddm, "loss"):
+            self._choose_by_loss(feddm)
+        if not self._run.is_evaluated():
+            self._evaluate(feddm)
         self._show(feddm)
 
     def finish(self, feddm: FedDM) -> str:
@@ -63,7 +72,7 @@ class Outputs:
             return incomplete
         power = None
         if self._config.stage == "autoencoder":
-            last = evaluate_at_nodes(feddm, self._grid, self._model, None)
+            last = self._said_by_nodes(feddm)
             self._run.write_final(last)
             power = last["latent_power"]
         self._write_model(feddm, "model", power)
@@ -86,7 +95,7 @@ class Outputs:
         if not self._evaluation or not self._is_due(feddm, self._config.eval.every):
             return
         try:
-            figures, best = self._evaluation.figures(feddm.ema), self._config.eval.keep_best
+            figures, best = self._figures(feddm, self._evaluation), self._config.eval.keep_best
             if best != "none" and figures[best] < self._run.best(best):
                 log.info("round=%d best so far by %s = %.5g", feddm.round, best, figures[best])
                 self._write_model(feddm, "best")
@@ -95,6 +104,50 @@ class Outputs:
         except Exception as error:
             log.warning("round=%d not evaluated: %s: %s", feddm.round, type(error).__name__, error, exc_info=True)
 
+    def _figures(self, feddm: FedDM, evaluation: GlobalEvaluation) -> dict[str, Any]:
+        """Returns those of the averaged weights; at the end, of the average of least FID, which is then the one."""
+        if not self._chooses(feddm, "fid"):
+            return evaluation.figures(feddm.averaged)
+        found: dict[float, dict[str, Any]] = {}
+        for width in WIDTHS:
+            feddm.average.width = width
+            found[width] = evaluation.figures(feddm.averaged)
+        chosen = self._choose(feddm, {width: figures["fid"] for width, figures in found.items()})
+        return found[chosen["average_width"]] | chosen
+
+    def _chooses(self, feddm: FedDM, by: str) -> bool:
+        """Tells whether it is time to choose the shipped average, by this figure."""
+        at_end = feddm.round == self._config.num_server_rounds and feddm.average.width is not None
+        return at_end and self._config.eval.average_by == by and not self._incomplete
+
+    def _choose_by_loss(self, feddm: FedDM) -> None:
+        losses: dict[float, float] = {}
+        usual = feddm.average.width
+        try:
+            for width in WIDTHS:
+                feddm.average.width = width
+                said = self._said_by_nodes(feddm)["eval_loss"]
+                losses[width] = math.inf if said is None else said
+        except RunFailedError as error:
+            feddm.average.width = usual
+            log.warning("eval.average-by = 'loss': %s; the usual average is shipped", error)
+        else:
+            self._run.add_figures(self._choose(feddm, losses))
+
+    def _choose(self, feddm: FedDM, tried: Mapping[float, float]) -> dict[str, Any]:
+        """Makes the best of the averages that were tried the one that is shipped; returns what is to be told of it."""
+        width = min(tried, key=lambda one: tried[one])
+        feddm.average.width, self._chosen_by = width, self._config.eval.average_by
+        told = {f"{one:g}": worth for one, worth in tried.items()}
+        log.info("average_width=%g best by %s of %s", width, self._chosen_by, told)
+        return {"average_width": width, "average_tried": told}
+
+    def _said_by_nodes(self, feddm: FedDM) -> dict[str, Any]:
+        """Returns what the nodes say of the averaged weights; they are asked once for each average."""
+        if (width := feddm.average.width) not in self._said:
+            self._said[width] = evaluate_at_nodes(feddm, self._grid, self._model, None)
+        return self._said[width]
+
     def _show(self, feddm: FedDM) -> None:
         """Draws the grids that the round is to have."""
         due = self._draws and self._is_due(feddm, self._config.sample.every)
@@ -102,7 +155,7 @@ class Outputs:
             return
         if feddm.round == self._config.num_server_rounds:
             self._draw_grid(feddm.round, feddm.weights, "raw")
-        self._draw_grid(feddm.round, feddm.ema)
+        self._draw_grid(feddm.round, feddm.averaged)
 
     def _draw_grid(self, number: int, weights: Vector, kind: str = "") -> None:
         """Draws a grid of the averaged weights, or one of the `raw` weights to set beside it."""
@@ -114,8 +167,10 @@ class Outputs:
     def _write_model(self, feddm: FedDM, name: str, latent_power: float | None = None) -> None:
         """Writes a diffusers pipeline, or an autoencoder, with the averaged weights, and its card."""
         config, simulated = flatten(self._config), self._run.simulated
-        card = model_card.model_card(config, feddm.round, len(feddm.nodes), simulated=simulated)
-        network = self._model.at(feddm.ema)
+        card = model_card.model_card(
+            config, feddm.round, len(feddm.nodes), feddm.average.width, self._chosen_by, simulated=simulated
+        )
+        network = self._model.at(feddm.averaged)
         with whole_folder(self._run.path / name) as folder:
             pipelines.save(network, self._config, self._model.files, folder, card, latent_power)
 

@@ -38,7 +38,6 @@ class RoundResult:
 
     round: int
     weights: Vector
-    ema: Vector
     train_loss: float
     eval_loss: float  # of the weights that the round started from; NaN where not evaluated
     eval_levels: list[float]  # the same by noise level, from the least noise to the most; empty where not evaluated
@@ -66,7 +65,7 @@ class RoundResult:
 
     def figures(self) -> dict[str, Any]:
         """Returns the round as a line of `metrics.jsonl`: everything but the vectors."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "ema", "eval_losses")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "eval_losses")}
         if self.eval_losses:
             own["nodes"] = {
                 name: of | ({"eval_loss": self.eval_losses[name]} if name in self.eval_losses else {})
@@ -207,7 +206,6 @@ class RoundInProgress:
         self,
         *,
         weights: Vector,
-        ema: Vector,
         delta: Vector,
         asked: int,
         connected: int,
@@ -223,7 +221,6 @@ class RoundInProgress:
         return RoundResult(
             round=self.number,
             weights=weights,
-            ema=ema,
             train_loss=self._mean(lambda a: a.reply.train_loss),
             eval_loss=weighted((a.node.name, losses[a.node.name], a.node.held_out) for a in evaluated),
             eval_levels=weighted_levels(

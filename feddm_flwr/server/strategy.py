@@ -22,8 +22,9 @@ import numpy as np
 from flwr.app import ArrayRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from feddm_flwr.aggregation import averages
 from feddm_flwr.aggregation.outliers import Outliers
-from feddm_flwr.aggregation.server_optimizers import ema_factor, ema_update, server_optimizer
+from feddm_flwr.aggregation.server_optimizers import server_optimizer
 from feddm_flwr.config import RunConfig, derive_seed, least_replies, nodes_asked
 from feddm_flwr.exchange.downlink import DownlinkSender
 from feddm_flwr.exchange.moments import MomentsChannel
@@ -65,7 +66,7 @@ class FedDM:
         self._begun = False  # whether nodes were heard that this process waited for
         self._outliers = Outliers(s.norm_limit, s.clip_norm)
         self.round = 0  # the last one that was committed
-        self.weights, self.ema = initial, initial.copy()
+        self.weights, self.average = initial, averages.average(s.average, s.ema_decay, initial)
         self._step_norm = 0.0  # of the last round's step
         self._other = 0  # bytes of what was asked beside the training since the last round
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
@@ -81,16 +82,20 @@ class FedDM:
         self._state = self._optimizer.init(initial)
 
     @property
+    def averaged(self) -> Vector:
+        """The average of the global weights that is evaluated and shipped."""
+        return self.average.value(self.weights)
+
+    @property
     def nodes(self) -> list[Introduction]:
         """Every node that has taken part so far, by name."""
         return [node for _, node in sorted(self._roster.nodes.items())]
 
     def checkpoint(self) -> Checkpoint:
-        """Returns everything that `restore` needs to go on after the last round as if nothing had happened; later
-        rounds do not change it.
+        """Returns everything that `restore` needs to go on after the last round as if nothing had happened.
 
         Until it is durable, the next round must not be committed: nodes keep what they need to go back to it or to
-        the one before, and no more.
+        the one before, and no more. That changes the averages in it.
         """
         tensors = {
             **{f"optimizer.{name}": value for name, value in self._state.items()},
@@ -108,12 +113,13 @@ class FedDM:
             "never-sent": sorted(self.never_sent),
             "nodes": [asdict(node) for node in self.nodes],
         }
-        return Checkpoint(self.round, {"weights": self.weights, "ema": self.ema, **tensors}, facts)
+        return Checkpoint(self.round, {"weights": self.weights, **self.average.tensors(), **tensors}, facts)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint of a run with the same configuration."""
         facts, tensors = checkpoint.facts, checkpoint.tensors
-        self.round, self.weights, self.ema = checkpoint.round, tensors["weights"], tensors["ema"]
+        self.round, self.weights = checkpoint.round, tensors["weights"]
+        self.average = averages.restored(tensors, self.config.server.ema_decay)
         groups = {
             group: {name.removeprefix(group): value for name, value in tensors.items() if name.startswith(group)}
             for group in ("optimizer.", "broadcast.")
@@ -255,16 +261,14 @@ class FedDM:
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
         self._step_norm = step
         steps = progress.typical_steps()
-        factor = ema_factor(self.config.server.ema_decay, self._steps, steps)
         self.round, self.weights, self._state, self._moments = number, weights, state, progress.moments()
-        self.ema = ema_update(self.ema, weights, factor)
+        self.average.update(weights, self._steps, steps)
         self._steps += steps
         self._outliers.commit(progress.lengths())
         self._durable = self._acked
         self._acked = self._acked | progress.acknowledged()
         done = progress.result(
             weights=self.weights,
-            ema=self.ema,
             delta=delta,
             asked=asked,
             connected=self._roster.connected,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feddm_flwr.aggregation.mean import StreamingMean
-from feddm_flwr.aggregation.server_optimizers import ema_factor, ema_update, server_optimizer
+from feddm_flwr.aggregation.server_optimizers import server_optimizer
 from feddm_flwr.vector import Vector
 
 RANDOM = np.random.default_rng(0)
@@ -114,14 +114,3 @@ def test_adam_moves_every_weight_alike_and_stands_still_without_updates() -> Non
     np.testing.assert_allclose(large, small, rtol=0.01)
     assert large[0] == -large[1] > 1
     assert large[2] == 0
-
-
-def test_the_average_forgets_the_start_of_a_short_run_and_keeps_the_decay_of_a_long_one() -> None:
-    assert ema_factor(0.999, 0, 40) < 1e-30
-    assert ema_factor(0.999, 10**6, 40) == pytest.approx(0.999**40)
-    assert ema_factor(0.0, 10, 1) == 0.0
-    # One round of H steps equals H rounds of one step each, once the decay is constant.
-    assert ema_factor(0.9, 10**4, 7) == pytest.approx(ema_factor(0.9, 10**4, 1) ** 7)
-    a, b = np.float32([1, 2]), np.float32([3, 6])
-    assert ema_update(a, b, 0.5).tolist() == [2, 4]
-    assert ema_update(a, b, 0.0).tolist() == b.tolist()

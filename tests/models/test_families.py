@@ -39,7 +39,7 @@ def trained(folder: Path, **keys: Any) -> list[RoundResult]:
     grid = LocalGrid(nodes(c))
     rounds = list(feddm.run(grid))
     assert all(r.clients_ok == 4 and not r.failures for r in rounds)
-    parameters.load_vector(network, feddm.ema)
+    parameters.load_vector(network, feddm.averaged)
     last = evaluate_at_nodes(feddm, grid, GlobalModel(network, c, files), None) if c.stage == "autoencoder" else {}
     pipelines.save(network, c, files, folder / "model", "card", last.get("latent_power"))
     return rounds

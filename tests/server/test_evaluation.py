@@ -66,7 +66,7 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     assert judge._real.count == pooled.count == 1438
     for ours, theirs in ((judge._real.second, pooled.second), (judge._real.third, pooled.third)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
-    found = judge.figures(feddm.ema)
+    found = judge.figures(feddm.averaged)
     assert found["fid"] > 0
     assert found["lipschitz"] > 0
     assert 0 <= found["coverage"] <= 1
@@ -74,7 +74,7 @@ def test_the_reference_of_a_federation_is_that_of_the_pooled_images(kind: str, t
     # What was gathered is kept: no node is asked again.
     again = GlobalEvaluation(of, tmp_path)
     again.refer(feddm, LocalGrid({}))
-    assert again.figures(feddm.ema) == found
+    assert again.figures(feddm.averaged) == found
     for keys, said in (
         ({"eval__features": "dinov2"}, f"eval.features = 'dinov2': was '{kind}' in the run to resume"),
         ({"eval__samples": 33}, "eval.samples = 33: was 32 in the run to resume, and must stay so"),
@@ -137,7 +137,7 @@ def test_the_end_of_a_run_is_evaluated_by_the_nodes(tmp_path: Path) -> None:
     assert all(0 <= a["near"] <= 32 and 0.3 < a["members_auc"] < 0.7 for a in found["audit"].values())
     assert all(a["by_chance"] == pytest.approx(32 * 1.35 / 37, rel=0.05) for a in found["audit"].values())
     assert 0 < found["eval_loss"] < done[0].eval_loss
-    assert found["bytes_other"] > 4 * 4 * len(feddm.ema)  # the averaged weights went to four nodes
+    assert found["bytes_other"] > 4 * 4 * len(feddm.averaged)  # the averaged weights went to four nodes
     row = done[1].figures()
     assert len(row["eval_levels"]) == 10
     assert np.mean(row["eval_levels"]) == pytest.approx(row["eval_loss"], rel=0.05)
