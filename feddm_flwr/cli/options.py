@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from feddm_flwr import __version__
-from feddm_flwr.config import SCHEDULERS, parse
+from feddm_flwr.config import FLOW_SCHEDULERS, SCHEDULERS, parse
 
 #: What commands are added to.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -57,9 +57,9 @@ def _drawn() -> argparse.ArgumentParser:
     usual = parse({}).sample
     drawn.add_argument(
         "--scheduler",
-        choices=SCHEDULERS,
-        default=usual.scheduler,
-        help=f"how images are drawn (default {usual.scheduler})",
+        choices=(*SCHEDULERS, *FLOW_SCHEDULERS),
+        default="",
+        help="how images are drawn (default unipc; euler of a model that was trained by flow matching)",
     )
     drawn.add_argument(
         "--steps", type=_positive, default=usual.steps, metavar="N", help=f"steps of it (default {usual.steps})"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _LEAST = 10  # real images
 class How:
     """How samples are drawn."""
 
-    scheduler: str
+    scheduler: str  # empty: the usual one of the model
     steps: int
     guidance: float | None  # of classes; None: 2 where the model knows some
     seed: int
@@ -65,6 +66,7 @@ def draw(
     limit = pipeline.scheduler.config.num_train_timesteps
     if how.steps > limit:
         raise ConfigError(f"--steps = {how.steps}: must be at most {limit}, the model's noise levels")
+    how = _decided(how, folder)
     names = pipelines.class_names(pipeline)
     if not names and how.guidance not in (None, 1.0):
         raise ConfigError(f"--guidance = {how.guidance:g}: the model knows no classes")
@@ -107,12 +109,25 @@ def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, k
         "features": network.name,
         "resize": network.resize,
         "samples": len(fake),
-        **asdict(how),
+        **asdict(_decided(how, folder)),
         "weights": "averaged" if (folder.parent / "config.toml").is_file() else "the folder's",
         "real": len(real),
         "data": config.data.name,
         "split": config.data.split,
     }
+
+
+def _decided(how: How, folder: Path) -> How:
+    """Returns how samples are drawn of the pipeline in a folder.
+
+    Raises:
+        ConfigError: not like that.
+    """
+    process = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    allowed = sampling.schedulers_for(process)
+    if (scheduler := how.scheduler or allowed[0]) not in allowed:
+        raise ConfigError(f"--scheduler = {scheduler!r}: must be {' or '.join(allowed)}, by the model's noise process")
+    return replace(how, scheduler=scheduler)
 
 
 def _labels(asked: str | None, count: int, names: list[str], like: Mapping[str, int] | None) -> list[int] | None:

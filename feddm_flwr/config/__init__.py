@@ -4,6 +4,7 @@ from feddm_flwr.config.fields import ConfigError
 from feddm_flwr.config.keys import Codec
 from feddm_flwr.config.names import (
     CODECS,
+    FLOW_SCHEDULERS,
     MOST_CLASS_TEXT,
     MOST_CLASSES,
     NODE_NAME,
@@ -29,6 +30,7 @@ from feddm_flwr.config.run_config import KEYS, RunConfig
 
 __all__ = [
     "CODECS",
+    "FLOW_SCHEDULERS",
     "KEYS",
     "MOST_CLASSES",
     "MOST_CLASS_TEXT",

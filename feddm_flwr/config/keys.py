@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from feddm_flwr.config.fields import PRESET, key
-from feddm_flwr.config.names import CODECS, SCHEDULERS, class_name
+from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, SCHEDULERS, class_name
 from feddm_flwr.config.presets import MODELS
 
 
@@ -129,7 +129,16 @@ class Diffusion:
 
     timesteps: int = key(1000, "number of noise levels T", low=2)
     schedule: str = key("cosine", "noise schedule", choices=("linear", "cosine"))
-    prediction: str = key("v", "what the U-Net predicts", choices=("epsilon", "v"))
+    prediction: str = key(
+        "v",
+        "what the U-Net predicts; `flow`: flow matching, straight from images to noise",
+        choices=("epsilon", "v", "flow"),
+    )
+    times: str = key(
+        "uniform",
+        "which noise levels are trained on: all as often, or most in the middle (Esser et al. 2024)",
+        choices=("uniform", "logit-normal"),
+    )
     min_snr_gamma: float = key(
         0.0, "Min-SNR loss weighting (Hang et al. 2023), 5 is usual; 0 weighs all levels alike", low=0
     )
@@ -334,10 +343,10 @@ class Sample:
     every: int = key(5, "rounds between grids; the last round always has one, 0: only that", low=0)
     count: int = key(64, "images in a grid", low=1, high=4096)
     scheduler: str = key(
-        "unipc",
+        PRESET,
         "how samples are drawn: UniPC and DPM-Solver++ need few steps, DDIM more; DDPM is the original, with "
-        "sample.steps = 1000",
-        choices=(*SCHEDULERS,),
+        "sample.steps = 1000; with prediction = flow Euler, or Heun with two evaluations a step (preset: unipc, euler)",
+        choices=(*SCHEDULERS, *FLOW_SCHEDULERS),
     )
     steps: int = key(25, "steps of the scheduler", low=1)
     guidance: float = key(2.0, "classifier-free guidance of class-conditional models; 1: none", low=0)

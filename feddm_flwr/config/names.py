@@ -12,6 +12,7 @@ NODE_NAME = r"(?!\.)[\w.-]{1,64}"
 MOST_CLASSES, MOST_CLASS_TEXT = 10_000, 300_000
 NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc", "ddpm")
+FLOW_SCHEDULERS = ("euler", "heun")  # of models trained by flow matching
 #: Keys that act with one `data.partition` only.
 PARTITION_OF = {
     "data.alpha": "dirichlet",

@@ -144,6 +144,7 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     by_power = raw.get("server.ema-decay", PRESET) == PRESET
     decay = {"codec.residual-decay": strategy.get("codec.residual-decay", 1.0) if feedback else 1.0}
     return {
+        "sample.scheduler": "euler" if raw.get("diffusion.prediction") == "flow" else "unipc",
         "train.mu": 0.0,
         "server.average": "power" if by_power else "exponential",
         "server.ema-decay": 0.999,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from feddm_flwr.config.names import CODECS, PARTITION_OF, SPARSE_CODECS
+from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, PARTITION_OF, SCHEDULERS, SPARSE_CODECS
 from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.config.run_config import KEYS, RunConfig
 
@@ -89,10 +89,16 @@ def _diffusion(c: RunConfig) -> Iterator[str]:
             "of the network a thousandfold; use v, or the linear schedule"
         )
     d = c.diffusion
-    if d.schedule == "linear" and d.timesteps < _LEAST_LINEAR and not c.model.init_from:
+    if d.schedule == "linear" and d.prediction != "flow" and d.timesteps < _LEAST_LINEAR and not c.model.init_from:
         yield (
             f"diffusion.timesteps = {d.timesteps} with diffusion.schedule = 'linear': must be at least "
             f"{_LEAST_LINEAR}, or the last level is not noise, which samples begin from; cosine goes with any number"
+        )
+    flow = d.prediction == "flow"
+    if (c.sample.scheduler in FLOW_SCHEDULERS) is not flow:
+        allowed = " or ".join(FLOW_SCHEDULERS if flow else SCHEDULERS)
+        yield (
+            f"sample.scheduler = {c.sample.scheduler!r} with diffusion.prediction = {d.prediction!r}: must be {allowed}"
         )
     if c.sample.steps > c.diffusion.timesteps:
         yield (
@@ -128,6 +134,7 @@ def about_sparse_codecs(c: RunConfig, sparse: Collection[str]) -> Iterator[str]:
 
 def _without_effect(c: RunConfig) -> Iterator[str]:
     """Yields keys that a user set for nothing: what was meant is another run."""
+    d = c.diffusion
     partition, rule = f"data.partition = {c.data.partition!r}", f"server.aggregation = {c.server.aggregation!r}"
     coded = {c.codec.uplink, c.codec.downlink}
     if any(map(is_plugin, coded)):  # which may have any of the options
@@ -151,6 +158,7 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ("codec.topk-share", c.codec.topk_share, "topk" in coded, codecs, "'topk'"),
         ("codec.topk-bits", c.codec.topk_bits, "topk" in coded, codecs, "'topk'"),
         ("codec.budget-ratio", c.codec.budget_ratio, "budget" in coded, codecs, "'budget'"),
+        ("diffusion.schedule", d.schedule, d.prediction != "flow", "diffusion.prediction = 'flow'", "epsilon and v"),
         ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "a rank above 0"),
         ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
         ("sample.guidance", c.sample.guidance, taught, classes, "true"),

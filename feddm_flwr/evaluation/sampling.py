@@ -9,11 +9,13 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from feddm_flwr.compute.cuda_graph import CudaGraph, release_memory, side_stream
 from feddm_flwr.compute.precision import autocast
-from feddm_flwr.config import derive_seed
+from feddm_flwr.config import FLOW_SCHEDULERS, SCHEDULERS, derive_seed
 from feddm_flwr.data.images import Images
 from feddm_flwr.models.autoencoder import decode
 from feddm_flwr.models.class_pipeline import guided
@@ -24,7 +26,16 @@ _SCHEDULERS: dict[str, Any] = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
     "ddpm": DDPMScheduler,
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "heun": FlowMatchHeunDiscreteScheduler,
 }
+
+
+def schedulers_for(scheduler_config: Any) -> tuple[str, ...]:
+    """Returns the names of those that a model's scheduler configuration may be drawn by, the usual one first."""
+    if scheduler_config.get("_class_name", "").startswith("FlowMatch"):
+        return FLOW_SCHEDULERS
+    return tuple(sorted(SCHEDULERS, key=lambda name: name != "unipc"))
 
 
 @torch.inference_mode()
@@ -42,7 +53,8 @@ def sample(
     batch_size: int = 0,
 ) -> Images:
     """Returns images drawn by deterministic DDIM (Song et al. 2021, eta = 0), DPM-Solver++ (Lu et al. 2022, second
-    order), UniPC (Zhao et al. 2023) or DDPM's ancestral sampling (Ho et al. 2020), uint8 (count, C, H, W).
+    order), UniPC (Zhao et al. 2023) or DDPM's ancestral sampling (Ho et al. 2020), of flows by Euler or Heun, uint8
+    (count, C, H, W).
 
     `scheduler_config` is the configuration of the diffusers scheduler that the model was trained
     for. Noise is drawn on the CPU, image by image: image i depends on the seed and i

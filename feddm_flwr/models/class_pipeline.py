@@ -1,5 +1,6 @@
-"""A diffusers pipeline for class-conditional U-Nets, on pixels or latents. A copy of this file lies in every model
-folder that needs it, so it imports nothing but diffusers and torch:
+"""A diffusers pipeline for class-conditional U-Nets, on pixels or latents, and for flow matching on latents, for which
+diffusers has none. A copy of this file lies in every model folder that needs it, so it imports nothing but diffusers
+and torch:
 
     DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)(["cat", "dog"], guidance_scale=2.0)
 
@@ -31,11 +32,13 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: Any,
         vae: Optional[AutoencoderKL] = None,  # noqa: UP045
         class_names: str = "",
+        flow: bool = False,
     ) -> None:
-        """`class_names` are separated by commas, in the order of the labels; the label after the last is no class."""
+        """`class_names` are separated by commas, in the order of the labels; the label after the last is no class.
+        `flow` tells whether the network was trained by flow matching."""
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(class_names=class_names)
+        self.register_to_config(class_names=class_names, flow=flow)
 
     @torch.no_grad()
     def __call__(
@@ -46,8 +49,10 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        batch_size: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draws one image of each of the classes, names or labels; without any, one of each class that there is.
+        """Draws one image of each of the classes, names or labels; without any, one of each class that there is, or
+        `batch_size` images where there is none.
 
         `output_type` is "pil", "np" or "pt" (values from 0 to 1), or "latent". Without `return_dict` a tuple comes
         back.
@@ -55,22 +60,25 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises:
             ValueError: there is no such class, or the sampler is not one for this noise process.
         """
-        names = [name.strip() for name in self.config.class_names.split(",")]
+        names = [name.strip() for name in self.config.class_names.split(",") if name.strip()]
         asked: Any = range(len(names)) if classes is None else [classes] if _is_one(classes) else classes
         labels = [_label(one, names) for one in asked]
         c, device = self.unet.config, self._execution_device
         size = (c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else tuple(c.sample_size)
-        own = torch.tensor(labels, device=device)
+        own = torch.tensor(labels, device=device) if names else None
         solver = self.scheduler
-        if not hasattr(solver, "alphas_cumprod"):
+        if type(solver).__name__.startswith("FlowMatch") is not self.config.flow or not (
+            self.config.flow or hasattr(solver, "alphas_cumprod")
+        ):
             raise ValueError(f"{type(solver).__name__}: is for networks of another noise process than this one's")
         _set_timesteps(solver, num_inference_steps, device)
-        x = randn_tensor((len(labels), c.in_channels, *size), generator, device)
-        x = x * solver.init_noise_sigma  # of some solvers the noise is beyond the range of half precision
+        x = randn_tensor((len(labels) if names else batch_size, c.in_channels, *size), generator, device)
+        if not self.config.flow:
+            x = x * solver.init_noise_sigma  # of some solvers the noise is beyond the range of half precision
         parameters = inspect.signature(solver.step).parameters
         added = {"generator": generator} if "generator" in parameters else {}
         for t in self.progress_bar(solver.timesteps):
-            seen = solver.scale_model_input(x, t).to(self.unet.dtype)
+            seen = (x if self.config.flow else solver.scale_model_input(x, t)).to(self.unet.dtype)
             predicted = guided(self.unet, seen, t, own, len(names), guidance_scale).float()
             x = solver.step(predicted, t, x, **added).prev_sample
         images = x if output_type == "latent" else self._decoded(x, output_type)
@@ -107,6 +115,8 @@ def _label(one: Any, names: list[str]) -> int:
         return names.index(one)
     if not isinstance(one, str | bool) and hasattr(one, "__index__") and 0 <= operator.index(one) < len(names):
         return operator.index(one)  # NumPy's and torch's whole numbers, too
+    if not names:
+        raise ValueError(f"class {one!r}: the model knows no classes")
     raise ValueError(f"class {one!r}: must be one of {', '.join(names)}, or from 0 to {len(names) - 1}")
 
 
@@ -120,10 +130,15 @@ def _set_timesteps(solver: Any, steps: int, device: torch.device) -> None:
 
 
 def guided(
-    unet: UNet2DModel, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, no_class: int, scale: float
+    unet: UNet2DModel,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    labels: Optional[torch.Tensor],  # noqa: UP045
+    no_class: int,
+    scale: float,
 ) -> torch.Tensor:
     """Returns the prediction for labels (B,), moved away from that for no class: scale 1 is no guidance."""
-    if scale == 1:
+    if scale == 1 or labels is None:
         predicted: torch.Tensor = unet(x, t, labels).sample
         return predicted
     both = unet(torch.cat([x, x]), t, torch.cat([labels, torch.full_like(labels, no_class)])).sample

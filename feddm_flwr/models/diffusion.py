@@ -1,14 +1,19 @@
-"""The diffusion process as pure functions: noise schedule, training target, loss weight.
+"""The diffusion process: noise levels, what the network is to predict, how losses are weighed.
 
-Symbols follow Ho et al. 2020 (DDPM): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t in 0..T-1.
+Symbols follow Ho et al. 2020 (DDPM): x_t = signal_t x_0 + noise_t eps, with sqrt(abar_t) and sqrt(1 - abar_t) for t in
+0..T-1. Flow matching (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003) goes straight from
+images to noise: 1 - t/T and t/T for t in 1..T.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from feddm_flwr.config.keys import Diffusion
 
 #: What diffusers' schedulers call ours.
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -30,26 +35,66 @@ def alphas_cumprod(schedule: str, timesteps: int) -> Tensor:
     return torch.cumprod(1 - betas, 0).float()
 
 
-def add_noise(x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """Returns x_t for images (B, C, H, W) and their abar_t of shape (B,)."""
-    a = abar.view(-1, 1, 1, 1)
-    return a.sqrt() * x0 + (1 - a).sqrt() * noise
+@dataclass(frozen=True)
+class Process:
+    """A run's process; timesteps have the shape (B,), images (B, C, H, W)."""
+
+    config: Diffusion
+    signal: Tensor  # by timestep
+    noise: Tensor
+    snr: Tensor  # signal-to-noise ratio: that of the squares
+    first: int  # timestep; there are as many as `diffusion.timesteps`
+
+    def draw_times(self, count: int, random: torch.Generator) -> Tensor:
+        """Returns timesteps for training, by `diffusion.times`: all as often, or most in the middle, as the logistic
+        function of a normal number (Esser et al. 2024, arXiv 2403.03206, section 3.1)."""
+        last, device = self.config.timesteps, random.device
+        if self.config.times == "uniform":
+            return torch.randint(last, (count,), generator=random, device=device) + self.first
+        share = torch.randn(count, generator=random, device=device).sigmoid()
+        return (share * last).long().clamp(max=last - 1) + self.first
+
+    def spread_times(self, count: int) -> Tensor:
+        """Returns the middles of that many equal parts of the timesteps, in order."""
+        middles = (torch.arange(count, dtype=torch.float64) + 0.5) * (self.config.timesteps / count)
+        return middles.long() + self.first
+
+    def at(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Returns x_t."""
+        return _images(self.signal, t) * x0 + _images(self.noise, t) * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Returns what the U-Net is to predict: eps; v = signal eps - noise x_0 (Salimans and Ho 2022, appendix D); or
+        the flow's velocity eps - x_0."""
+        if self.config.prediction == "epsilon":
+            return noise
+        if self.config.prediction == "flow":
+            return noise - x0
+        return _images(self.signal, t) * noise - _images(self.noise, t) * x0
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Returns the weight of each image's squared error, shape (B,): Min-SNR-gamma (Hang et al. 2023, section 3.4),
+        min(SNR, gamma) on the x_0 error, expressed for what is predicted; 1 where gamma is 0."""
+        gamma, snr = self.config.min_snr_gamma, self.snr[t]
+        if gamma == 0:
+            return torch.ones_like(snr)
+        clipped = snr.clamp(max=gamma)
+        if self.config.prediction == "flow":
+            return clipped * self.noise[t].square()
+        return clipped / snr if self.config.prediction == "epsilon" else clipped / (snr + 1)
 
 
-def target(prediction: str, x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """Returns what the U-Net is to predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022,
-    appendix D)."""
-    if prediction == "epsilon":
-        return noise
-    a = abar.view(-1, 1, 1, 1)
-    return a.sqrt() * noise - (1 - a).sqrt() * x0
+def process(config: Diffusion, device: torch.device | None = None) -> Process:
+    """Returns the process of a configuration, with its tables on a device."""
+    if config.prediction == "flow":
+        noise = torch.linspace(0, 1, config.timesteps + 1, dtype=torch.float64)
+        signal, snr, first = 1 - noise, ((1 - noise) / noise).square(), 1
+    else:
+        abar = alphas_cumprod(config.schedule, config.timesteps)
+        signal, noise, snr, first = abar.sqrt(), (1 - abar).sqrt(), abar / (1 - abar), 0
+    signal, noise, snr = (table.float().to(device) for table in (signal, noise, snr))
+    return Process(config, signal, noise, snr, first)
 
 
-def loss_weight(prediction: str, abar: Tensor, min_snr_gamma: float) -> Tensor:
-    """Returns the weight of each image's squared error, shape (B,): Min-SNR-gamma (Hang et al. 2023, section 3.4),
-    min(SNR, gamma) on the x_0 error, expressed for the given prediction; 1 where gamma is 0."""
-    if min_snr_gamma == 0:
-        return torch.ones_like(abar)
-    snr = abar / (1 - abar)
-    clipped = snr.clamp(max=min_snr_gamma)
-    return clipped / snr if prediction == "epsilon" else clipped / (snr + 1)
+def _images(table: Tensor, t: Tensor) -> Tensor:
+    return table[t].view(-1, 1, 1, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from feddm_flwr.config import ConfigError, RunConfig
@@ -19,9 +20,11 @@ from feddm_flwr.models.lora import merge_adapters
 from feddm_flwr.models.pretrained import AUTOENCODER, Assets, variant_in
 
 
-def noise_scheduler(config: RunConfig) -> DDPMScheduler:
+def noise_scheduler(config: RunConfig) -> Any:
     """Returns the diffusers scheduler of the configured process, as the pipeline folder carries it."""
     d = config.diffusion
+    if d.prediction == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=d.timesteps)
     return DDPMScheduler(
         num_train_timesteps=d.timesteps,
         beta_schedule=SCHEDULES[d.schedule],
@@ -59,10 +62,11 @@ def _pipeline(network: Any, config: RunConfig, assets: Assets) -> Any:
 
     scheduler = noise_scheduler(config)
     autoencoder = load_autoencoder(assets[AUTOENCODER]) if AUTOENCODER in assets else None
-    if config.model.class_conditional:
-        names = ",".join(config.data.class_names)
-        solver = UniPCMultistepScheduler.from_config(scheduler.config)
-        return ClassPipeline(unet=network, scheduler=solver, vae=autoencoder, class_names=names)
+    flow = config.diffusion.prediction == "flow"
+    if config.model.class_conditional or (flow and autoencoder is not None):
+        names = ",".join(config.taught_classes)
+        solver = scheduler if flow else UniPCMultistepScheduler.from_config(scheduler.config)
+        return ClassPipeline(unet=network, scheduler=solver, vae=autoencoder, class_names=names, flow=flow)
     if autoencoder is None:
         return DDPMPipeline(unet=network, scheduler=scheduler)
     from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
@@ -103,11 +107,14 @@ def _load_own(folder: Path, index: dict[str, Any]) -> ClassPipeline:
     def part(cls: Any, name: str) -> Any:
         return cls.from_pretrained(folder / name, variant=variant_in(folder / name))
 
+    flow = bool(index.get("flow"))
+    scheduler: Any = FlowMatchEulerDiscreteScheduler if flow else UniPCMultistepScheduler
     return ClassPipeline(
         part(UNet2DModel, "unet"),
-        UniPCMultistepScheduler.from_pretrained(folder / "scheduler"),
+        scheduler.from_pretrained(folder / "scheduler"),
         part(AutoencoderKL, "vae") if (folder / "vae").is_dir() else None,
         str(index["class_names"]),
+        flow,
     )
 
 

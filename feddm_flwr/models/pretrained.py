@@ -136,8 +136,16 @@ def _check_process(config: RunConfig) -> None:
     if not own:
         log.warning("model.init-from = %r: has no scheduler; diffusion.* must be what it was trained with", name)
         return
-    own = {**DDPMScheduler().config, **own}  # an old repository does not say everything
     d = config.diffusion
+    if (flow := own.get("_class_name", "").startswith("FlowMatch")) or d.prediction == "flow":
+        if flow and d.prediction == "flow" and own["num_train_timesteps"] == d.timesteps:
+            return
+        theirs = f"flow with diffusion.timesteps = {own['num_train_timesteps']}" if flow else "another process"
+        raise ConfigError(
+            f"diffusion.prediction = {d.prediction!r} with diffusion.timesteps = {d.timesteps}: "
+            f"model.init-from = {name!r} was trained with {theirs}; must be the same"
+        )
+    own = {**DDPMScheduler().config, **own}  # an old repository does not say everything
     wrong = [
         f"{key} = {ours!r}: model.init-from = {name!r} was trained with {known.get(theirs, theirs)!r}; must be the same"
         for key, ours, known, theirs in (

@@ -33,6 +33,7 @@ def model_card(
     title = "A diffusion model" if diffusion else "An autoencoder"
     tag = "pipeline_tag: unconditional-image-generation\n" if diffusion else ""
     # With 61, diffusers' "trailing" spacing ends one step too far.
+    divides = not config["model.class-conditional"] and config["diffusion.prediction"] != "flow"
     note = f"\nTake a number of steps that divides {config['diffusion.timesteps']}: some others give noise.\n"
     return f"""---
 library_name: diffusers
@@ -46,7 +47,7 @@ over {rounds} rounds. {_average(width, chosen_by)}
 ```python
 {code}
 ```
-{note if diffusion and not config["model.class-conditional"] else ""}
+{note if diffusion and divides else ""}
 | setting | value |
 |---|---|
 {table}
@@ -79,8 +80,22 @@ pipeline = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)  
 images = pipeline(["{names[0].strip()}", "{names[-1].strip()}"], guidance_scale=2.0).images"""
         return f"A class-conditional `UNet2DModel` ({config['model.kind']}, classes {config['data.classes']})", code
     # The folder's own, DDPMPipeline, would take all of the noise levels.
+    if config["diffusion.prediction"] == "flow":
+        code = _flow_use(config["model.kind"] == "ldm", folder)
+        return f"A `UNet2DModel` ({config['model.kind']}, flow matching)", code
     pipeline = "LDMPipeline" if config["model.kind"] == "ldm" else "DDIMPipeline"
     code = f"""from diffusers import {pipeline}
 
 images = {pipeline}.from_pretrained({folder})(batch_size=16, num_inference_steps=50).images"""
     return f"A `UNet2DModel` ({config['model.kind']})", code
+
+
+def _flow_use(latent: bool, folder: str) -> str:
+    if latent:
+        return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)  # pipeline.py, in this folder
+images = pipeline(batch_size=16, num_inference_steps=50).images"""
+    return f"""from diffusers import DDPMPipeline
+
+images = DDPMPipeline.from_pretrained({folder})(batch_size=16, num_inference_steps=50).images"""

@@ -129,12 +129,12 @@ class GlobalEvaluation:
         every = max(1, len(images) // (_LOOKED_AT * len(_LEVELS)))
         some = images[::every][: _LOOKED_AT * len(_LEVELS)]
         network, x0 = self._model.at(weights), self._model.inputs(some)
+        process = diffusion.process(config.diffusion, x0.device)
         steps = [int(level * config.diffusion.timesteps) for level in _LEVELS for _ in range(_LOOKED_AT)]
-        t = torch.tensor(steps, device=x0.device)
-        abar = diffusion.alphas_cumprod(config.diffusion.schedule, config.diffusion.timesteps).to(x0.device)[t]
+        t = torch.tensor(steps, device=x0.device) + process.first
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed)).to(x0.device)
         own = None if labels is None else torch.tensor(labels[::every][: len(x0)], device=x0.device)
-        return lipschitz.lipschitz(network, diffusion.add_noise(x0, noise, abar), t, own)
+        return lipschitz.lipschitz(network, process.at(x0, noise, t), t, own)
 
     def _size(self) -> int:
         c = self._model.config.data

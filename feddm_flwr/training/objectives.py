@@ -11,7 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,10 +56,9 @@ class Denoising(Objective):
     """The simple loss of Ho et al. 2020, eq. 14, with the configured target and weights."""
 
     def __init__(self, config: RunConfig, examples: Examples, labels: Labels, device: torch.device) -> None:
-        d = config.diffusion
         self._config, self._examples, self._device = config, examples, device
         self._labels = torch.from_numpy(labels).to(device)
-        self._abar = diffusion.alphas_cumprod(d.schedule, d.timesteps).to(device)
+        self._process = diffusion.process(config.diffusion, device)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -69,7 +67,7 @@ class Denoising(Objective):
         """Returns x_0, timestep, noise and label of each."""
         c, device, size = self._config, self._device, len(index)
         x0 = self._examples.draw(index, random)
-        t = torch.randint(c.diffusion.timesteps, (size,), generator=random, device=device)
+        t = self._process.draw_times(size, random)
         noise = torch.randn(x0.shape, generator=random, device=device)
         labels = self._labels[index]
         if c.model.class_conditional:
@@ -79,8 +77,8 @@ class Denoising(Objective):
 
     def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
         """Returns the weighted distance of each prediction to what it should be, shape (B,)."""
-        d, t = self._config.diffusion, drawn[1]
-        weight = diffusion.loss_weight(d.prediction, self._abar[t], d.min_snr_gamma)
+        t = drawn[1]
+        weight = self._process.weight(t)
         distance = self.distance(*self._predict(network, drawn))
         if distance.shape != weight.shape:
             shape = tuple(distance.shape)
@@ -94,24 +92,22 @@ class Denoising(Objective):
     def _predict(self, network: nn.Module, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """Returns the predictions for what was drawn, float32, and what they should be."""
         x0, t, noise, labels = drawn
-        abar = self._abar[t]
         classes = labels if self._config.model.class_conditional else None
         with autocast(self._config.train.precision, self._device):
-            prediction: Tensor = network(diffusion.add_noise(x0, noise, abar), t, classes).sample
-        return prediction.float(), diffusion.target(self._config.diffusion.prediction, x0, noise, abar)
+            prediction: Tensor = network(self._process.at(x0, noise, t), t, classes).sample
+        return prediction.float(), self._process.target(x0, noise, t)
 
     @torch.no_grad()
     def fixed_losses(self, network: nn.Module, limit: int, name: str) -> Tensor:
         """Returns the squared errors of the first `limit` examples, (B,), with noise and timesteps that are the same in
-        every round: the timesteps are the middles of equal parts of 0..T, in order, so that few stand for all."""
+        every round: the timesteps are spread over all, in order, so that few stand for all."""
         size = min(limit, len(self))
         network.eval()
         random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "held-out loss"))
         index = torch.arange(size, device=self._device)
         x0 = self._examples.fixed(index)
         noise = torch.randn(x0.shape, generator=random).to(self._device)
-        spread = ((np.arange(size) + 0.5) * (self._config.diffusion.timesteps / size)).astype(np.int64)
-        drawn = (x0, torch.from_numpy(spread).to(self._device), noise, self._labels[index])
+        drawn = (x0, self._process.spread_times(size).to(self._device), noise, self._labels[index])
         pieces = zip(
             *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True
         )

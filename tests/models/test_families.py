@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
 from local_grid import LocalGrid, config, nodes
 from safetensors.torch import load_file, save_file
 
 from feddm_flwr.cli.main import main
+from feddm_flwr.cli.trained_model import How, draw
 from feddm_flwr.config import ConfigError
 from feddm_flwr.data.node_data import load_node
 from feddm_flwr.evaluation.global_model import GlobalModel
@@ -98,6 +99,38 @@ def test_an_autoencoder_is_trained_and_a_latent_model_on_it(tmp_path: Path) -> N
     assert first.bytes_other > 4 * 100_000  # the autoencoder is sent once, and counted apart
     assert second.bytes_other == 0
     assert drawn(tmp_path / "second") == ("LDMPipeline", (16, 16))
+    flow = config(num_server_rounds=1, diffusion__prediction="flow", **latent)
+    files = pretrained.fetch(flow, tmp_path / "flow")
+    pipelines.save(networks.build(flow, files), flow, files, tmp_path / "flow" / "model", "")
+    assert drawn(tmp_path / "flow") == ("ClassPipeline", (16, 16))  # diffusers has no other for latents
+    assert draw(tmp_path / "flow" / "model", How("", 3, None, 0), 2).shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"), [({}, "DDPMPipeline"), ({"model__class_conditional": True}, "ClassPipeline")]
+)
+def test_a_flow_is_trained_drawn_alike_by_us_and_diffusers_and_trained_on(
+    keys: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    flow = {"diffusion__prediction": "flow", **keys}
+    before, after = trained(tmp_path, strategy="feddm-lean", **flow)
+    assert after.eval_loss < before.eval_loss
+    pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "model"), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(5)
+    asked = {"classes": "3", "guidance_scale": 1.0} if keys else {}
+    theirs = pipeline(num_inference_steps=10, generator=noise, output_type="np", **asked).images[0] * 255
+    ours = draw(tmp_path / "model", How("", 10, 1.0, 5), 1, "3" if keys else None)[0]
+    np.testing.assert_allclose(ours.transpose(1, 2, 0), theirs.reshape(8, 8, 1), atol=1.01)
+    with pytest.raises(ConfigError, match=r"--scheduler = 'ddim': must be euler or heun"):
+        draw(tmp_path / "model", How("ddim", 10, None, 0), 1)
+    tuned(tmp_path / "model", **flow)
+    with pytest.raises(ConfigError, match=r"diffusion.prediction = 'v' .* was trained with flow"):
+        tuned(tmp_path / "model", **keys)
+    if keys:
+        pipeline.scheduler = DDPMScheduler()
+        with pytest.raises(ValueError, match="another noise process"):
+            pipeline("3")
 
 
 def test_a_perceptual_loss_is_sent_to_the_nodes_and_changes_the_training(tmp_path: Path) -> None:

@@ -96,12 +96,12 @@ def test_dropout_is_seeded_and_leaves_the_global_generator_alone() -> None:
     assert trained(c)[0].tobytes() == vector
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_objective_trains(prediction: str, precision: str) -> None:
     c = config(
         diffusion__prediction=prediction,
-        diffusion__schedule="linear",
+        diffusion__schedule="cosine" if prediction == "flow" else "linear",
         train__precision=precision,
         data__flip=True,
         **{"diffusion__min-snr-gamma": 5.0},
