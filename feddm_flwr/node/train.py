@@ -24,7 +24,7 @@ from feddm_flwr.protocol.replies import TrainReply
 from feddm_flwr.protocol.tasks import FRAME, MOMENTS, Frames, TrainTask
 from feddm_flwr.training import loop
 from feddm_flwr.training.build import build_objectives
-from feddm_flwr.training.moments import ChannelMeans, Kept, Moments
+from feddm_flwr.training.moments import Kept, Memory, Shared
 from feddm_flwr.vector import Vector
 
 log = logging.getLogger(__name__)
@@ -58,16 +58,16 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
     held_out = unseen.held_out(network, config.eval.images if task.evaluate else 0, name)
     progress, start = loop.Progress(task.round, task.steps_before), uplink.start(received)
     whole, shared = parameters.layout(network), split.shared.layout
-    via = MomentsChannel(shared) if config.train.moments == "server" else None
+    via = MomentsChannel(config, shared) if config.train.moments == "server" else None
     kept = Kept.layout(whole.size) if config.train.moments == "node" else None
-    moments: Moments | None = None
+    memory: Memory | None = None
     if via:
-        means = via.decode(frames[MOMENTS], task.round) if MOMENTS in frames else None  # not in the first round
-        moments = ChannelMeans([p in shared.names for p in whole.names], means, task.steps_before)
+        moments = via.decode(frames, task.round) if MOMENTS in frames else None  # not in the first round
+        memory = Shared([p in shared.names for p in whole.names], moments, task.steps_before)
     elif kept and state:
-        moments = Kept(state.recall("optimizer", task.acked_any, kept))
+        memory = Kept(state.recall("optimizer", task.acked_any, kept))
     along = _last_step(received, split, task, state) if state and config.train.alignment else None
-    trained = loop.train(network, objective, config, name, progress, device, start, moments, along)
+    trained = loop.train(network, objective, config, name, progress, device, start, memory, along)
     sent = uplink.send(parameters.flat(network), received)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")
@@ -81,9 +81,9 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
         coding_error=sent.error,
         state_lost=state is not None and state.lost,
     )
-    own = {MOMENTS: via.encode(trained.moments, task.round)} if via and trained.moments is not None else {}
-    if kept and state and trained.moments is not None:
-        state.write("optimizer", task.round, trained.moments, kept, {task.acked_any, task.durable_any})
+    own = via.encode(trained.moments, task.round) if via and trained.moments else {}
+    if kept and state and trained.moments:
+        state.write("optimizer", task.round, trained.moments[MOMENTS], kept, {task.acked_any, task.durable_any})
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **own})
 
 

@@ -16,8 +16,8 @@ REFERENCE, FINAL = "reference", "final"
 WEIGHTS, SAMPLES = "weights", "samples"
 #: The frame of a whole shadow, and what coded frames and assets have before their number or kind.
 SHADOW = "shadow"
-#: That of second moments, both ways.
-MOMENTS = "moments"
+#: Those of second moments and of Muon's momentum, both ways.
+MOMENTS, MOMENTUM = "moments", "momentum"
 _CODED, _ASSET = "frame-", "asset-"
 
 #: Frames by name.

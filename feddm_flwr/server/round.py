@@ -19,11 +19,11 @@ from feddm_flwr.aggregation.robust import RobustMean
 from feddm_flwr.codecs.framing import Frame, FrameError
 from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, local_steps
 from feddm_flwr.config.plugins import is_plugin
-from feddm_flwr.exchange.moments import MomentsChannel, mean_of_nodes
+from feddm_flwr.exchange.moments import Moments, MomentsChannel, mean_of_nodes
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, clean
 from feddm_flwr.protocol.replies import Introduction, TrainReply
-from feddm_flwr.protocol.tasks import MOMENTS, REPORT
+from feddm_flwr.protocol.tasks import MOMENTS, MOMENTUM, REPORT
 from feddm_flwr.reporting.progress import NodeDone
 from feddm_flwr.server.federation.traffic import Traffic, most_bytes
 from feddm_flwr.server.federation.transport import frame_of
@@ -111,11 +111,14 @@ class RoundInProgress:
         self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
         self._outliers, self._moments = outliers, moments
         self._means: list[tuple[str, int, Vector]] = []  # by node: its images and second moments
+        self._momentum: Aggregator | None = None
         total = sum(nodes[name].images for name in part)
         self._aggregators = {
             name: _aggregator(config, receiver.size(name), total, receiver.decoder(name, number, received))
             for name in receiver.parts
         }
+        if moments and (size := moments.sizes.get(MOMENTUM)):
+            self._momentum = _aggregator(config, size, total, lambda frame: moments.momentum_chunks(frame, number))
         self._accepted: list[_Accepted] = []
 
     @property
@@ -132,9 +135,9 @@ class RoundInProgress:
         size = self._receiver.size(part)
         try:
             frame = frame_of(reply)
-            own = frame_of(reply, MOMENTS) if self._moments else b""
-            self.traffic.up[name] += len(frame) + len(own)
-            self.traffic.float32_up += 4 * (size + (self._moments.size if self._moments else 0))
+            own = {kind: frame_of(reply, kind) for kind in (self._moments.sizes if self._moments else ())}
+            self.traffic.up[name] += len(frame) + sum(map(len, own.values()))
+            self.traffic.float32_up += 4 * size
             said = TrainReply.from_record(reply.config_records[REPORT], name, self.number)
         except (KeyError, TypeError, AttributeError) as error:
             return Failure("malformed", clean(repr(error)))
@@ -147,7 +150,7 @@ class RoundInProgress:
         if len(frame) > most_bytes(size):
             return Failure("oversized", f"a frame of {len(frame)} bytes for {size} values")
         try:
-            means = self._moments.decode(own, self.number) if self._moments else None
+            moments = self._moments.decode(own, self.number) if self._moments else {}
             update = self._receiver.update(part, frame, self.number, self._received)
         except FrameError as error:
             return Failure("bad-frame", clean(str(error)))
@@ -163,8 +166,10 @@ class RoundInProgress:
         except ValueError as error:
             return Failure("bad-update", str(error))
         self._accepted.append(_Accepted(node, said, norm, scale))
-        if means is not None:
-            self._means.append((name, node.images, means))
+        if moments:
+            self._means.append((name, node.images, moments[MOMENTS]))
+        if self._momentum:  # of a norm that was checked: it can be added
+            self._momentum.add(moments[MOMENTUM], node.images, own[MOMENTUM], 1.0)
         if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", self.number, name)
         log.info("%s", NodeDone(self.number, name, self.count, said.train_loss, len(frame)))
@@ -180,9 +185,12 @@ class RoundInProgress:
             del aggregator
         return found
 
-    def moments(self) -> Vector | None:
-        """Returns what the nodes' second moments come to; None where none were asked for."""
-        return mean_of_nodes(self._means, robust=self._config.server.robust) if self._means else None
+    def moments(self) -> Moments | None:
+        """Returns what the nodes' moments come to, once; None where none were asked for."""
+        if not self._means:
+            return None
+        found = {MOMENTS: mean_of_nodes(self._means, robust=self._config.server.robust)}
+        return found | ({MOMENTUM: self._momentum.mean()} if self._momentum else {})
 
     def acknowledged(self) -> dict[tuple[str, str], int]:
         """Returns the round by node and part of each good reply."""

@@ -27,12 +27,12 @@ from feddm_flwr.aggregation.outliers import Outliers
 from feddm_flwr.aggregation.server_optimizers import server_optimizer
 from feddm_flwr.config import RunConfig, derive_seed, least_replies, nodes_asked
 from feddm_flwr.exchange.downlink import DownlinkSender
-from feddm_flwr.exchange.moments import MomentsChannel
+from feddm_flwr.exchange.moments import Moments, MomentsChannel
 from feddm_flwr.exchange.partial import Split, assign
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, RunFailedError
 from feddm_flwr.protocol.replies import Introduction
-from feddm_flwr.protocol.tasks import MOMENTS, Frames, Scalar, TrainTask, asset_name
+from feddm_flwr.protocol.tasks import MOMENTS, MOMENTUM, Frames, Scalar, TrainTask, asset_name
 from feddm_flwr.reporting.progress import RoundBegun, RoundDone
 from feddm_flwr.server.federation.dispatch import collect
 from feddm_flwr.server.federation.liveness import Probes
@@ -72,8 +72,10 @@ class FedDM:
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
         self._downlink = DownlinkSender(config, initial, split.shared.layout.fingerprint)
         self._receiver = UplinkReceiver(config, split)
-        self._moments_channel = MomentsChannel(split.shared.layout) if config.train.moments == "server" else None
-        self._moments: Vector | None = None  # what the nodes' optimizers begin the next round with
+        self._moments_channel = (
+            MomentsChannel(config, split.shared.layout) if config.train.moments == "server" else None
+        )
+        self._moments: Moments | None = None  # what the nodes' optimizers begin the next round with
         self.never_sent = {*split.sent}  # parts that no node's reply has covered yet
         self._held: dict[str, int] = {}  # by node: the version of the shadow that it is known to hold
         self._acked: dict[tuple[str, str], int] = {}  # by node and part: the last round whose reply entered a mean
@@ -101,8 +103,7 @@ class FedDM:
             **{f"optimizer.{name}": value for name, value in self._state.items()},
             **{f"broadcast.{name}": value for name, value in self._downlink.state().items()},
         }
-        if self._moments is not None:
-            tensors[MOMENTS] = self._moments
+        tensors |= self._moments or {}
         facts = {
             "run-uuid": self._run_uuid,
             "steps": self._steps,
@@ -126,7 +127,7 @@ class FedDM:
         }
         self._state = groups["optimizer."]
         self._downlink.restore(groups["broadcast."])
-        self._moments = tensors.get(MOMENTS)
+        self._moments = {name: tensors[name] for name in (MOMENTS, MOMENTUM) if name in tensors} or None
         self._run_uuid, self._steps, self._held = facts["run-uuid"], facts["steps"], facts["held"]
         self._step_norm = facts.get("step-norm", 0.0)
         self._acked = {(name, part): number for name, part, number in facts["acked"]}
@@ -187,9 +188,8 @@ class FedDM:
         )
         log.info("%s", RoundBegun(number, self.config.num_server_rounds, len(chosen)))
         content, probes = self._contents(number, part), Probes(grid, self._roster.processes)
-        values = len(received) + (0 if self._moments is None else len(self._moments))
         freed = 0  # bytes of replies
-        for node_id, reply in collect(grid, chosen, content, progress.traffic, values, timeout, probes):
+        for node_id, reply in collect(grid, chosen, content, progress.traffic, len(received), timeout, probes):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else progress.accept(name, reply)
             if failure:
@@ -209,9 +209,8 @@ class FedDM:
     def _contents(self, number: int, part: Mapping[str, str]) -> Callable[[str, bool], RecordDict]:
         """Returns a function that says what each node is sent in a round; frames that several get are held once."""
         arrays: dict[tuple[str, ...], ArrayRecord] = {}
-        moments: dict[str, bytes] = {}
-        if self._moments_channel and self._moments is not None:
-            moments = {MOMENTS: self._moments_channel.encode(self._moments, number)}
+        via = self._moments_channel
+        moments = via.encode(self._moments, number) if via and self._moments else {}
         every, last = self.config.eval.every, number == self.config.num_server_rounds
         evaluate = every > 0 and (last or (number - 1) % every == 0)
 

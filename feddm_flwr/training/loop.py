@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from feddm_flwr.compute.cuda_graph import side_stream
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
+from feddm_flwr.exchange.moments import Moments
 from feddm_flwr.models.parameters import load_vector, trainable
 from feddm_flwr.training.gradient_terms import gradient_terms
-from feddm_flwr.training.moments import Moments
+from feddm_flwr.training.moments import Memory
 from feddm_flwr.training.objectives import Objective
 from feddm_flwr.training.step import Step
 from feddm_flwr.vector import Vector
@@ -36,7 +37,7 @@ class Trained:
 
     loss: float  # mean over the round's steps
     steps: int
-    moments: Vector | None = None  # as the steps have left them, where there were some to begin with
+    moments: Moments | None = None  # as the steps have left them, where there is a memory
 
 
 def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) -> float:
@@ -58,11 +59,11 @@ def train(
     progress: Progress,
     device: torch.device,
     start: Vector | None = None,
-    moments: Moments | None = None,
+    memory: Memory | None = None,
     along: Vector | None = None,
 ) -> Trained:
     """Trains the model, which is on the device, in place on the objective's examples, from fresh optimizer state but
-    for the `moments`.
+    for what is in the `memory`.
 
     It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with. Of
     `along`, the last global step, a share is added in equal parts by the local steps (`train.alignment`).
@@ -81,7 +82,7 @@ def train(
         load_vector(model, start)
     steps = local_steps(config, len(objective))
     share = None if along is None else torch.from_numpy(along * np.float32(t.alignment / steps)).to(device)
-    take_step = Step(model, objective, t, parameters, terms, moments, share)
+    take_step = Step(model, objective, t, parameters, terms, memory, share)
     random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0
     deadline = time.monotonic() + (t.max_seconds or math.inf)
@@ -97,7 +98,7 @@ def train(
     mean = float(total) / done  # the one synchronization with the device; NaN and inf survive the sum
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
-    return Trained(mean, done, take_step.moments() if moments else None)
+    return Trained(mean, done, memory.end(take_step.optimizers, parameters) if memory else None)
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

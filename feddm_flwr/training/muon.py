@@ -18,26 +18,21 @@ _LEAST_NORM = 1e-7
 _RMS = 0.2
 
 
-def is_matrix(parameter: Tensor) -> bool:
-    """Tells whether Muon is for a parameter: a weight of two and more dimensions."""
-    return parameter.dim() >= 2
-
-
 class Muon(torch.optim.Optimizer):
     """Nesterov's momentum of the gradients, orthogonalized; a convolution is the matrix of output channels x rest."""
 
     def __init__(self, groups: Iterable[Any], lr: float | Tensor, momentum: float = 0.95, weight_decay: float = 0.0):
         """Takes matrices alone; a learning rate that is a tensor is read when a recorded step is replayed."""
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Takes one step by the gradients."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
             held: list[Tensor] = [self.state[p]["momentum"] for p in parameters]
             gradients: list[Tensor] = [p.grad for p in parameters]
             torch._foreach_lerp_(held, gradients, 1 - group["momentum"])

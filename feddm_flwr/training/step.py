@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
 from feddm_flwr.config.keys import Train
 from feddm_flwr.training.gradient_terms import GradientTerm
-from feddm_flwr.training.moments import Moments
+from feddm_flwr.training.moments import Memory
 from feddm_flwr.training.objectives import Drawn, Objective
-from feddm_flwr.vector import Vector
+from feddm_flwr.training.optimizers import Optimizers
 
 log = logging.getLogger(__name__)
 
@@ -33,27 +32,23 @@ class Step:
         t: Train,
         parameters: list[Tensor],
         terms: Sequence[GradientTerm] = (),
-        moments: Moments | None = None,
+        memory: Memory | None = None,
         along: Tensor | None = None,
     ) -> None:
-        """Takes steps on the objective and on the `terms`, which have been started, from the `moments` or anew; every
-        step adds `along` to the parameters, of which it has the layout."""
+        """Takes steps on the objective and on the `terms`, which have been started, from what is in the `memory` or
+        anew; every step adds `along` to the parameters, of which it has the layout."""
         self._device = parameters[0].device
         self._model, self._objective, self._train = model, objective, t
         self._parameters, self._terms = parameters, terms
         self._micro = t.micro_batch or t.batch_size
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
         # usual stream, whatever the current one is.
-        self.records = self._device.type == "cuda" and t.cuda_graph and t.optimizer == "adamw" and not t.checkpointing
-        self._optimizer = _optimizer(
-            t, moments.groups(parameters) if moments else [{"params": parameters}], self.records
-        )
-        self._moments, self._taken = moments, 0
+        records = t.cuda_graph and t.optimizer != "adamw8bit" and not t.checkpointing
+        self.records = records and self._device.type == "cuda"
+        self.optimizers = Optimizers(t, parameters, memory, self.records)
         sizes = [p.numel() for p in parameters]
         parts = zip(along.split(sizes), parameters, strict=True) if along is not None else ()
         self._along = [part.view_as(p) for part, p in parts]
-        if moments:
-            moments.begin(self._optimizer, parameters)
         self._compiled = _compiled(model, t, self._device)
         self._checked = self._compiled is None
         self._recording = CudaGraph(self._device, self.records)
@@ -65,38 +60,27 @@ class Step:
         Raises:
             torch.OutOfMemoryError: not even one image fits into memory.
         """
-        self._taken += 1
-        for group in self._optimizer.param_groups:
-            own = rate * (self._moments.correction(group, self._taken) if self._moments else 1.0)
-            if self.records:
-                group["lr"].fill_(own)  # a graph reads it from the GPU's memory
-            else:
-                group["lr"] = own
+        self.optimizers.set_rate(rate)
         if not self._checked:
             self._check(drawn)
         return self._recording(self._step, *drawn)
-
-    def moments(self) -> Vector:
-        """Returns what the next round is to begin with, where this one had something to begin with."""
-        assert self._moments
-        return self._moments.end(self._optimizer, self._parameters)
 
     def _step(self, *drawn: Tensor) -> Tensor:
         loss = self._backward(drawn)
         for term in self._terms:
             term.add(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, self._train.max_grad_norm, foreach=True)
-        self._optimizer.step()
+        self.optimizers.step()
         if self._along:
             with torch.no_grad():
                 torch._foreach_add_(self._parameters, self._along)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         return loss
 
     def _backward(self, drawn: Drawn) -> Tensor:
         """Leaves the gradients of the mean loss in the parameters, whatever was there, from pieces of so many images as
         fit into memory; returns that loss."""
-        self._optimizer.zero_grad(set_to_none=True)  # of a recording that failed half-way, or a check
+        self.optimizers.zero_grad()  # of a recording that failed half-way, or a check
         size = len(drawn[0])
         while True:
             loss = torch.zeros((), device=self._device)
@@ -122,7 +106,7 @@ class Step:
                     log.warning(
                         "out of memory: from here on %d images at a time; gradients are accumulated", self._micro
                     )
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizers.zero_grad()
             release_memory()
 
     def _check(self, drawn: Drawn) -> None:
@@ -156,19 +140,3 @@ class Step:
 def _compiled(model: nn.Module, t: Train, device: torch.device) -> Any:
     """Returns the network with its operations fused, where that is asked for; on a CPU it would be no faster."""
     return torch.compile(model, dynamic=False) if t.compile and device.type == "cuda" else None
-
-
-def _optimizer(t: Train, groups: list[dict[str, Any]], records: bool) -> torch.optim.Optimizer:
-    if t.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            groups, t.learning_rate, weight_decay=t.weight_decay
-        )
-        return eight_bit
-    if not records:
-        return torch.optim.AdamW(groups, t.learning_rate, weight_decay=t.weight_decay, fused=True)
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the first is not recorded
-    for group in groups:
-        group["lr"] = torch.tensor(t.learning_rate, device=group["params"][0].device)
-    return torch.optim.AdamW(groups, t.learning_rate, weight_decay=t.weight_decay, fused=True, capturable=True)

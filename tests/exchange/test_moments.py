@@ -1,7 +1,8 @@
-"""Second moments of AdamW over the rounds: the steps that they make, the way to the server and back, and resume."""
+"""What optimizers keep over the rounds: the steps that it makes, the way to the server and back, and resume."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.exchange.channel import FrameError
-from feddm_flwr.exchange.moments import MomentsChannel, mean_of_nodes
-from feddm_flwr.training.moments import ChannelMeans, Kept, Moments
+from feddm_flwr.exchange.moments import Moments, MomentsChannel, mean_of_nodes
+from feddm_flwr.training.moments import Kept, Memory, Shared
+from feddm_flwr.training.muon import orthogonal
 from feddm_flwr.training.objectives import Drawn, HeldOut, Objective
 from feddm_flwr.training.step import Step
-from feddm_flwr.vector import Layout, Vector
+from feddm_flwr.vector import Layout
 
 LAYOUT = Layout(("conv", "bias", "scale"), ((3, 2, 2, 2), (3,), ()))
 
@@ -48,18 +50,23 @@ def network() -> nn.Module:
     return made
 
 
-def trained(moments: Moments | None, steps: int = 3) -> tuple[list[Tensor], Step]:
-    model = network()
-    step = Step(model, Quadratic(), parse({"train.max-grad-norm": 1e9}).train, [*model.parameters()], (), moments)
+def trained(
+    memory: Memory | None, steps: int = 3, optimizer: str = "adamw", model: nn.Module | None = None
+) -> tuple[list[Tensor], Moments]:
+    """The parameters after some steps, and what is left for the next round."""
+    model = model or network()
+    parameters: list[Tensor] = [*model.parameters()]
+    t = parse({"train.max-grad-norm": 1e9, "train.optimizer": optimizer}).train
+    step = Step(model, Quadratic(), t, parameters, (), memory)
     for _ in range(steps):
         step((torch.ones(1),), 0.01)
-    return [p.detach() for p in model.parameters()], step
+    return [p.detach() for p in parameters], memory.end(step.optimizers, parameters) if memory else {}
 
 
 def test_steps_go_on_from_second_moments_and_first_moments_begin_anew() -> None:
     """Against AdamW's formula (Kingma and Ba 2015, algorithm 1) with a count of its own for each of the moments."""
     means = np.linspace(0.5, 2, 3 + 3 + 1).astype(np.float32)
-    found, step = trained(ChannelMeans([True, True, True], means, 40))
+    found, left = trained(Shared([True, True, True], {"moments": means}, 40))
     v0 = [
         torch.from_numpy(means[:3]).view(3, 1, 1, 1),
         torch.from_numpy(means[3:6]),
@@ -74,47 +81,86 @@ def test_steps_go_on_from_second_moments_and_first_moments_begin_anew() -> None:
             w = w - 0.01 * (m / (1 - 0.9**k)) / ((second / (1 - 0.999 ** (40 + k))).sqrt() + 1e-8)
         torch.testing.assert_close(expected.double(), w, rtol=1e-5, atol=1e-6)
         ends.append(second.reshape(len(second) if second.dim() else 1, -1).mean(1))
-    np.testing.assert_allclose(step.moments(), torch.cat(ends).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(left["moments"], torch.cat(ends).numpy(), rtol=1e-5)
 
 
 def test_only_what_is_shared_goes_on_and_the_first_round_is_as_without() -> None:
     plain, _ = trained(None)
-    first, step = trained(ChannelMeans([True, True, False], None, 0))
+    first, left = trained(Shared([True, True, False], None, 0))
     assert all(torch.equal(a, b) for a, b in zip(plain, first, strict=True))
-    assert step.moments().shape == (6,)
-    later, _ = trained(ChannelMeans([True, False, False], np.full(3, 9.0, np.float32), 40))
+    assert left["moments"].shape == (6,)
+    later, _ = trained(Shared([True, False, False], {"moments": np.full(3, 9.0, np.float32)}, 40))
     assert [torch.equal(a, b) for a, b in zip(plain, later, strict=True)] == [False, True, True]
 
 
-def test_what_is_kept_goes_on_as_if_no_round_had_ended() -> None:
-    whole, _ = trained(None, steps=5)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_kept_goes_on_as_if_no_round_had_ended(optimizer: str) -> None:
+    whole, _ = trained(None, 5, optimizer)
     model = network()
-    first = Step(model, Quadratic(), parse({"train.max-grad-norm": 1e9}).train, [*model.parameters()], (), Kept(None))
-    for _ in range(2):
-        first((torch.ones(1),), 0.01)
-    kept = first.moments()
+    kept = trained(Kept(None), 2, optimizer, model)[1]["moments"]
     assert kept.shape == (Kept.layout(LAYOUT.size).size,)
     assert kept[0] == 2
-    t = parse({"train.max-grad-norm": 1e9}).train
-    then = Step(model, Quadratic(), t, [*model.parameters()], (), Kept(kept))
-    for _ in range(3):
-        then((torch.ones(1),), 0.01)
-    assert all(torch.equal(a, b.detach()) for a, b in zip(whole, model.parameters(), strict=True))
+    then, _ = trained(Kept(kept), 3, optimizer, model)
+    assert all(torch.equal(a, b) for a, b in zip(whole, then, strict=True))
+
+
+def test_muons_momentum_goes_on_and_the_rest_is_adamws() -> None:
+    """Against Muon's formula (Jordan et al. 2024), with an exact polar factor in place of the iterations' near one."""
+    momentum = np.linspace(-1, 1, 24).astype(np.float32)
+    found, left = trained(Shared([True] * 3, {"moments": np.ones(4, np.float32), "momentum": momentum}, 40), 1, "muon")
+    w = next(network().parameters()).detach()
+    held = 0.95 * torch.from_numpy(momentum).view_as(w) + 0.05 * 2 * (w - 1)
+    torch.testing.assert_close(torch.from_numpy(left["momentum"]), held.flatten(), rtol=1e-5, atol=1e-6)
+    ahead = (0.95 * held + 0.05 * 2 * (w - 1)).view(3, 8)
+    u, _, v = torch.linalg.svd(ahead, full_matrices=False)
+    direction = (u @ v).view_as(w) * 0.2 * 8**0.5 * 0.01
+    assert float((w - found[0] - direction).norm() / direction.norm()) < 0.3
+    assert left["moments"].shape == (4,)  # of bias and scale
+    adam, _ = trained(Shared([False, True, True], {"moments": np.ones(4, np.float32)}, 40), 1)
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], adam[1:], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 20), (20, 5), (7, 7)])
+def test_a_momentum_is_made_nearly_orthogonal_and_keeps_its_directions(shape: tuple[int, int]) -> None:
+    u, s, v = torch.linalg.svd(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    scale = torch.tensor([1e-6, 1.0, 1e6])[:, None]
+    found = u.mT @ orthogonal(u @ torch.diag_embed(s * scale) @ v) @ v.mT
+    singular = found.diagonal(dim1=1, dim2=2)
+    assert bool(((singular > 0.5) & (singular < 1.3)).all())
+    assert float((found - torch.diag_embed(singular)).abs().max()) < 1e-3
+    assert (orthogonal(torch.zeros(1, *shape)) == 0).all()
 
 
 def test_they_travel_as_a_mean_for_each_output_channel() -> None:
-    via = MomentsChannel(LAYOUT)
-    assert via.size == 3 + 3 + 1
-    means = np.geomspace(1e-14, 1e2, via.size).astype(np.float32)
-    frame = via.encode(means, 5)
-    np.testing.assert_allclose(via.decode(frame, 5), means, rtol=2**-8)
+    via = MomentsChannel(parse({}), LAYOUT)
+    assert via.sizes == {"moments": 3 + 3 + 1}
+    means = np.geomspace(1e-14, 1e2, 7).astype(np.float32)
+    frame = via.encode({"moments": means}, 5)
+    np.testing.assert_allclose(via.decode(frame, 5)["moments"], means, rtol=2**-8)
     with pytest.raises(FrameError, match="round"):
         via.decode(frame, 6)
     with pytest.raises(FrameError, match="layout"):
-        MomentsChannel(Layout(LAYOUT.names, ((3, 2, 2, 2), (2,), (2,)))).decode(frame, 5)
+        MomentsChannel(parse({}), Layout(LAYOUT.names, ((3, 2, 2, 2), (2,), (2,)))).decode(frame, 5)
     for wrong in (-1e-3, 1e7):
         with pytest.raises(FrameError, match="second moments must be from 0 to"):
-            via.decode(via.encode(np.full(via.size, wrong, np.float32), 5), 5)
+            via.decode(via.encode({"moments": np.full(7, wrong, np.float32)}, 5), 5)
+
+
+def test_a_momentum_travels_in_ternary_values_and_is_not_longer_than_the_gradients() -> None:
+    via = MomentsChannel(parse({"train.optimizer": "muon"}), LAYOUT)
+    assert via.sizes == {"moments": 3 + 1, "momentum": 24}
+    momentum = np.random.default_rng(0).normal(size=24).astype(np.float32)
+    momentum /= np.linalg.norm(momentum)
+    frames = via.encode({"moments": np.ones(4, np.float32), "momentum": momentum}, 5)
+    found = via.decode(frames, 5)["momentum"]
+    assert len(np.unique(found)) == 3
+    assert np.dot(found, momentum) > 0.7
+    assert (
+        b"".join(chunk.tobytes() for chunk in via.momentum_chunks(memoryview(frames["momentum"]), 5)) == found.tobytes()
+    )
+    frames = via.encode({"moments": np.ones(4, np.float32), "momentum": 5 * momentum}, 5)
+    with pytest.raises(FrameError, match=r"a momentum of norm 4\.\d+; gradients are clipped to 1"):
+        via.decode(frames, 5)
 
 
 def test_the_mean_is_weighted_by_images_and_a_robust_one_is_not_moved_by_one_node() -> None:
@@ -125,15 +171,26 @@ def test_the_mean_is_weighted_by_images_and_a_robust_one_is_not_moved_by_one_nod
 
 
 C: dict[str, Any] = {"train__moments": "server", "num_server_rounds": 3}
+MUON = {"train__optimizer": "muon"}
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"strategy": "feddm-lean"}, {"exchange__personal": "conv_in.*"}, {"exchange__parts": "usplit"}]
+    "keys",
+    [
+        {},
+        {"strategy": "feddm-lean"},
+        {"exchange__personal": "conv_in.*"},
+        {"exchange__parts": "usplit"},
+        {**MUON},
+        {**MUON, "strategy": "feddm-lean", "exchange__personal": "conv_in.*", "server__aggregation": "median"},
+    ],
 )
-def test_every_node_goes_on_with_the_mean_and_a_run_that_is_resumed_has_the_same_bits(keys: dict[str, Any]) -> None:
-    c = config(**C, **keys)
-    got: list[Vector] = []
-    sent: list[tuple[str, int, Vector]] = []
+def test_every_node_goes_on_with_the_mean_and_a_run_that_is_resumed_has_the_same_bits(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
+    c = config(**C, **keys, out_dir=str(tmp_path))
+    got: list[Moments] = []
+    sent: list[tuple[str, int, Moments]] = []
     size = 0
 
     def record(message: Message, reply: Message) -> Message:
@@ -142,43 +199,48 @@ def test_every_node_goes_on_with_the_mean_and_a_run_that_is_resumed_has_the_same
         down = message.content.array_records["weights"]
         assert ("moments" in down) == (number > 1)
         if number == 2:
-            got.append(via.decode(down["moments"].data, 2))
-        up = reply.content.array_records["weights"]["moments"].data
+            got.append(via.decode({name: down[name].data for name in via.sizes}, 2))
+        up = {name: reply.content.array_records["weights"][name].data for name in (*via.sizes, "frame")}
         if number == 1:
-            size += len(up) + len(reply.content.array_records["weights"]["frame"].data)
+            size += sum(map(len, up.values()))
             report = reply.content.config_records["report"]
             sent.append((str(report["name"]), int(str(report["images"])), via.decode(up, 1)))
         return reply
 
     server = feddm(c)
-    via = MomentsChannel(server._split.shared.layout)
+    via = MomentsChannel(c, server._split.shared.layout)
     handlers = {i: on_train(h, record) for i, h in nodes(c).items()}
     rounds = server.run(LocalGrid(handlers))
     first = next(rounds)
     assert first.bytes_up == size
     middle = server.checkpoint()
     *_, last = rounds
-    expected = mean_of_nodes(sent, robust=False)
+    robust = c.server.robust
+    expected = mean_of_nodes(((name, n, moments["moments"]) for name, n, moments in sent), robust=robust)
     assert (expected > 0).all()
-    for means in got:
-        np.testing.assert_allclose(means, expected, rtol=2**-8)
-    if not keys:
-        assert last.weights.tobytes() != run(config(**C | {"train__moments": "reset"}))[-1].weights.tobytes()
+    for moments in got:
+        np.testing.assert_allclose(moments["moments"], expected, rtol=2**-8)
+        if "momentum" in moments:
+            mean = mean_of_nodes(((name, n, moments["momentum"]) for name, n, moments in sent), robust=robust)
+            assert np.dot(moments["momentum"], mean) > 0.7 * np.linalg.norm(mean) * np.linalg.norm(moments["momentum"])
+    if len(keys) < 2 and c.server.optimizer == "averaging" and not c.keeps_personal and c.exchange.parts == "full":
+        assert last.weights.tobytes() != run(config(**C | keys | {"train__moments": "reset"}))[-1].weights.tobytes()
     other = feddm(c)
     other.restore(middle)
     *_, again = other.run(LocalGrid(nodes(c), backwards=True))
     assert again.weights.tobytes() == last.weights.tobytes()
 
 
+@pytest.mark.parametrize("lacking", ["moments", "momentum"])
 @pytest.mark.parametrize(("content", "reason"), [(None, "malformed"), (b"noise" * 9, "bad-frame"), (b"", "bad-frame")])
-def test_a_reply_with_wrong_moments_is_no_reply(content: bytes | None, reason: str) -> None:
-    c = config(**C | {"num_server_rounds": 1})
+def test_a_reply_with_wrong_moments_is_no_reply(content: bytes | None, reason: str, lacking: str) -> None:
+    c = config(**C | MUON | {"num_server_rounds": 1})
 
     def change(message: Message, reply: Message) -> Message:
-        frame = reply.content.array_records["weights"]["frame"]
-        arrays = {"frame": frame}
+        arrays = {**reply.content.array_records["weights"]}
+        del arrays[lacking]
         if content is not None:
-            arrays["moments"] = Array("uint8", (len(content),), "feddm.frame", content)
+            arrays[lacking] = Array("uint8", (len(content),), "feddm.frame", content)
         records = {"weights": ArrayRecord(arrays), "report": reply.content["report"]}
         return Message(RecordDict(records), reply_to=message)
 
