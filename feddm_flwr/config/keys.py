@@ -191,6 +191,12 @@ class Train:
     warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", low=0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", above=0)
+    control: str = key(
+        "none",
+        "`scaffold`: control variates (Karimireddy et al. 2020) take from each node's gradients what is its own; for "
+        "small models: as many float32 bytes again each way, and a file as large as the model on each node",
+        choices=("none", "scaffold"),
+    )
     mu: float = key(PRESET, "weight of the proximal term mu/2 * ||w - w_t||^2", low=0)
     precision: str = key(
         "auto",

@@ -73,7 +73,7 @@ class RunConfig:
     @property
     def keeps_state(self) -> bool:
         """Whether nodes keep files from round to round."""
-        of_training = self.train.alignment > 0 or self.train.moments == "node"
+        of_training = self.train.alignment > 0 or self.train.moments == "node" or self.train.control != "none"
         return self.codec.shadow or self.codec.error_feedback or self.keeps_personal or of_training
 
 

@@ -7,25 +7,22 @@ import math
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from feddm_flwr.compute.device import prepare_process
 from feddm_flwr.config import RunConfig
 from feddm_flwr.data.node_data import NodeData
 from feddm_flwr.exchange.downlink import DownlinkReceiver
-from feddm_flwr.exchange.moments import MomentsChannel
+from feddm_flwr.exchange.extras import ExtrasChannel
 from feddm_flwr.exchange.node_state import NodeState, StateLostError
-from feddm_flwr.exchange.partial import Split, split_of
+from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.exchange.uplink import UplinkSender
 from feddm_flwr.models import networks, parameters, pipelines
 from feddm_flwr.node.assets import assets_of
+from feddm_flwr.node.inherited import Own
 from feddm_flwr.node.outcome import Outcome
 from feddm_flwr.protocol.replies import TrainReply
-from feddm_flwr.protocol.tasks import FRAME, MOMENTS, Frames, TrainTask
+from feddm_flwr.protocol.tasks import FRAME, Frames, TrainTask
 from feddm_flwr.training import loop
 from feddm_flwr.training.build import build_objectives
-from feddm_flwr.training.moments import Kept, Memory, Shared
-from feddm_flwr.vector import Vector
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +53,11 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
 
     objective, unseen = build_objectives(config, data, assets, root, device)
     held_out = unseen.held_out(network, config.eval.images if task.evaluate else 0, name)
-    progress, start = loop.Progress(task.round, task.steps_before), uplink.start(received)
-    whole, shared = parameters.layout(network), split.shared.layout
-    via = MomentsChannel(config, shared) if config.train.moments == "server" else None
-    kept = Kept.layout(whole.size) if config.train.moments == "node" else None
-    memory: Memory | None = None
-    if via:
-        moments = via.decode(frames, task.round) if MOMENTS in frames else None  # not in the first round
-        memory = Shared([p in shared.names for p in whole.names], moments, task.steps_before)
-    elif kept and state:
-        memory = Kept(state.recall("optimizer", task.acked_any, kept))
-    along = _last_step(received, split, task, state) if state and config.train.alignment else None
-    trained = loop.train(network, objective, config, name, progress, device, start, memory, along)
+    progress = loop.Progress(task.round, task.steps_before)
+    extras = ExtrasChannel(config, split.shared.layout)
+    own = Own(config, split, task, state, extras.decode(frames, task.round))
+    inherited = own.inherited(parameters.layout(network), received, uplink.start(received))
+    trained = loop.train(network, objective, config, name, progress, device, inherited)
     sent = uplink.send(parameters.flat(network), received)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")
@@ -81,21 +71,5 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
         coding_error=sent.error,
         state_lost=state is not None and state.lost,
     )
-    own = via.encode(trained.moments, task.round) if via and trained.moments else {}
-    if kept and state and trained.moments:
-        state.write("optimizer", task.round, trained.moments[MOMENTS], kept, {task.acked_any, task.durable_any})
-    return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **own})
-
-
-def _last_step(received: Vector, split: Split, task: TrainTask, state: NodeState) -> Vector | None:
-    """Returns how far the global weights have come since the last round, 0 for personal parameters, and keeps those of
-    this round; None where this node's last reply did not count: what it holds from then is not for sure."""
-    layout, last = split.shared.layout, task.round - 1
-    before = state.recall("received", last, layout) if task.acked_any == last else None
-    now = split.shared.take(received)
-    state.write("received", task.round, now, layout, {task.durable_any})
-    if before is None:
-        return None
-    step = np.zeros_like(received)
-    split.shared.put(now - before, step)
-    return step
+    beside = extras.encode(own.leave(trained), task.round)
+    return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **beside})

@@ -16,8 +16,8 @@ REFERENCE, FINAL = "reference", "final"
 WEIGHTS, SAMPLES = "weights", "samples"
 #: The frame of a whole shadow, and what coded frames and assets have before their number or kind.
 SHADOW = "shadow"
-#: Those of second moments and of Muon's momentum, both ways.
-MOMENTS, MOMENTUM = "moments", "momentum"
+#: Those of second moments, of Muon's momentum and of control variates, both ways.
+MOMENTS, MOMENTUM, CONTROL = "moments", "momentum", "control"
 _CODED, _ASSET = "frame-", "asset-"
 
 #: Frames by name.

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from statistics import median, pstdev
 from typing import Any
 
@@ -19,11 +20,11 @@ from feddm_flwr.aggregation.robust import RobustMean
 from feddm_flwr.codecs.framing import Frame, FrameError
 from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, local_steps
 from feddm_flwr.config.plugins import is_plugin
-from feddm_flwr.exchange.moments import Moments, MomentsChannel, mean_of_nodes
+from feddm_flwr.exchange.extras import Extras, ExtrasChannel, mean_of_nodes
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, clean
 from feddm_flwr.protocol.replies import Introduction, TrainReply
-from feddm_flwr.protocol.tasks import MOMENTS, MOMENTUM, REPORT
+from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, REPORT
 from feddm_flwr.reporting.progress import NodeDone
 from feddm_flwr.server.federation.traffic import Traffic, most_bytes
 from feddm_flwr.server.federation.transport import frame_of
@@ -101,24 +102,26 @@ class RoundInProgress:
         receiver: UplinkReceiver,
         received: Vector,
         outliers: Outliers,
-        moments: MomentsChannel | None = None,
+        extras: ExtrasChannel,
     ) -> None:
         """Begins with no replies. `part` says, for each of the nodes that are asked, what its reply is to cover;
-        `received` are the weights that all of them get; `moments` are asked for where that is given."""
+        `received` are the weights that all of them get; `extras` says what is asked for beside."""
         self.number, self.part, self.traffic = number, part, Traffic()
         self.outdated: set[str] = set()  # nodes that have other images than they said at their introduction
         self.why = ""  # the last failure
         self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
-        self._outliers, self._moments = outliers, moments
+        self._outliers, self._extras = outliers, extras
         self._means: list[tuple[str, int, Vector]] = []  # by node: its images and second moments
-        self._momentum: Aggregator | None = None
         total = sum(nodes[name].images for name in part)
         self._aggregators = {
             name: _aggregator(config, receiver.size(name), total, receiver.decoder(name, number, received))
             for name in receiver.parts
         }
-        if moments and (size := moments.sizes.get(MOMENTUM)):
-            self._momentum = _aggregator(config, size, total, lambda frame: moments.momentum_chunks(frame, number))
+        self._beside = {
+            name: _aggregator(config, size, total, partial(extras.chunks, name, number=number))
+            for name, size in extras.sizes.items()
+            if name != MOMENTS  # which are small, and whose median is another rule's
+        }
         self._accepted: list[_Accepted] = []
 
     @property
@@ -135,7 +138,7 @@ class RoundInProgress:
         size = self._receiver.size(part)
         try:
             frame = frame_of(reply)
-            own = {kind: frame_of(reply, kind) for kind in (self._moments.sizes if self._moments else ())}
+            own = {kind: frame_of(reply, kind) for kind in self._extras.sizes}
             self.traffic.up[name] += len(frame) + sum(map(len, own.values()))
             self.traffic.float32_up += 4 * size
             said = TrainReply.from_record(reply.config_records[REPORT], name, self.number)
@@ -150,7 +153,7 @@ class RoundInProgress:
         if len(frame) > most_bytes(size):
             return Failure("oversized", f"a frame of {len(frame)} bytes for {size} values")
         try:
-            moments = self._moments.decode(own, self.number) if self._moments else {}
+            extras = self._extras.decode(own, self.number)
             update = self._receiver.update(part, frame, self.number, self._received)
         except FrameError as error:
             return Failure("bad-frame", clean(str(error)))
@@ -166,10 +169,10 @@ class RoundInProgress:
         except ValueError as error:
             return Failure("bad-update", str(error))
         self._accepted.append(_Accepted(node, said, norm, scale))
-        if moments:
-            self._means.append((name, node.images, moments[MOMENTS]))
-        if self._momentum:  # of a norm that was checked: it can be added
-            self._momentum.add(moments[MOMENTUM], node.images, own[MOMENTUM], 1.0)
+        if MOMENTS in extras:
+            self._means.append((name, node.images, extras[MOMENTS]))
+        for kind, aggregator in self._beside.items():  # of a norm that was checked: they can be added
+            aggregator.add(extras[kind], node.images, own[kind], 1.0)
         if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", self.number, name)
         log.info("%s", NodeDone(self.number, name, self.count, said.train_loss, len(frame)))
@@ -185,12 +188,16 @@ class RoundInProgress:
             del aggregator
         return found
 
-    def moments(self) -> Moments | None:
-        """Returns what the nodes' moments come to, once; None where none were asked for."""
-        if not self._means:
-            return None
-        found = {MOMENTS: mean_of_nodes(self._means, robust=self._config.server.robust)}
-        return found | ({MOMENTUM: self._momentum.mean()} if self._momentum else {})
+    def extras(self, before: Extras, images: int) -> Extras:
+        """Returns what the nodes' extras come to, once, given those `before` the round and how many images all nodes
+        have."""
+        found = {name: aggregator.mean() for name, aggregator in self._beside.items()}
+        if self._means:
+            found[MOMENTS] = mean_of_nodes(self._means, robust=self._config.server.robust)
+        if CONTROL in found:  # nodes tell how theirs changed; those of others stay as they are
+            found[CONTROL] *= np.float32(sum(a.node.images for a in self._accepted) / images)
+            found[CONTROL] += before.get(CONTROL, np.float32(0))
+        return found
 
     def acknowledged(self) -> dict[tuple[str, str], int]:
         """Returns the round by node and part of each good reply."""

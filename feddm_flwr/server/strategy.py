@@ -27,12 +27,12 @@ from feddm_flwr.aggregation.outliers import Outliers
 from feddm_flwr.aggregation.server_optimizers import server_optimizer
 from feddm_flwr.config import RunConfig, derive_seed, least_replies, nodes_asked
 from feddm_flwr.exchange.downlink import DownlinkSender
-from feddm_flwr.exchange.moments import Moments, MomentsChannel
+from feddm_flwr.exchange.extras import Extras, ExtrasChannel
 from feddm_flwr.exchange.partial import Split, assign
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, RunFailedError
 from feddm_flwr.protocol.replies import Introduction
-from feddm_flwr.protocol.tasks import MOMENTS, MOMENTUM, Frames, Scalar, TrainTask, asset_name
+from feddm_flwr.protocol.tasks import Frames, Scalar, TrainTask, asset_name
 from feddm_flwr.reporting.progress import RoundBegun, RoundDone
 from feddm_flwr.server.federation.dispatch import collect
 from feddm_flwr.server.federation.liveness import Probes
@@ -72,10 +72,8 @@ class FedDM:
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
         self._downlink = DownlinkSender(config, initial, split.shared.layout.fingerprint)
         self._receiver = UplinkReceiver(config, split)
-        self._moments_channel = (
-            MomentsChannel(config, split.shared.layout) if config.train.moments == "server" else None
-        )
-        self._moments: Moments | None = None  # what the nodes' optimizers begin the next round with
+        self._extras_channel = ExtrasChannel(config, split.shared.layout)
+        self._extras: Extras = {}  # what the nodes' next round begins with beside the weights
         self.never_sent = {*split.sent}  # parts that no node's reply has covered yet
         self._held: dict[str, int] = {}  # by node: the version of the shadow that it is known to hold
         self._acked: dict[tuple[str, str], int] = {}  # by node and part: the last round whose reply entered a mean
@@ -103,7 +101,7 @@ class FedDM:
             **{f"optimizer.{name}": value for name, value in self._state.items()},
             **{f"broadcast.{name}": value for name, value in self._downlink.state().items()},
         }
-        tensors |= self._moments or {}
+        tensors |= self._extras
         facts = {
             "run-uuid": self._run_uuid,
             "steps": self._steps,
@@ -127,7 +125,7 @@ class FedDM:
         }
         self._state = groups["optimizer."]
         self._downlink.restore(groups["broadcast."])
-        self._moments = {name: tensors[name] for name in (MOMENTS, MOMENTUM) if name in tensors} or None
+        self._extras = {name: tensors[name] for name in self._extras_channel.sizes if name in tensors}
         self._run_uuid, self._steps, self._held = facts["run-uuid"], facts["steps"], facts["held"]
         self._step_norm = facts.get("step-norm", 0.0)
         self._acked = {(name, part): number for name, part, number in facts["acked"]}
@@ -184,7 +182,7 @@ class FedDM:
         part = assign(self._split, sorted(chosen.values()), self.config, number)
         nodes, timeout = self._roster.nodes, self.config.round_timeout
         progress = RoundInProgress(
-            number, self.config, nodes, part, self._receiver, received, self._outliers, self._moments_channel
+            number, self.config, nodes, part, self._receiver, received, self._outliers, self._extras_channel
         )
         log.info("%s", RoundBegun(number, self.config.num_server_rounds, len(chosen)))
         content, probes = self._contents(number, part), Probes(grid, self._roster.processes)
@@ -209,13 +207,12 @@ class FedDM:
     def _contents(self, number: int, part: Mapping[str, str]) -> Callable[[str, bool], RecordDict]:
         """Returns a function that says what each node is sent in a round; frames that several get are held once."""
         arrays: dict[tuple[str, ...], ArrayRecord] = {}
-        via = self._moments_channel
-        moments = via.encode(self._moments, number) if via and self._moments else {}
+        extras = self._extras_channel.encode(self._extras, number) if self._extras else {}
         every, last = self.config.eval.every, number == self.config.num_server_rounds
         evaluate = every > 0 and (last or (number - 1) % every == 0)
 
         def content(name: str, whole: bool) -> RecordDict:
-            frames = self._downlink.frames(None if whole else self._held.get(name, 0)) | moments
+            frames = self._downlink.frames(None if whole else self._held.get(name, 0)) | extras
             if whole or name not in self._held:
                 frames |= {asset_name(kind): content for kind, content in self._assets.items()}
             kinds = tuple(frames)
@@ -260,7 +257,8 @@ class FedDM:
             raise RunFailedError(f"round {number}: the server step made weights that are not finite")
         self._step_norm = step
         steps = progress.typical_steps()
-        self.round, self.weights, self._state, self._moments = number, weights, state, progress.moments()
+        self.round, self.weights, self._state = number, weights, state
+        self._extras = progress.extras(self._extras, sum(node.images for node in self.nodes))
         self.average.update(weights, self._steps, steps)
         self._steps += steps
         self._outliers.commit(progress.lengths())

@@ -44,6 +44,37 @@ class Proximal(GradientTerm):
         torch._foreach_add_(gradients, torch._foreach_sub(parameters, self._received), alpha=self._mu)
 
 
+class Control(GradientTerm):
+    """SCAFFOLD's correction c - c_k (Karimireddy et al. 2020, arXiv 1910.06378, eq. 3).
+
+    The node's next c_k is the mean of its gradients over the round, each clipped as it is for a step: with plain
+    gradient descent that is the paper's option II.
+    """
+
+    def __init__(self, correction: Tensor, max_norm: float) -> None:
+        """Adds the correction, flat, to all gradients."""
+        self._flat, self._most = correction, max_norm
+        self._correction: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    def start(self, parameters: list[Tensor]) -> None:
+        parts = self._flat.split([p.numel() for p in parameters])
+        self._correction = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        self._sums = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def add(self, parameters: list[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        clipped = torch._foreach_mul(gradients, (self._most / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_add_(self._sums, clipped)
+        torch._foreach_add_(gradients, self._correction)
+
+    def mean(self, steps: int) -> Tensor:
+        """Returns the node's next control variate, flat, after so many steps."""
+        return torch.cat([total.reshape(-1) for total in self._sums]) / steps
+
+
 def gradient_terms(train: Train) -> list[GradientTerm]:
     """Returns the terms that a run's configuration asks for, none for most."""
     return [Proximal(train.mu)] if train.mu > 0 else []

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from feddm_flwr.compute.cuda_graph import side_stream
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
-from feddm_flwr.exchange.moments import Moments
+from feddm_flwr.exchange.extras import Extras
 from feddm_flwr.models.parameters import load_vector, trainable
-from feddm_flwr.training.gradient_terms import gradient_terms
+from feddm_flwr.training.gradient_terms import Control, gradient_terms
 from feddm_flwr.training.moments import Memory
 from feddm_flwr.training.objectives import Objective
 from feddm_flwr.training.step import Step
@@ -32,12 +32,23 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Inherited:
+    """What a training begins with beside the received weights; vectors have the layout of the trainable parameters."""
+
+    start: Vector | None = None  # weights that it begins from instead of those
+    memory: Memory | None = None  # of its optimizers
+    last_step: Vector | None = None  # global, of which `train.alignment` is added in equal parts by the local steps
+    correction: Vector | None = None  # of every gradient, by control variates
+
+
+@dataclass(frozen=True)
 class Trained:
     """What came of a node's local training; the weights are in the model."""
 
     loss: float  # mean over the round's steps
     steps: int
-    moments: Moments | None = None  # as the steps have left them, where there is a memory
+    moments: Extras | None = None  # as the steps have left them, where there is a memory
+    control: Vector | None = None  # the node's next control variate, where there is a correction
 
 
 def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) -> float:
@@ -58,15 +69,10 @@ def train(
     name: str,
     progress: Progress,
     device: torch.device,
-    start: Vector | None = None,
-    memory: Memory | None = None,
-    along: Vector | None = None,
+    inherited: Inherited = Inherited(),
 ) -> Trained:
-    """Trains the model, which is on the device, in place on the objective's examples, from fresh optimizer state but
-    for what is in the `memory`.
-
-    It begins from `start` where that is given; the proximal term pulls to the weights that the model comes with. Of
-    `along`, the last global step, a share is added in equal parts by the local steps (`train.alignment`).
+    """Trains the model, which is on the device, in place on the objective's examples, with fresh optimizers but for
+    what is `inherited`. The proximal term pulls to the weights that the model comes with.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
@@ -75,11 +81,15 @@ def train(
     t = config.train
     model.train()
     parameters: list[Tensor] = [*trainable(model)]
-    terms = gradient_terms(t)
+    terms, along, memory = gradient_terms(t), inherited.last_step, inherited.memory
+    control = None
+    if inherited.correction is not None:
+        control = Control(torch.from_numpy(inherited.correction).to(device), t.max_grad_norm)
+        terms.append(control)
     for term in terms:
         term.start(parameters)
-    if start is not None:
-        load_vector(model, start)
+    if inherited.start is not None:
+        load_vector(model, inherited.start)
     steps = local_steps(config, len(objective))
     share = None if along is None else torch.from_numpy(along * np.float32(t.alignment / steps)).to(device)
     take_step = Step(model, objective, t, parameters, terms, memory, share)
@@ -98,7 +108,8 @@ def train(
     mean = float(total) / done  # the one synchronization with the device; NaN and inf survive the sum
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
-    return Trained(mean, done, memory.end(take_step.optimizers, parameters) if memory else None)
+    moments = memory.end(take_step.optimizers, parameters) if memory else None
+    return Trained(mean, done, moments, control.mean(done).cpu().numpy() if control else None)
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddm_flwr.exchange.moments import Moments, channels
+from feddm_flwr.exchange.extras import Extras, channels
 from feddm_flwr.protocol.tasks import MOMENTS, MOMENTUM
 from feddm_flwr.vector import Layout, Vector
 
@@ -35,7 +35,7 @@ class Memory(ABC):
         """Gives optimizers that took no step what there is to begin with."""
 
     @abstractmethod
-    def end(self, optimizers: States, parameters: list[Tensor]) -> Moments:
+    def end(self, optimizers: States, parameters: list[Tensor]) -> Extras:
         """Returns what the next round is to begin with."""
 
     def correction(self, group: dict[str, Any], step: int) -> float:
@@ -49,7 +49,7 @@ class Shared(Memory):
     0 (FedAdamW, arXiv 2510.27486), and Muon's momentum."""
 
     shared: Sequence[bool]  # by parameter: whether it is among them; others begin anew
-    moments: Moments | None  # of those that are, one after the other; None where there are none yet
+    moments: Extras | None  # of those that are, one after the other; None where there are none yet
     steps: int  # that they come of
 
     def groups(self, parameters: list[Tensor]) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ class Shared(Memory):
             second = torch.empty_like(p).copy_(mean.to(p.device).expand_as(p))
             optimizers.state(p).update(_adamw(p, self.steps, torch.zeros_like(p), second))
 
-    def end(self, optimizers: States, parameters: list[Tensor]) -> Moments:
+    def end(self, optimizers: States, parameters: list[Tensor]) -> Extras:
         means, momentum = [torch.zeros(0)], [torch.zeros(0)]
         for p in self._those(parameters):
             state = optimizers.state(p)
@@ -119,7 +119,7 @@ class Kept(Memory):
                 own = (torch.empty_like(p).copy_(m.view_as(p)) for m in (first, second))
                 optimizers.state(p).update(_adamw(p, int(steps), *own))
 
-    def end(self, optimizers: States, parameters: list[Tensor]) -> Moments:
+    def end(self, optimizers: States, parameters: list[Tensor]) -> Extras:
         states = [optimizers.state(p) for p in parameters]
         steps = max((state["step"].item() for state in states if "step" in state), default=0)
         first = [state["momentum"] if "momentum" in state else state["exp_avg"] for state in states]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from feddm_flwr.config.keys import Train
-from feddm_flwr.exchange.moments import has_momentum
+from feddm_flwr.exchange.extras import has_momentum
 from feddm_flwr.training.moments import Memory
 from feddm_flwr.training.muon import Muon
 

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.exchange.channel import FrameError
-from feddm_flwr.exchange.moments import Moments, MomentsChannel, mean_of_nodes
+from feddm_flwr.exchange.extras import Extras, ExtrasChannel, mean_of_nodes
+from feddm_flwr.training.gradient_terms import Control
 from feddm_flwr.training.moments import Kept, Memory, Shared
 from feddm_flwr.training.muon import orthogonal
 from feddm_flwr.training.objectives import Drawn, HeldOut, Objective
 from feddm_flwr.training.step import Step
-from feddm_flwr.vector import Layout
+from feddm_flwr.vector import Layout, Vector
 
+AVERAGED = parse({"train.moments": "server"})
 LAYOUT = Layout(("conv", "bias", "scale"), ((3, 2, 2, 2), (3,), ()))
 
 
@@ -52,7 +54,7 @@ def network() -> nn.Module:
 
 def trained(
     memory: Memory | None, steps: int = 3, optimizer: str = "adamw", model: nn.Module | None = None
-) -> tuple[list[Tensor], Moments]:
+) -> tuple[list[Tensor], Extras]:
     """The parameters after some steps, and what is left for the next round."""
     model = model or network()
     parameters: list[Tensor] = [*model.parameters()]
@@ -132,7 +134,7 @@ def test_a_momentum_is_made_nearly_orthogonal_and_keeps_its_directions(shape: tu
 
 
 def test_they_travel_as_a_mean_for_each_output_channel() -> None:
-    via = MomentsChannel(parse({}), LAYOUT)
+    via = ExtrasChannel(AVERAGED, LAYOUT)
     assert via.sizes == {"moments": 3 + 3 + 1}
     means = np.geomspace(1e-14, 1e2, 7).astype(np.float32)
     frame = via.encode({"moments": means}, 5)
@@ -140,14 +142,14 @@ def test_they_travel_as_a_mean_for_each_output_channel() -> None:
     with pytest.raises(FrameError, match="round"):
         via.decode(frame, 6)
     with pytest.raises(FrameError, match="layout"):
-        MomentsChannel(parse({}), Layout(LAYOUT.names, ((3, 2, 2, 2), (2,), (2,)))).decode(frame, 5)
+        ExtrasChannel(AVERAGED, Layout(LAYOUT.names, ((3, 2, 2, 2), (2,), (2,)))).decode(frame, 5)
     for wrong in (-1e-3, 1e7):
         with pytest.raises(FrameError, match="second moments must be from 0 to"):
             via.decode(via.encode({"moments": np.full(7, wrong, np.float32)}, 5), 5)
 
 
 def test_a_momentum_travels_in_ternary_values_and_is_not_longer_than_the_gradients() -> None:
-    via = MomentsChannel(parse({"train.optimizer": "muon"}), LAYOUT)
+    via = ExtrasChannel(parse({"train.optimizer": "muon", "train.moments": "server"}), LAYOUT)
     assert via.sizes == {"moments": 3 + 1, "momentum": 24}
     momentum = np.random.default_rng(0).normal(size=24).astype(np.float32)
     momentum /= np.linalg.norm(momentum)
@@ -155,9 +157,8 @@ def test_a_momentum_travels_in_ternary_values_and_is_not_longer_than_the_gradien
     found = via.decode(frames, 5)["momentum"]
     assert len(np.unique(found)) == 3
     assert np.dot(found, momentum) > 0.7
-    assert (
-        b"".join(chunk.tobytes() for chunk in via.momentum_chunks(memoryview(frames["momentum"]), 5)) == found.tobytes()
-    )
+    (chunk,) = via.chunks("momentum", memoryview(frames["momentum"]), 5)
+    assert chunk.tobytes() == found.tobytes()
     frames = via.encode({"moments": np.ones(4, np.float32), "momentum": 5 * momentum}, 5)
     with pytest.raises(FrameError, match=r"a momentum of norm 4\.\d+; gradients are clipped to 1"):
         via.decode(frames, 5)
@@ -182,6 +183,7 @@ MUON = {"train__optimizer": "muon"}
         {"exchange__personal": "conv_in.*"},
         {"exchange__parts": "usplit"},
         {**MUON},
+        {"train__control": "scaffold", "strategy": "feddm-lean"},
         {**MUON, "strategy": "feddm-lean", "exchange__personal": "conv_in.*", "server__aggregation": "median"},
     ],
 )
@@ -189,8 +191,8 @@ def test_every_node_goes_on_with_the_mean_and_a_run_that_is_resumed_has_the_same
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
     c = config(**C, **keys, out_dir=str(tmp_path))
-    got: list[Moments] = []
-    sent: list[tuple[str, int, Moments]] = []
+    got: list[Extras] = []
+    sent: list[tuple[str, int, Extras]] = []
     size = 0
 
     def record(message: Message, reply: Message) -> Message:
@@ -208,7 +210,7 @@ def test_every_node_goes_on_with_the_mean_and_a_run_that_is_resumed_has_the_same
         return reply
 
     server = feddm(c)
-    via = MomentsChannel(c, server._split.shared.layout)
+    via = ExtrasChannel(c, server._split.shared.layout)
     handlers = {i: on_train(h, record) for i, h in nodes(c).items()}
     rounds = server.run(LocalGrid(handlers))
     first = next(rounds)
@@ -249,6 +251,62 @@ def test_a_reply_with_wrong_moments_is_no_reply(content: bytes | None, reason: s
     (done,) = run(c, handlers)
     assert done.failures == {reason: 1}
     assert done.weights.tobytes() == weights_without_node_3(c)
+
+
+def test_the_servers_control_variate_is_the_mean_of_the_nodes_own() -> None:
+    """Each node counts by its images, whether it was asked in a round or not."""
+    c = config(train__control="scaffold", num_server_rounds=4, fraction_train=0.5)
+    own: dict[str, tuple[int, Vector]] = {}
+    size = 0
+
+    def record(message: Message, reply: Message) -> Message:
+        nonlocal size
+        report = reply.content.config_records["report"]
+        frames = reply.content.array_records["weights"]
+        number, name = int(str(report["round"])), str(report["name"])
+        change = via.decode({"control": frames["control"].data}, number)["control"]
+        own[name] = int(str(report["images"])), own.get(name, (0, np.float32(0)))[1] + change
+        size += len(frames["control"].data) + len(frames["frame"].data)
+        return reply
+
+    server = feddm(c)
+    via = ExtrasChannel(c, server._split.shared.layout)
+    rounds = [*server.run(LocalGrid({i: on_train(h, record) for i, h in nodes(c).items()}))]
+    assert len(own) > 2
+    total = sum(node.images for node in server.nodes)
+    expected = sum(images / total * vector for images, vector in own.values())
+    found = server.checkpoint().tensors["control"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    without = run(config(num_server_rounds=4, fraction_train=0.5))
+    assert sum(r.bytes_up for r in rounds) == size == pytest.approx(2 * sum(r.bytes_up for r in without), rel=0.1)
+    assert rounds[-1].weights.tobytes() != without[-1].weights.tobytes()
+
+
+def test_control_variates_lead_to_the_optimum_of_all_where_averaging_does_not() -> None:
+    """Karimireddy et al. 2020, theorem III, on two quadratics of unequal curvature, by gradient descent."""
+    curvatures, optima = torch.tensor([1.0, 4.0]), torch.tensor([1.0, -1.0])
+    best = float((curvatures * optima).sum() / curvatures.sum())
+
+    def trained_to(controlled: bool) -> float:
+        w, own = torch.zeros(()), torch.zeros(2)
+        for _ in range(200):
+            ends, means = [], []
+            for a, x, c in zip(curvatures, optima, own, strict=True):
+                p = nn.Parameter(w.clone())
+                term = Control((own.mean() - c if controlled else torch.zeros(())).reshape(1), 1e9)
+                term.start([p])
+                for _ in range(5):
+                    p.grad = (a * (p - x)).detach()
+                    term.add([p])
+                    with torch.no_grad():
+                        p -= 0.1 * p.grad
+                ends.append(p.detach())
+                means.append(term.mean(5)[0])
+            w, own = torch.stack(ends).mean(), torch.stack(means)
+        return float(w)
+
+    assert trained_to(True) == pytest.approx(best, abs=1e-4)
+    assert abs(trained_to(False) - best) > 0.1
 
 
 def test_a_share_of_the_last_global_step_is_added_along_the_way() -> None:

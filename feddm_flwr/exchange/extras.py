@@ -1,10 +1,11 @@
-"""What nodes' optimizers tell each other of the round before: second moments, and Muon's momentum.
+"""What travels beside the weights, both ways: what optimizers go on with, and SCAFFOLD's control variates.
 
 A node's optimizer begins every round without memory. Second moments of AdamW are averaged as a mean for each output
 channel of each parameter, some kilobytes (after FedAdamW, arXiv 2510.27486, whose blocks are larger). Muon's momentum
 is as large as the model and travels in ternary values, with a scale for each block: it is made orthogonal before it
-moves a weight, so that its direction is what counts. Both are of the shared parameters only: what stays on a node does
-so with its moments.
+moves a weight, so that its direction is what counts. A control variate (Karimireddy et al. 2020, arXiv 1910.06378) is
+a mean of gradients, in float32; a node sends how its own has changed. All are of the shared parameters only: what stays
+on a node does so with its moments.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from feddm_flwr.codecs.floating import BFloat16
+from feddm_flwr.codecs.floating import BFloat16, Identity
 from feddm_flwr.codecs.framing import Frame
 from feddm_flwr.codecs.grid import Int2
 from feddm_flwr.config import RunConfig
 from feddm_flwr.exchange.channel import Channel, FrameError
-from feddm_flwr.protocol.tasks import MOMENTS, MOMENTUM
+from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, MOMENTUM
 from feddm_flwr.vector import Layout, Vector, euclidean_norm
 
-#: By name of its frame; those of all shared parameters are one vector each.
-Moments = dict[str, Vector]
+#: Vectors by the names of their frames.
+Extras = dict[str, Vector]
 
 #: Second moments above this are a broken node's: gradients are clipped to a norm.
 _ABSURD = 1e6
-_SLACK = 2.0  # how far beyond the clipped gradients' norm a coded momentum's may be
+_SLACK = 2.0  # how far beyond the clipped gradients' norm a coded momentum's may be, or that of a difference
 
 
 def channels(shape: tuple[int, ...]) -> int:
@@ -40,48 +41,59 @@ def has_momentum(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2
 
 
-class MomentsChannel:
+class ExtrasChannel:
     """Both ends of both ways."""
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
-        """Carries the moments of the parameters of a layout."""
+        """Carries what the configuration asks for, of the parameters of a layout."""
         by_muon = config.train.optimizer == "muon"
         self._most = _SLACK * config.train.max_grad_norm
         means = sum(channels(shape) for shape in layout.shapes if not (by_muon and has_momentum(shape)))
         momentum = sum(int(np.prod(shape)) for shape in layout.shapes if by_muon and has_momentum(shape))
-        self._channels = {MOMENTS: Channel(BFloat16(), f"{layout.fingerprint}/{MOMENTS}", means)}
-        if momentum:
-            self._channels[MOMENTUM] = Channel(Int2(), f"{layout.fingerprint}/{MOMENTUM}", momentum)
+        self._channels: dict[str, Channel] = {}
+        averages = config.train.moments == "server"
+        for name, codec, size in (
+            (MOMENTS, BFloat16(), means if averages else 0),
+            (MOMENTUM, Int2(), momentum if averages else 0),
+            (CONTROL, Identity(), layout.size if config.train.control == "scaffold" else 0),
+        ):
+            if size:
+                self._channels[name] = Channel(codec, f"{layout.fingerprint}/{name}", size)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Values of each frame."""
         return {name: channel.size for name, channel in self._channels.items()}
 
-    def encode(self, moments: Moments, number: int) -> dict[str, bytes]:
+    def encode(self, extras: Extras, number: int) -> dict[str, bytes]:
         """Returns the frames of round `number`.
 
         Raises:
             ValueError: a value is not finite.
         """
-        return {name: channel.encode(moments[name], name, number) for name, channel in self._channels.items()}
+        return {name: channel.encode(extras[name], name, number) for name, channel in self._channels.items()}
 
-    def decode(self, frames: Mapping[str, bytes], number: int) -> Moments:
+    def decode(self, frames: Mapping[str, bytes], number: int) -> Extras:
         """Returns what is in the frames of round `number`.
 
         Raises:
-            FrameError: one is corrupt, or of another round or model, or what is in it can be no moments.
+            FrameError: one is corrupt, or of another round or model, or what is in it cannot be.
         """
-        found = {name: channel.decode(frames[name], name, number) for name, channel in self._channels.items()}
-        if not ((found[MOMENTS] >= 0) & (found[MOMENTS] <= _ABSURD)).all():
+        found = {
+            name: channel.decode(frames[name], name, number)
+            for name, channel in self._channels.items()
+            if name in frames  # the server has none for the first round
+        }
+        if MOMENTS in found and not ((found[MOMENTS] >= 0) & (found[MOMENTS] <= _ABSURD)).all():
             raise FrameError(f"second moments must be from 0 to {_ABSURD:g}")
-        if MOMENTUM in found and (norm := euclidean_norm(found[MOMENTUM])) > self._most:
-            raise FrameError(f"a momentum of norm {norm:.3g}; gradients are clipped to {self._most / _SLACK:g}")
+        for name in {MOMENTUM, CONTROL} & {*found}:
+            if (norm := euclidean_norm(found[name])) > self._most:
+                raise FrameError(f"a {name} of norm {norm:.3g}; gradients are clipped to {self._most / _SLACK:g}")
         return found
 
-    def momentum_chunks(self, frame: Frame, number: int) -> Iterator[Vector]:
-        """Yields the momentum in a frame of round `number`, one chunk after the other."""
-        return self._channels[MOMENTUM].decode_chunks(frame, MOMENTUM, number)
+    def chunks(self, name: str, frame: Frame, number: int) -> Iterator[Vector]:
+        """Yields what is in the frame of that name, of round `number`, one chunk after the other."""
+        return self._channels[name].decode_chunks(frame, name, number)
 
 
 def mean_of_nodes(named: Iterable[tuple[str, int, Vector]], *, robust: bool) -> Vector:
