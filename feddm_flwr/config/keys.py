@@ -173,8 +173,8 @@ class Train:
         "adamw",
         "`adamw8bit` keeps its averages in 8 bits (package bitsandbytes): 6 bytes less for each parameter; `muon` "
         "takes steps along the orthogonalized momentum of weights that are matrices (Jordan et al. 2024), and "
-        "AdamW's for the others",
-        choices=("adamw", "adamw8bit", "muon"),
+        "AdamW's for the others; `sgd` is plain gradient descent, as theory has it",
+        choices=("adamw", "adamw8bit", "muon", "sgd"),
     )
     moments: str = key(
         "reset",

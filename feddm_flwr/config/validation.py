@@ -167,7 +167,7 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         if not acts and given != KEYS[name].default:
             shown = str(given).lower() if isinstance(given, bool) else repr(given)
             yield f"{name} = {shown} with {state}: acts with {where} only"
-    if c.train.moments != "reset" and c.train.optimizer == "adamw8bit":
+    if c.train.moments != "reset" and c.train.optimizer not in ("adamw", "muon"):
         yield f"train.moments = {c.train.moments!r} with train.optimizer = {c.train.optimizer!r}: is for adamw and muon"
     if c.server.average == "power" and c.server.ema_decay != 0.999:
         yield f"server.ema-decay = {c.server.ema_decay} with server.average = 'power': acts with 'exponential' only"

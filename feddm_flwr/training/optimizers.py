@@ -1,4 +1,4 @@
-"""The optimizers of a node's steps, behind one face: AdamW of all parameters, or Muon of the matrices and AdamW of the
+"""The optimizers of a node's steps, behind one face: one of all parameters, or Muon of the matrices and AdamW of the
 rest."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Optimizers:
         self._memory, self._parameters, self._records, self._taken = memory, parameters, records, 0
         matrices = [p for p in parameters if t.optimizer == "muon" and has_momentum(tuple(p.shape))]
         groups = _without(memory.groups(parameters) if memory else [{"params": parameters}], matrices)
-        self._all = [_adamw(t, groups, records)] if groups else []
+        self._all = [_usual(t, groups, records)] if groups else []
         if matrices:
             rate = _rate(t, matrices[0], records)
             self._all.append(Muon([{"params": matrices}], rate, weight_decay=t.weight_decay))
@@ -69,7 +69,7 @@ def _rate(t: Train, parameter: Tensor, records: bool) -> float | Tensor:
     return torch.tensor(t.learning_rate, device=parameter.device) if records else t.learning_rate
 
 
-def _adamw(t: Train, groups: list[dict[str, Any]], records: bool) -> torch.optim.Optimizer:
+def _usual(t: Train, groups: list[dict[str, Any]], records: bool) -> torch.optim.Optimizer:
     if t.optimizer == "adamw8bit":
         import bitsandbytes
 
@@ -77,6 +77,8 @@ def _adamw(t: Train, groups: list[dict[str, Any]], records: bool) -> torch.optim
             groups, t.learning_rate, weight_decay=t.weight_decay
         )
         return eight_bit
+    if t.optimizer == "sgd":
+        return torch.optim.SGD(groups, t.learning_rate, weight_decay=t.weight_decay)
     if records:
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # the first is not
         for group in groups:

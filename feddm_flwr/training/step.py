@@ -43,7 +43,7 @@ class Step:
         self._micro = t.micro_batch or t.batch_size
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
         # usual stream, whatever the current one is.
-        records = t.cuda_graph and t.optimizer != "adamw8bit" and not t.checkpointing
+        records = t.cuda_graph and t.optimizer in ("adamw", "muon") and not t.checkpointing
         self.records = records and self._device.type == "cuda"
         self.optimizers = Optimizers(t, parameters, memory, self.records)
         sizes = [p.numel() for p in parameters]
