@@ -43,14 +43,16 @@ def text() -> str:
         parts.append("")
     parts.append("## What `preset` stands for\n")
     parts.append(
-        "An empty cell of a strategy: none (`train.mu` 0, `codec.residual-decay` 1), averaging, and `codec.target` "
-        "`weights`, or `delta` once a codec is set by hand. `codec.error-feedback` is on where differences are coded.\n"
+        "An empty cell of a strategy: none (`train.mu` 0, `codec.residual-decay` 1), averaging, `train.optimizer` "
+        "`adamw`, and `codec.target` `weights`, or `delta` once a codec is set by hand. `codec.error-feedback` is on "
+        "where differences are coded.\n"
     )
     for key, table in (
         ("strategy", presets.STRATEGIES),
         ("model.preset", presets.MODELS),
         ("data.name", {**presets.DATASETS, "anything else": presets.OTHER_DATA}),
         ("server.optimizer", presets.SERVER_OPTIMIZERS),
+        ("train.optimizer", presets.OPTIMIZERS),
     ):
         names = sorted({name for row in table.values() for name in row})
         parts.append(f"| `{key}` | " + " | ".join(f"`{name}`" for name in names) + " |")

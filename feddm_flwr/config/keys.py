@@ -170,23 +170,24 @@ class Train:
         plugin=True,
     )
     optimizer: str = key(
-        "adamw",
+        PRESET,
         "`adamw8bit` keeps its averages in 8 bits (package bitsandbytes): 6 bytes less for each parameter; `muon` "
         "takes steps along the orthogonalized momentum of weights that are matrices (Jordan et al. 2024), and "
-        "AdamW's for the others; `sgd` is plain gradient descent, as theory has it",
+        "AdamW's for the others; `sgd` is plain gradient descent, as theory has it (preset: adamw but for some "
+        "strategies)",
         choices=("adamw", "adamw8bit", "muon", "sgd"),
     )
     moments: str = key(
-        "reset",
+        PRESET,
         "the optimizer's averages: `reset` every round; averaged by the `server`, AdamW's second moments as a mean for "
         "each output channel (kilobytes each way), Muon's momentum in ternary values (as many bytes as int2); or all "
-        "kept by each `node`, in a file twice the size of the model",
+        "kept by each `node`, in a file twice the size of the model (preset: reset but for some strategies)",
         choices=("reset", "server", "node"),
     )
     alignment: float = key(
         0.0, "share of the last global step that a node adds along its own (FedAdamW's alpha)", low=0, high=1
     )
-    learning_rate: float = key(2e-3, "step size of AdamW; Muon's are scaled to be as long", above=0)
+    learning_rate: float = key(PRESET, "step size of AdamW; Muon's steps are scaled to be as long", above=0)
     lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
     warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", low=0)

@@ -39,6 +39,12 @@ SERVER_OPTIMIZERS: dict[str, _Keys] = {
     "adam": {"server.learning-rate": 0.01, "server.momentum": 0.9},
 }
 
+#: What each local optimizer decides; Muon's by our sweep (docs/exchange.md).
+OPTIMIZERS: dict[str, _Keys] = {
+    "adamw": {"train.moments": "reset", "train.learning-rate": 2e-3},
+    "muon": {"train.moments": "server", "train.learning-rate": 4e-3},
+}
+
 
 def _unet(
     channels: str, attention: str, layers: int = 1, head: int = 32, groups: int = 8, dropout: float = 0.0, **more: bool
@@ -131,6 +137,7 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     optimizer = chosen("server.optimizer", str(strategy.get("server.optimizer", "averaging")))
     if optimizer != strategy.get("server.optimizer"):  # its step size is for the optimizer that it chose
         strategy = {key: value for key, value in strategy.items() if not key.startswith("server.")}
+    local = chosen("train.optimizer", str(strategy.get("train.optimizer", "adamw")))
     uplink = chosen("codec.uplink", str(strategy.get("codec.uplink", "none")))
     # The paper's scheme codes weights; whoever chooses codecs gets what is better.
     own = any(raw.get(key, PRESET) not in (PRESET, "none") for key in ("codec.uplink", "codec.downlink"))
@@ -146,6 +153,8 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     return {
         "sample.scheduler": "euler" if raw.get("diffusion.prediction") == "flow" else "unipc",
         "train.mu": 0.0,
+        "train.optimizer": local,
+        **OPTIMIZERS["muon" if local == "muon" else "adamw"],
         "server.average": "power" if by_power else "exponential",
         "server.ema-decay": 0.999,
         "server.optimizer": optimizer,

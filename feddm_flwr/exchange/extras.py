@@ -65,6 +65,11 @@ class ExtrasChannel:
         """Values of each frame."""
         return {name: channel.size for name, channel in self._channels.items()}
 
+    @property
+    def codecs(self) -> dict[str, str]:
+        """The codec of each frame."""
+        return {name: channel.codec.name for name, channel in self._channels.items()}
+
     def encode(self, extras: Extras, number: int) -> dict[str, bytes]:
         """Returns the frames of round `number`.
 

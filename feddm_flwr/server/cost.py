@@ -6,6 +6,7 @@ import numpy as np
 
 from feddm_flwr.config import RunConfig
 from feddm_flwr.exchange.channel import channel
+from feddm_flwr.exchange.extras import ExtrasChannel
 from feddm_flwr.exchange.partial import Split
 
 _PROBE = 1 << 20  # values that are coded to see how many bytes they take
@@ -13,14 +14,18 @@ _PROBE = 1 << 20  # values that are coded to see how many bytes they take
 
 def text(config: RunConfig, split: Split, frozen: int) -> str:
     """Returns megabytes that a node sends and gets in a round, and the least memory that training takes beside
-    activations: float32 weights and gradients, AdamW's two averages, the received weights where the proximal term needs
-    them, and `frozen` weights."""
+    activations: float32 weights and gradients, the optimizer's averages, the received weights where the proximal term
+    needs them, sums and corrections of gradients where control variates do, and `frozen` weights."""
     c = config.codec
     sent = max(part.layout.size for part in split.sent.values())
     up, down = _bytes(config, c.uplink, sent), _bytes(config, c.downlink, split.shared.layout.size)
     trained = split.shared.layout.size + split.personal.layout.size
-    averages = 2 if config.train.optimizer == "adamw8bit" else 8
-    memory = trained * (8 + averages + (4 if config.train.mu else 0)) + 4 * frozen
+    via = ExtrasChannel(config, split.shared.layout)
+    beside = sum(_bytes(config, via.codecs[name], size) for name, size in via.sizes.items())
+    up, down = up + beside, down + beside
+    averages = {"adamw8bit": 2, "muon": 4, "sgd": 0}.get(config.train.optimizer, 8)
+    controlled = 8 if config.train.control != "none" else 0
+    memory = trained * (8 + averages + controlled + (4 if config.train.mu else 0)) + 4 * frozen
     return f"up={up / 1e6:.3g}MB down={down / 1e6:.3g}MB memory={memory / 1e9:.3g}GB"
 
 
