@@ -19,6 +19,7 @@ def model_card(
         *(["data.partition"] if simulated else []),
         "train.local-steps",
         "train.local-epochs",
+        "train.optimizer",
         "train.learning-rate",
         "codec.uplink",
         "codec.downlink",
@@ -61,9 +62,11 @@ def _average(width: float | None, chosen_by: str) -> str:
     """Returns what average of the global model the weights are."""
     if width is None:
         return "The weights are the exponential moving average of the global model."
-    of = f"an average over about the last {width:.0%} of the training" if width else "the last of the training"
-    best = f", best of several by {'FID' if chosen_by == 'fid' else 'held-out loss'}" if chosen_by else ""
-    return f"The weights are {of} (EDM2, relative width {width:g}){best}."
+    best = f" They are the best of several by {'FID' if chosen_by == 'fid' else 'held-out loss'}." if chosen_by else ""
+    of = (
+        f"a moving average of the global model (EDM2, relative width {width:g})" if width else "those of the last round"
+    )
+    return f"The weights are {of}.{best}"
 
 
 def _use(config: Mapping[str, object]) -> tuple[str, str]:

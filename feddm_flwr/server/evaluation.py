@@ -106,8 +106,9 @@ class GlobalEvaluation:
         without = f" without {', '.join(said['without'])}" if said["without"] else ""
         log.info("reference=%d images%s features=%s", self._real.count, without, self._network.name)
 
-    def figures(self, weights: Vector) -> dict[str, Any]:
-        """Returns FID, KID, coverage by class and the steepness of the model with these weights."""
+    def figures(self, weights: Vector, width: float | None = None) -> dict[str, Any]:
+        """Returns FID, KID, coverage by class and the steepness of the model with these weights, which are the average
+        of this width where there are several."""
         assert self._real
         config = self._model.config
         names = config.taught_classes
@@ -121,7 +122,8 @@ class GlobalEvaluation:
             found |= {"coverage": statistics.covered(by_class, self._counts), "coverage_by_class": by_class}
         found["lipschitz"] = self._steepness(weights, images, labels)
         kid = "" if found["kid"] is None else f" kid={found['kid']:.5f}"
-        log.info("fid=%.4f%s samples=%d", found["fid"], kid, len(images))
+        of = "" if width is None else f" average_width={width:g}"
+        log.info("fid=%.4f%s samples=%d%s", found["fid"], kid, len(images), of)
         return found
 
     def _steepness(self, weights: Vector, images: Images, labels: list[int] | None) -> float:

@@ -111,7 +111,7 @@ class Outputs:
         found: dict[float, dict[str, Any]] = {}
         for width in WIDTHS:
             feddm.average.width = width
-            found[width] = evaluation.figures(feddm.averaged)
+            found[width] = evaluation.figures(feddm.averaged, width)
         chosen = self._choose(feddm, {width: figures["fid"] for width, figures in found.items()})
         return found[chosen["average_width"]] | chosen
 
@@ -139,7 +139,7 @@ class Outputs:
         width = min(tried, key=lambda one: tried[one])
         feddm.average.width, self._chosen_by = width, self._config.eval.average_by
         told = {f"{one:g}": worth for one, worth in tried.items()}
-        log.info("average_width=%g best by %s of %s", width, self._chosen_by, told)
+        log.info("average_width=%g best by %s", width, self._chosen_by)
         return {"average_width": width, "average_tried": told}
 
     def _said_by_nodes(self, feddm: FedDM) -> dict[str, Any]:

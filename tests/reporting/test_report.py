@@ -10,18 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from local_grid import config, row, run_server
 from tensorboardX.proto.event_pb2 import Event
 
 from feddm_flwr.cli.main import main
 from feddm_flwr.config import ConfigError, flatten, parse
+from feddm_flwr.models import parameters
 from feddm_flwr.reporting import comparison_page, report, trackers
 from feddm_flwr.reporting.records import read_metrics, read_rounds, status_of
 from feddm_flwr.reporting.run_directory import RunDirectory
 from feddm_flwr.server.evaluation import GlobalEvaluation
-from feddm_flwr.vector import Vector
+from feddm_flwr.storage.checkpoint import newest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -92,11 +95,11 @@ def test_an_evaluation_that_fails_or_is_killed_costs_no_round_and_is_made_up_for
     def fail(error: type[BaseException], at: int) -> None:
         calls: list[int] = []
 
-        def failing(self: GlobalEvaluation, weights: Vector) -> dict[str, Any]:
+        def failing(self: GlobalEvaluation, *arguments: Any) -> dict[str, Any]:
             calls.append(1)
             if len(calls) == at:
                 raise error
-            return figures(self, weights)
+            return figures(self, *arguments)
 
         monkeypatch.setattr(GlobalEvaluation, "figures", failing)
 
@@ -110,6 +113,31 @@ def test_an_evaluation_that_fails_or_is_killed_costs_no_round_and_is_made_up_for
     rows = read_metrics(run(tmp_path, run_name="killed", resume=True, **keys))
     assert json.loads((tmp_path / "killed" / "status.json").read_text())["resumed_after"] == [2]
     assert [row["fid"] for row in rows] == [row["fid"] for row in read_metrics(whole)]
+
+
+@pytest.mark.parametrize("by", ["fid", "loss", "none"])
+def test_the_average_that_is_best_by_what_was_asked_for_is_shipped(by: str, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"num_server_rounds": 3, "eval__average_by": by, "out_dir": str(tmp_path)}
+    if by == "fid":
+        keys |= {"eval__features": "random"}
+    path = run(tmp_path, run_name="whole", **keys)
+    *before, last = read_metrics(path)
+    tensors = newest(path / "checkpoints").tensors
+    of_width = {"0": tensors["weights"], "0.05": tensors["ema.0.05"], "0.1": tensors["ema.0.1"]}
+    assert all("average_width" not in row for row in before)
+    tried = last.get("average_tried", {"0.1": 0.0})
+    assert set(tried) == ({"0.1"} if by == "none" else set(of_width))
+    chosen = min(tried, key=lambda width: tried[width])
+    assert by == "none" or last["average_width"] == float(chosen)
+    shipped = UNet2DModel.from_pretrained(path / "model" / "unet")
+    np.testing.assert_array_equal(parameters.to_vector(shipped), of_width[chosen])
+    assert ("best of several by" in (path / "model" / "README.md").read_text()) == (by != "none")
+    if by == "fid":
+        assert last["fid"] == tried[chosen]
+    # Nothing is chosen anew where a run that was done is gone on with.
+    (path / "model" / "README.md").unlink()
+    assert read_metrics(run(tmp_path, run_name="whole", resume=True, **keys)) == [*before, last]
+    assert ("best of several by" in (path / "model" / "README.md").read_text()) == (by != "none")
 
 
 def test_a_run_goes_on_with_nodes_of_the_kind_that_it_had_only(
