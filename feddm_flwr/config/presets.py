@@ -17,6 +17,7 @@ STRATEGIES: dict[str, _Keys] = {
         "codec.uplink": "int2",
         "codec.downlink": "int2",
         "codec.target": "delta",
+        "train.optimizer": "muon",
         "server.optimizer": "nesterov",
         "server.learning-rate": 1.0,
         "server.momentum": 0.4,
@@ -26,6 +27,8 @@ STRATEGIES: dict[str, _Keys] = {
         "codec.downlink": "int2",
         "codec.target": "delta",
         "codec.residual-decay": 0.9,
+        "train.optimizer": "muon",
+        "train.moments": "reset",
         "server.optimizer": "nesterov",
         "server.learning-rate": 1.4,
         "server.momentum": 0.5,
@@ -138,6 +141,8 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     if optimizer != strategy.get("server.optimizer"):  # its step size is for the optimizer that it chose
         strategy = {key: value for key, value in strategy.items() if not key.startswith("server.")}
     local = chosen("train.optimizer", str(strategy.get("train.optimizer", "adamw")))
+    if local != strategy.get("train.optimizer"):  # and so are what it remembers
+        strategy = {key: value for key, value in strategy.items() if key != "train.moments"}
     uplink = chosen("codec.uplink", str(strategy.get("codec.uplink", "none")))
     # The paper's scheme codes weights; whoever chooses codecs gets what is better.
     own = any(raw.get(key, PRESET) not in (PRESET, "none") for key in ("codec.uplink", "codec.downlink"))

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _LEVELS = (0.05, 0.25, 0.5, 0.9)  # of the time steps, where the denoiser's steepness is looked at
 _LOOKED_AT = 2  # samples at each
+_TO_CHOOSE_BY = 500  # samples, at most: FIDs of as many, from the same noise, tell which of two models is better
 #: What the figures of a run's rounds must have in common.
 _SAME = ("eval.features", "eval.features-from", "eval.min-images", "eval.samples", "sample.scheduler", "sample.steps")
 
@@ -106,14 +107,16 @@ class GlobalEvaluation:
         without = f" without {', '.join(said['without'])}" if said["without"] else ""
         log.info("reference=%d images%s features=%s", self._real.count, without, self._network.name)
 
-    def figures(self, weights: Vector, width: float | None = None) -> dict[str, Any]:
-        """Returns FID, KID, coverage by class and the steepness of the model with these weights, which are the average
-        of this width where there are several."""
+    def fid(self, weights: Vector) -> float:
+        """Returns the FID of fewer samples, by which models of a run are told apart."""
         assert self._real
-        config = self._model.config
-        names = config.taught_classes
-        labels = grids.labels_like(self._counts, names, config.eval.samples) if names else None
-        images = self._model.draw(weights, config.eval.samples, 1.0, labels)
+        images, _ = self._drawn(weights, min(self._model.config.eval.samples, _TO_CHOOSE_BY))
+        return statistics.fid(self._real, statistics.statistics(self._network(images)))
+
+    def figures(self, weights: Vector) -> dict[str, Any]:
+        """Returns FID, KID, coverage by class and the steepness of the model with these weights."""
+        assert self._real
+        images, labels = self._drawn(weights, self._model.config.eval.samples)
         seen = self._network(images)
         fake = statistics.statistics(seen)
         by_class = statistics.coverage(self._real, self._counts, seen)
@@ -122,9 +125,14 @@ class GlobalEvaluation:
             found |= {"coverage": statistics.covered(by_class, self._counts), "coverage_by_class": by_class}
         found["lipschitz"] = self._steepness(weights, images, labels)
         kid = "" if found["kid"] is None else f" kid={found['kid']:.5f}"
-        of = "" if width is None else f" average_width={width:g}"
-        log.info("fid=%.4f%s samples=%d%s", found["fid"], kid, len(images), of)
+        log.info("fid=%.4f%s samples=%d", found["fid"], kid, len(images))
         return found
+
+    def _drawn(self, weights: Vector, count: int) -> tuple[Images, list[int] | None]:
+        """Returns samples, of a model with classes as many of each as the images have, and their labels."""
+        names = self._model.config.taught_classes
+        labels = grids.labels_like(self._counts, names, count) if names else None
+        return self._model.draw(weights, count, 1.0, labels), labels
 
     def _steepness(self, weights: Vector, images: Images, labels: list[int] | None) -> float:
         config = self._model.config

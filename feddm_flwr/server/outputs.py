@@ -108,12 +108,12 @@ class Outputs:
         """Returns those of the averaged weights; at the end, of the average of least FID, which is then the one."""
         if not self._chooses(feddm, "fid"):
             return evaluation.figures(feddm.averaged)
-        found: dict[float, dict[str, Any]] = {}
+        tried: dict[float, float] = {}
         for width in WIDTHS:
             feddm.average.width = width
-            found[width] = evaluation.figures(feddm.averaged, width)
-        chosen = self._choose(feddm, {width: figures["fid"] for width, figures in found.items()})
-        return found[chosen["average_width"]] | chosen
+            tried[width] = evaluation.fid(feddm.averaged)
+        chosen = self._choose(feddm, tried)
+        return evaluation.figures(feddm.averaged) | chosen
 
     def _chooses(self, feddm: FedDM, by: str) -> bool:
         """Tells whether it is time to choose the shipped average, by this figure."""

@@ -133,7 +133,7 @@ def test_the_average_that_is_best_by_what_was_asked_for_is_shipped(by: str, tmp_
     np.testing.assert_array_equal(parameters.to_vector(shipped), of_width[chosen])
     assert ("best of several by" in (path / "model" / "README.md").read_text()) == (by != "none")
     if by == "fid":
-        assert last["fid"] == tried[chosen]
+        assert last["fid"] == tried[chosen]  # of as many samples
     # Nothing is chosen anew where a run that was done is gone on with.
     (path / "model" / "README.md").unlink()
     assert read_metrics(run(tmp_path, run_name="whole", resume=True, **keys)) == [*before, last]
