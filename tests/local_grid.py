@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from pool_grid import InProcessGrid
 
@@ -127,13 +127,15 @@ def row(number: int, **figures: Any) -> dict[str, Any]:
     return {**zeros, "eval_levels": [], "failures": {}, "nodes": {}, **figures, "round": number}
 
 
-def on_train(handle: Handler, change: Callable[[Message, Message], Message | None]) -> Handler:
-    """The node, with its replies to training replaced by `change(message, reply)`."""
+def on_train(
+    handle: Handler, change: Callable[[Message, Message], Message | None], kind: str = MessageType.TRAIN
+) -> Handler:
+    """The node, with its replies to training, or what else is of a `kind`, replaced by `change(message, reply)`."""
 
     def changed(message: Message) -> Message | None:
         reply = handle(message)
         assert reply
-        return change(message, reply) if message.metadata.message_type == "train" else reply
+        return change(message, reply) if message.metadata.message_type == kind else reply
 
     return changed
 

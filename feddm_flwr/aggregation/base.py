@@ -29,6 +29,10 @@ class Aggregator(ABC):
     def count(self) -> int:
         """Returns how many vectors were added."""
 
+    def check(self, vector: Vector) -> None:
+        """Raises a ValueError where `add` would, so that all of a reply is added or nothing; by default never."""
+        return
+
     @abstractmethod
     def add(self, vector: Vector, weight: int, frame: bytes, scale: float) -> None:
         """Adds a node's update, which weighs as many as its images, and the frame that holds it before it was scaled.

@@ -59,7 +59,7 @@ def _drawn() -> argparse.ArgumentParser:
         "--scheduler",
         choices=(*SCHEDULERS, *FLOW_SCHEDULERS),
         default="",
-        help="how images are drawn (default unipc; euler of a model that was trained by flow matching)",
+        help=f"how images are drawn (default {SCHEDULERS[0]}; {FLOW_SCHEDULERS[0]} of a model of flows)",
     )
     drawn.add_argument(
         "--steps", type=_positive, default=usual.steps, metavar="N", help=f"steps of it (default {usual.steps})"

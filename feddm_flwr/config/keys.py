@@ -181,7 +181,7 @@ class Train:
         PRESET,
         "the optimizer's averages: `reset` every round; averaged by the `server`, AdamW's second moments as a mean for "
         "each output channel (kilobytes each way), Muon's momentum in ternary values (as many bytes as int2); or all "
-        "kept by each `node`, in a file twice the size of the model (preset: reset but for some strategies)",
+        "kept by each `node`, in a file twice the size of the model (preset: reset, or the optimizer's)",
         choices=("reset", "server", "node"),
     )
     alignment: float = key(
@@ -190,7 +190,7 @@ class Train:
     learning_rate: float = key(PRESET, "step size of AdamW; Muon's steps are scaled to be as long", above=0)
     lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
     warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)
-    weight_decay: float = key(0.0, "AdamW's decoupled weight decay", low=0)
+    weight_decay: float = key(0.0, "decoupled weight decay (of sgd, L2)", low=0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", above=0)
     control: str = key(
         "none",

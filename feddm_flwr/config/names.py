@@ -11,8 +11,9 @@ NODE_NAME = r"(?!\.)[\w.-]{1,64}"
 #: How many classes a node tells the server of one by one, and how many characters they may take.
 MOST_CLASSES, MOST_CLASS_TEXT = 10_000, 300_000
 NOISE_LEVELS = 10  # parts of the time steps whose losses are told apart
-SCHEDULERS = ("ddim", "dpmsolver++", "unipc", "ddpm")
-FLOW_SCHEDULERS = ("euler", "heun")  # of models trained by flow matching
+#: How samples are drawn, the usual way first; of models trained by flow matching, too.
+SCHEDULERS = ("unipc", "dpmsolver++", "ddim", "ddpm")
+FLOW_SCHEDULERS = ("euler", "heun")
 #: Keys that act with one `data.partition` only.
 PARTITION_OF = {
     "data.alpha": "dirichlet",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from feddm_flwr.config.fields import PRESET, Scalar
+from feddm_flwr.config.names import FLOW_SCHEDULERS, SCHEDULERS
 
 _Keys = dict[str, Scalar]
 
@@ -156,7 +157,7 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     by_power = raw.get("server.ema-decay", PRESET) == PRESET
     decay = {"codec.residual-decay": strategy.get("codec.residual-decay", 1.0) if feedback else 1.0}
     return {
-        "sample.scheduler": "euler" if raw.get("diffusion.prediction") == "flow" else "unipc",
+        "sample.scheduler": (FLOW_SCHEDULERS if raw.get("diffusion.prediction") == "flow" else SCHEDULERS)[0],
         "train.mu": 0.0,
         "train.optimizer": local,
         **OPTIMIZERS["muon" if local == "muon" else "adamw"],

@@ -26,7 +26,8 @@ def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -
     """
     now = flatten(config)
     # Keys that are newer than the run have their defaults.
-    before = flatten(parse({**before, **{name: now[name] for name in _FREE}}))
+    # How samples are drawn depends on the process, whose difference is to be told.
+    before = flatten(parse({**before, **{name: now[name] for name in _FREE - {"sample.scheduler"}}}))
     # A cosine schedule is made for its number of rounds, but a run may end where it is.
     endless = config.train.lr_schedule == "constant" or config.num_server_rounds == done
     free = _FREE | ({"num-server-rounds"} if endless else set())

@@ -169,6 +169,15 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
             yield f"{name} = {shown} with {state}: acts with {where} only"
     if c.train.moments != "reset" and c.train.optimizer not in ("adamw", "muon"):
         yield f"train.moments = {c.train.moments!r} with train.optimizer = {c.train.optimizer!r}: is for adamw and muon"
+    if c.eval.average_by == "loss":
+        for key, value, wrong in (
+            ("server.average", c.server.average, c.server.average != "power"),
+            ("data.eval-fraction", c.data.eval_fraction, c.data.eval_fraction == 0),
+            ("exchange.personal", c.exchange.personal, bool(c.exchange.personal)),
+            ("exchange.parts", c.exchange.parts, c.exchange.parts in ("ulatdec", "udec")),
+        ):
+            if wrong:
+                yield f"eval.average-by = 'loss' with {key} = {value!r}: the server has no averages to compare by it"
     if c.server.average == "power" and c.server.ema_decay != 0.999:
         yield f"server.ema-decay = {c.server.ema_decay} with server.average = 'power': acts with 'exponential' only"
     if c.server.momentum and c.server.optimizer == "averaging":

@@ -33,9 +33,7 @@ _SCHEDULERS: dict[str, Any] = {
 
 def schedulers_for(scheduler_config: Any) -> tuple[str, ...]:
     """Returns the names of those that a model's scheduler configuration may be drawn by, the usual one first."""
-    if scheduler_config.get("_class_name", "").startswith("FlowMatch"):
-        return FLOW_SCHEDULERS
-    return tuple(sorted(SCHEDULERS, key=lambda name: name != "unipc"))
+    return FLOW_SCHEDULERS if scheduler_config.get("_class_name", "").startswith("FlowMatch") else SCHEDULERS
 
 
 @torch.inference_mode()

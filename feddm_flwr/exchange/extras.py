@@ -25,8 +25,6 @@ from feddm_flwr.vector import Layout, Vector, euclidean_norm
 #: Vectors by the names of their frames.
 Extras = dict[str, Vector]
 
-#: Second moments above this are a broken node's: gradients are clipped to a norm.
-_ABSURD = 1e6
 _SLACK = 2.0  # how far beyond the clipped gradients' norm a coded momentum's may be, or that of a difference
 
 
@@ -89,8 +87,8 @@ class ExtrasChannel:
             for name, channel in self._channels.items()
             if name in frames  # the server has none for the first round
         }
-        if MOMENTS in found and not ((found[MOMENTS] >= 0) & (found[MOMENTS] <= _ABSURD)).all():
-            raise FrameError(f"second moments must be from 0 to {_ABSURD:g}")
+        if MOMENTS in found and not ((found[MOMENTS] >= 0) & (found[MOMENTS] <= self._most**2)).all():
+            raise FrameError(f"second moments must be from 0 to {self._most**2:g}; gradients are clipped")
         for name in {MOMENTUM, CONTROL} & {*found}:
             if (norm := euclidean_norm(found[name])) > self._most:
                 raise FrameError(f"a {name} of norm {norm:.3g}; gradients are clipped to {self._most / _SLACK:g}")

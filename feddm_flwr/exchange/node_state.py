@@ -85,7 +85,7 @@ class NodeState:
 
     def read(self, kind: str, number: int, layout: Layout) -> Vector:
         """Returns what was kept as of round `number`: a `residual`, the `personal` parameters, the shared
-        ones that were `received`, or what the `optimizer` goes on with.
+        ones that were `received`, what the `optimizer` goes on with, or the `control` variate.
 
         Raises:
             StateLostError: it is not there, or of another run, node or model, or corrupt.

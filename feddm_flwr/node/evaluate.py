@@ -74,7 +74,7 @@ def _final(
     trained, unseen = build_objectives(config, data, assets, root, device)
     held_out = unseen.held_out(network, config.eval.images, name)
     audit = None
-    if config.eval.audit and isinstance(trained, Denoising) and isinstance(unseen, Denoising):
+    if SAMPLES in frames and isinstance(trained, Denoising) and isinstance(unseen, Denoising):
         shape = (-1, config.data.channels, config.data.image_size, config.data.image_size)
         samples = np.frombuffer(frames[SAMPLES], np.uint8).reshape(shape)
         extract = features.read(assets[FEATURES]).build()

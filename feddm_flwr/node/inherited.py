@@ -21,6 +21,7 @@ class Own:
         """Begins with what the server sent beside the weights; there is a `state` where the configuration needs it."""
         self._config, self._split, self._task, self._state, self._got = config, split, task, state, got
         self._control: Vector | None = None  # this node's control variate, of the shared parameters
+        self._told = True  # whether the server knows it, but for its last change
 
     def inherited(self, whole: Layout, received: Vector, start: Vector | None) -> Inherited:
         """Returns what the training begins with, of parameters that have the layout `whole`."""
@@ -43,7 +44,7 @@ class Own:
         if self._control is not None and trained.control is not None:
             now = self._split.shared.take(trained.control)
             self._keep("control", now, self._split.shared.layout)
-            told[CONTROL] = now - self._control
+            told[CONTROL] = now - self._control if self._told else np.zeros_like(now)
         return told
 
     def _correction(self, received: Vector) -> Vector:
@@ -52,6 +53,9 @@ class Own:
         zeros = np.zeros(layout.size, np.float32)
         recalled = self._recalled("control", layout)
         self._control = zeros if recalled is None else recalled
+        if recalled is None and self._task.acked_any:  # it is lost: nothing says how far the server's is from it
+            self._told = False
+            return self._whole(zeros, received)
         return self._whole(self._got.get(CONTROL, zeros) - self._control, received)
 
     def _last_step(self, received: Vector) -> Vector | None:

@@ -159,6 +159,7 @@ class RoundRecord:
     coverage_by_class: dict[str, float] = field(default_factory=dict)
     lipschitz: float | None = None
     average_width: float | None = None  # of the average that the figures are of, where it was chosen
+    average_by: str = ""  # the figure that it was chosen by
     average_tried: dict[str, float] = field(default_factory=dict)  # what was chosen among, and by
 
     def figure(self, name: str) -> float | None:

@@ -137,11 +137,10 @@ class RunDirectory:
         """Tells whether the last line of `metrics.jsonl` has such figures."""
         return any("fid" in row for row in read_metrics(self.path)[-1:])
 
-    def average_width(self, number: int) -> float | None:
-        """Returns the width of the average that was chosen after a round, the last; None where none was."""
-        rows = [row for row in read_metrics(self.path)[-1:] if row["round"] == number]
-        found: float | None = rows[0].get("average_width") if rows else None
-        return found
+    def chosen_average(self) -> tuple[float, str] | None:
+        """Returns the width of the average that was chosen after the last round, and by what; None where none was."""
+        last = read_metrics(self.path)[-1:]
+        return (last[0]["average_width"], last[0]["average_by"]) if last and "average_by" in last[0] else None
 
     def _track(self, row: Row, number: int) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v) and k != "round"}

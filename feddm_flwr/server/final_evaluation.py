@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,10 +28,24 @@ log = logging.getLogger(__name__)
 _AUDITED = 256  # samples that nodes compare with their images
 
 
-def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> dict[str, Any]:
-    """Returns what the nodes say of the averaged weights: the held-out loss, the power of an autoencoder's latents (the
-    median of the nodes, which a few cannot move far) and, where asked for, the audit. `recipe` is the file of the
-    feature network, which the audit takes.
+@dataclass(frozen=True)
+class Said:
+    """What the nodes say of the averaged weights."""
+
+    losses: dict[str, tuple[int, float]]  # held-out images and loss, by node
+    latent_power: float | None  # of an autoencoder: the median of the nodes, which a few cannot move far
+    audit: dict[str, dict[str, float]]  # by node, where it was asked for
+    samples: int  # that the nodes compared with their images
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the lines of `final.json`."""
+        found: dict[str, Any] = {"eval_loss": _mean(self.losses.values()), "latent_power": self.latent_power}
+        return found | ({"audit": self.audit, "audit_samples": self.samples} if self.audit else {})
+
+
+def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> Said:
+    """Returns what the nodes say of the averaged weights. `recipe` is the file of the feature network, which the audit
+    takes; without one there is none.
 
     Raises:
         ConfigError, RunFailedError: as `FedDM.ask`.
@@ -48,18 +64,25 @@ def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path
             log.warning("node=%s: no final evaluation: %s", node.name, reply)
         else:
             said.append((node, reply))
-    losses = [(node.held_out, reply.eval_loss) for node, reply in said if reply.eval_loss is not None]
+    losses = {node.name: (node.held_out, reply.eval_loss) for node, reply in said if reply.eval_loss is not None}
     powers = [reply.latent_power for _, reply in said if reply.latent_power is not None]
-    weight = sum(n for n, _ in losses)
-    found: dict[str, Any] = {
-        "eval_loss": sum(n * loss for n, loss in losses) / weight if weight else None,
-        "latent_power": median(powers) if powers else None,
-        "bytes_other": feddm.bytes_other,
-    }
-    if audited := {node.name: _audit(node, reply, samples) for node, reply in said if reply.audit}:
-        found |= {"audit": dict(sorted(audited.items())), "audit_samples": samples}
-    log.info("final held-out loss of the averaged weights: %s", found["eval_loss"])
+    audited = {node.name: _audit(node, reply, samples) for node, reply in said if reply.audit}
+    found = Said(losses, median(powers) if powers else None, dict(sorted(audited.items())), samples)
+    log.info("final held-out loss of the averaged weights: %s", _mean(losses.values()))
     return found
+
+
+def held_out_losses(said: Sequence[Said]) -> list[float]:
+    """Returns the held-out loss of each of several models, over the nodes that gave one of all of them; NaN of none."""
+    common = set.intersection(*({*one.losses} for one in said))
+    means = (_mean([one.losses[name] for name in sorted(common)]) for one in said)
+    return [math.nan if mean is None else mean for mean in means]
+
+
+def _mean(losses: Collection[tuple[int, float]]) -> float | None:
+    """Returns the mean of losses, weighted by the images; None of none."""
+    weight = sum(n for n, _ in losses)
+    return sum(n * loss for n, loss in losses) / weight if weight else None
 
 
 def _reply(answer: RecordDict | Failure, samples: int, held_out: int) -> FinalReply | Failure:

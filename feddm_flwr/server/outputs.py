@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -20,7 +20,7 @@ from feddm_flwr.reporting import model_card, report
 from feddm_flwr.reporting.progress import Sampling
 from feddm_flwr.reporting.run_directory import RunDirectory
 from feddm_flwr.server.evaluation import GlobalEvaluation
-from feddm_flwr.server.final_evaluation import evaluate_at_nodes
+from feddm_flwr.server.final_evaluation import Said, evaluate_at_nodes, held_out_losses
 from feddm_flwr.server.strategy import FedDM
 from feddm_flwr.storage.atomic import whole_folder
 from feddm_flwr.vector import Vector
@@ -45,7 +45,7 @@ class Outputs:
         evaluates = self._draws and self._config.eval.features != "none"
         self._evaluation = GlobalEvaluation(model, run.path) if evaluates else None
         self._chosen_by = ""  # the figure that the shipped average is the best by, once it is chosen
-        self._said: dict[float | None, dict[str, Any]] = {}  # by the nodes, of the averages of these widths
+        self._said: dict[float | None, Said] = {}  # by the nodes, of the averages of these widths
 
     def begin(self, feddm: FedDM) -> None:
         """Makes what a run that was killed still owes, and has the nodes sum the features of their images."""
@@ -55,12 +55,13 @@ class Outputs:
 
     def after_round(self, feddm: FedDM) -> None:
         """Makes what is due after a round, once its figures are written."""
-        width = self._run.average_width(feddm.round)
-        if width is not None:
-            feddm.average.width, self._chosen_by = width, self._config.eval.average_by
+        due = not self._run.is_evaluated()
+        at_end = feddm.round == self._config.num_server_rounds
+        if chosen := self._run.chosen_average() if at_end else None:
+            feddm.average.width, self._chosen_by = chosen
         elif self._chooses(feddm, "loss"):
-            self._choose_by_loss(feddm)
-        if not self._run.is_evaluated():
+            due |= self._choose_by_loss(feddm)
+        if due or (not chosen and self._chooses(feddm, "fid")):
             self._evaluate(feddm)
         self._show(feddm)
 
@@ -72,15 +73,16 @@ class Outputs:
             return incomplete
         power = None
         if self._config.stage == "autoencoder":
-            last = self._said_by_nodes(feddm)
-            self._run.write_final(last)
-            power = last["latent_power"]
+            power = self._said_by_nodes(feddm).latent_power
         self._write_model(feddm, "model", power)
+        said = self._said.get(feddm.average.width)
         if self._evaluation and self._config.eval.audit:
             try:
-                self._run.write_final(evaluate_at_nodes(feddm, self._grid, self._model, self._evaluation.recipe))
+                said = evaluate_at_nodes(feddm, self._grid, self._model, self._evaluation.recipe)
             except RunFailedError as error:  # the model is there whatever they do
                 log.warning("eval.audit: %s", error)
+        if said:
+            self._run.write_final(said.figures() | {"bytes_other": feddm.bytes_other})
         return ""
 
     def _is_due(self, feddm: FedDM, every: int) -> bool:
@@ -108,11 +110,7 @@ class Outputs:
         """Returns those of the averaged weights; at the end, of the average of least FID, which is then the one."""
         if not self._chooses(feddm, "fid"):
             return evaluation.figures(feddm.averaged)
-        tried: dict[float, float] = {}
-        for width in WIDTHS:
-            feddm.average.width = width
-            tried[width] = evaluation.fid(feddm.averaged)
-        chosen = self._choose(feddm, tried)
+        chosen = self._choose(feddm, "fid", lambda: evaluation.fid(feddm.averaged))
         return evaluation.figures(feddm.averaged) | chosen
 
     def _chooses(self, feddm: FedDM, by: str) -> bool:
@@ -120,29 +118,45 @@ class Outputs:
         at_end = feddm.round == self._config.num_server_rounds and feddm.average.width is not None
         return at_end and self._config.eval.average_by == by and not self._incomplete
 
-    def _choose_by_loss(self, feddm: FedDM) -> None:
-        losses: dict[float, float] = {}
+    def _choose_by_loss(self, feddm: FedDM) -> bool:
+        """Tells whether that was possible."""
         usual = feddm.average.width
         try:
             for width in WIDTHS:
                 feddm.average.width = width
-                said = self._said_by_nodes(feddm)["eval_loss"]
-                losses[width] = math.inf if said is None else said
-        except RunFailedError as error:
+                self._said_by_nodes(feddm)
+            feddm.average.width = usual
+            losses = dict(zip(WIDTHS, held_out_losses([self._said[width] for width in WIDTHS]), strict=True))
+            self._run.add_figures(self._choose(feddm, "loss", lambda: losses[feddm.average.width or 0.0]))
+        except (RunFailedError, ValueError) as error:
             feddm.average.width = usual
             log.warning("eval.average-by = 'loss': %s; the usual average is shipped", error)
-        else:
-            self._run.add_figures(self._choose(feddm, losses))
+            return False
+        return True
 
-    def _choose(self, feddm: FedDM, tried: Mapping[float, float]) -> dict[str, Any]:
-        """Makes the best of the averages that were tried the one that is shipped; returns what is to be told of it."""
+    def _choose(self, feddm: FedDM, by: str, worth: Callable[[], float]) -> dict[str, Any]:
+        """Makes that average the one that is shipped which is worth the least; returns what is to be told of it.
+
+        Raises:
+            ValueError: one is not finite; the average is then as before.
+        """
+        usual, tried = feddm.average.width, dict[float, float]()
+        try:
+            for width in WIDTHS:
+                feddm.average.width = width
+                if not math.isfinite(value := worth()):
+                    raise ValueError(f"the figure of the average of width {width:g} is {value}")
+                tried[width] = value
+        except BaseException:
+            feddm.average.width = usual
+            raise
         width = min(tried, key=lambda one: tried[one])
-        feddm.average.width, self._chosen_by = width, self._config.eval.average_by
-        told = {f"{one:g}": worth for one, worth in tried.items()}
-        log.info("average_width=%g best by %s", width, self._chosen_by)
-        return {"average_width": width, "average_tried": told}
+        feddm.average.width, self._chosen_by = width, by
+        log.info("average_width=%g best by %s", width, by)
+        told = {f"{one:g}": value for one, value in tried.items()}
+        return {"average_width": width, "average_by": by, "average_tried": told}
 
-    def _said_by_nodes(self, feddm: FedDM) -> dict[str, Any]:
+    def _said_by_nodes(self, feddm: FedDM) -> Said:
         """Returns what the nodes say of the averaged weights; they are asked once for each average."""
         if (width := feddm.average.width) not in self._said:
             self._said[width] = evaluate_at_nodes(feddm, self._grid, self._model, None)

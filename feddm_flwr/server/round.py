@@ -164,15 +164,17 @@ class RoundInProgress:
         if scale < 1:
             update *= np.float32(scale)
             log.info("round=%d node=%s: norm %.3g shortened to %.3g", self.number, name, norm, norm * scale)
-        try:
+        try:  # all of the reply, or nothing
+            for kind, aggregator in self._beside.items():
+                aggregator.check(extras[kind])
             self._aggregators[part].add(update, node.images, frame, scale)
+            for kind, aggregator in self._beside.items():
+                aggregator.add(extras[kind], node.images, own[kind], 1.0)
         except ValueError as error:
             return Failure("bad-update", str(error))
         self._accepted.append(_Accepted(node, said, norm, scale))
         if MOMENTS in extras:
             self._means.append((name, node.images, extras[MOMENTS]))
-        for kind, aggregator in self._beside.items():  # of a norm that was checked: they can be added
-            aggregator.add(extras[kind], node.images, own[kind], 1.0)
         if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", self.number, name)
         log.info("%s", NodeDone(self.number, name, self.count, said.train_loss, len(frame)))
@@ -188,15 +190,19 @@ class RoundInProgress:
             del aggregator
         return found
 
-    def extras(self, before: Extras, images: int) -> Extras:
-        """Returns what the nodes' extras come to, once, given those `before` the round and how many images all nodes
-        have."""
-        found = {name: aggregator.mean() for name, aggregator in self._beside.items()}
+    def extras(self, before: Extras) -> Extras:
+        """Returns what the nodes' extras come to, once, given those `before` the round."""
+        found = {name: self._beside.pop(name).mean() for name in [*self._beside]}
         if self._means:
             found[MOMENTS] = mean_of_nodes(self._means, robust=self._config.server.robust)
         if CONTROL in found:  # nodes tell how theirs changed; those of others stay as they are
-            found[CONTROL] *= np.float32(sum(a.node.images for a in self._accepted) / images)
-            found[CONTROL] += before.get(CONTROL, np.float32(0))
+            # What a node claims to have counts nothing under a robust rule.
+            count = (lambda node: 1) if self._config.server.robust else (lambda node: node.images)
+            share = sum(count(a.node) for a in self._accepted) / sum(map(count, self._nodes.values()))
+            control = before.get(CONTROL, np.float32(0)) + np.float32(share) * found[CONTROL]
+            # A mean of clipped gradients is no longer than they are, whatever the nodes say.
+            longest = self._config.train.max_grad_norm
+            found[CONTROL] = control * np.float32(min(1.0, longest / max(euclidean_norm(control), longest)))
         return found
 
     def acknowledged(self) -> dict[tuple[str, str], int]:

@@ -187,7 +187,8 @@ class FedDM:
         log.info("%s", RoundBegun(number, self.config.num_server_rounds, len(chosen)))
         content, probes = self._contents(number, part), Probes(grid, self._roster.processes)
         freed = 0  # bytes of replies
-        for node_id, reply in collect(grid, chosen, content, progress.traffic, len(received), timeout, probes):
+        size, beside = len(received), sum(self._extras_channel.sizes.values())
+        for node_id, reply in collect(grid, chosen, content, progress.traffic, size, timeout, probes, beside=beside):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else progress.accept(name, reply)
             if failure:
@@ -258,7 +259,7 @@ class FedDM:
         self._step_norm = step
         steps = progress.typical_steps()
         self.round, self.weights, self._state = number, weights, state
-        self._extras = progress.extras(self._extras, sum(node.images for node in self.nodes))
+        self._extras = progress.extras(self._extras)
         self.average.update(weights, self._steps, steps)
         self._steps += steps
         self._outliers.commit(progress.lengths())

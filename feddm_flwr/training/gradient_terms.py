@@ -47,8 +47,8 @@ class Proximal(GradientTerm):
 class Control(GradientTerm):
     """SCAFFOLD's correction c - c_k (Karimireddy et al. 2020, arXiv 1910.06378, eq. 3).
 
-    The node's next c_k is the mean of its gradients over the round, each clipped as it is for a step: with plain
-    gradient descent that is the paper's option II.
+    The node's next c_k is the mean of its gradients over the round. With gradient descent at a constant rate, and
+    nothing clipped, that is the paper's option II. Each is clipped by itself, before the correction.
     """
 
     def __init__(self, correction: Tensor, max_norm: float) -> None:

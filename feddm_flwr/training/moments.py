@@ -60,8 +60,9 @@ class Shared(Memory):
     def begin(self, optimizers: States, parameters: list[Tensor]) -> None:
         if self.moments is None:
             return
-        means, place = torch.from_numpy(self.moments[MOMENTS]), 0
-        momentum, start = torch.from_numpy(self.moments.get(MOMENTUM, np.zeros(0, np.float32))), 0
+        none = np.zeros(0, np.float32)  # where all parameters are of the other kind
+        means, place = torch.from_numpy(self.moments.get(MOMENTS, none)), 0
+        momentum, start = torch.from_numpy(self.moments.get(MOMENTUM, none)), 0
         for p in self._those(parameters):
             if _is_muons(optimizers, p):
                 own = momentum[start : (start := start + p.numel())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.exchange.channel import FrameError
 from feddm_flwr.exchange.extras import Extras, ExtrasChannel, mean_of_nodes
+from feddm_flwr.exchange.partial import split_of
+from feddm_flwr.models import networks, parameters, pipelines, pretrained
+from feddm_flwr.server.strategy import FedDM
 from feddm_flwr.training.gradient_terms import Control
 from feddm_flwr.training.moments import Kept, Memory, Shared
 from feddm_flwr.training.muon import orthogonal
@@ -136,14 +140,14 @@ def test_a_momentum_is_made_nearly_orthogonal_and_keeps_its_directions(shape: tu
 def test_they_travel_as_a_mean_for_each_output_channel() -> None:
     via = ExtrasChannel(AVERAGED, LAYOUT)
     assert via.sizes == {"moments": 3 + 3 + 1}
-    means = np.geomspace(1e-14, 1e2, 7).astype(np.float32)
+    means = np.geomspace(1e-14, 1, 7).astype(np.float32)
     frame = via.encode({"moments": means}, 5)
     np.testing.assert_allclose(via.decode(frame, 5)["moments"], means, rtol=2**-8)
     with pytest.raises(FrameError, match="round"):
         via.decode(frame, 6)
     with pytest.raises(FrameError, match="layout"):
         ExtrasChannel(AVERAGED, Layout(LAYOUT.names, ((3, 2, 2, 2), (2,), (2,)))).decode(frame, 5)
-    for wrong in (-1e-3, 1e7):
+    for wrong in (-1e-3, 5.0):
         with pytest.raises(FrameError, match="second moments must be from 0 to"):
             via.decode(via.encode({"moments": np.full(7, wrong, np.float32)}, 5), 5)
 
@@ -280,6 +284,57 @@ def test_the_servers_control_variate_is_the_mean_of_the_nodes_own() -> None:
     without = run(config(num_server_rounds=4, fraction_train=0.5))
     assert sum(r.bytes_up for r in rounds) == size == pytest.approx(2 * sum(r.bytes_up for r in without), rel=0.1)
     assert rounds[-1].weights.tobytes() != without[-1].weights.tobytes()
+
+
+def test_a_control_variate_is_no_longer_than_clipped_gradients_whatever_a_node_says() -> None:
+    """Otherwise the nodes would refuse it, for good."""
+    c = config(train__control="scaffold", num_server_rounds=4)
+
+    def lie(message: Message, reply: Message) -> Message:
+        number = int(str(reply.content.config_records["report"]["round"]))
+        frame = via.encode({"control": np.full(size, 1.9 / size**0.5, np.float32)}, number)["control"]
+        arrays = {**reply.content.array_records["weights"], "control": Array("uint8", (len(frame),), "", frame)}
+        records = {"weights": ArrayRecord(arrays), "report": reply.content["report"]}
+        return Message(RecordDict(records), reply_to=message)
+
+    server, handlers = feddm(c), nodes(c)
+    via, size = ExtrasChannel(c, server._split.shared.layout), server._split.shared.layout.size
+    handlers[997] = on_train(handlers[997], lie)
+    rounds = [*server.run(LocalGrid(handlers))]
+    assert all(r.clients_ok == 4 for r in rounds)
+    assert np.linalg.norm(server.checkpoint().tensors["control"]) <= 1.001
+
+
+def test_a_reply_whose_moments_cannot_be_added_leaves_nothing() -> None:
+    c = config(**C | MUON | {"num_server_rounds": 1, "train__max_grad_norm": 1e12})
+
+    def change(message: Message, reply: Message) -> Message:
+        moments = via.decode({name: reply.content["weights"][name].data for name in via.sizes}, 1)
+        moments["momentum"] = np.full(via.sizes["momentum"], 1e7, np.float32)
+        arrays = {**reply.content["weights"]}
+        arrays |= {name: Array("uint8", (len(f),), "", f) for name, f in via.encode(moments, 1).items()}
+        return Message(
+            RecordDict({"weights": ArrayRecord(arrays), "report": reply.content["report"]}), reply_to=message
+        )
+
+    server, handlers = feddm(c), nodes(c)
+    via = ExtrasChannel(c, server._split.shared.layout)
+    handlers[997] = on_train(handlers[997], change)
+    (done,) = server.run(LocalGrid(handlers))
+    assert done.failures == {"bad-update": 1}
+    assert done.weights.tobytes() == weights_without_node_3(c)
+
+
+def test_adapters_are_matrices_alone_and_go_on_with_muons_momentum(tmp_path: Path) -> None:
+    c = config()
+    pipelines.save(networks.build(c, {}), c, {}, tmp_path / "model", "")
+    lora = config(**C | MUON, model__init_from=str(tmp_path / "model"), model__lora_rank=2)
+    files = pretrained.fetch(lora, tmp_path)
+    network = networks.build(lora, files)
+    parts = split_of(parameters.layout(network), lora)
+    assert [*ExtrasChannel(lora, parts.shared.layout).sizes] == ["momentum"]
+    server = FedDM(lora, parts.shared.take(parameters.to_vector(network)), parts, uuid.uuid4().hex, files)
+    assert all(r.clients_ok == 4 for r in server.run(LocalGrid(nodes(lora))))
 
 
 def test_control_variates_lead_to_the_optimum_of_all_where_averaging_does_not() -> None:

@@ -41,8 +41,9 @@ def trained(folder: Path, **keys: Any) -> list[RoundResult]:
     rounds = list(feddm.run(grid))
     assert all(r.clients_ok == 4 and not r.failures for r in rounds)
     parameters.load_vector(network, feddm.averaged)
-    last = evaluate_at_nodes(feddm, grid, GlobalModel(network, c, files), None) if c.stage == "autoencoder" else {}
-    pipelines.save(network, c, files, folder / "model", "card", last.get("latent_power"))
+    autoencoder = c.stage == "autoencoder"
+    last = evaluate_at_nodes(feddm, grid, GlobalModel(network, c, files), None) if autoencoder else None
+    pipelines.save(network, c, files, folder / "model", "card", last.latent_power if last else None)
     return rounds
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from local_grid import config, row, run_server
+from flwr.app import Message, MessageType
+from local_grid import config, nodes, on_train, row, run_server
 from tensorboardX.proto.event_pb2 import Event
 
 from feddm_flwr.cli.main import main
@@ -115,11 +116,39 @@ def test_an_evaluation_that_fails_or_is_killed_costs_no_round_and_is_made_up_for
     assert [row["fid"] for row in rows] == [row["fid"] for row in read_metrics(whole)]
 
 
+def test_a_run_that_is_ended_early_ships_its_best_average_and_one_that_goes_on_chooses_anew(
+    tmp_path: Path,
+) -> None:
+    keys: dict[str, Any] = {"eval__features": "random", "train__lr_schedule": "constant", "out_dir": str(tmp_path)}
+    path = run(tmp_path, run_name="x", num_server_rounds=2, eval__average_by="none", **keys)
+    assert "average_by" not in read_metrics(path)[-1]
+    run(tmp_path, run_name="x", num_server_rounds=2, resume=True, **keys)
+    assert read_metrics(path)[-1]["average_by"] == "fid"
+    run(tmp_path, run_name="x", num_server_rounds=4, resume=True, eval__keep_best="fid", **keys)
+    chosen = [row.get("average_by") for row in read_metrics(path)]
+    assert chosen == [None, "fid", None, "fid"]
+
+
+def test_where_no_loss_is_known_the_usual_average_is_shipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def silent(message: Message, reply: Message) -> Message:
+        del reply.content.config_records["report"]
+        return reply
+
+    c = config(out_dir=str(tmp_path), run_name="x", num_server_rounds=1, eval__average_by="loss")
+    run_server(c, {i: on_train(h, silent, MessageType.EVALUATE) for i, h in nodes(c).items()})
+    assert "average_by" not in read_metrics(tmp_path / "x")[-1]
+    assert "relative width 0.1" in (tmp_path / "x" / "model" / "README.md").read_text()
+    with pytest.raises(ConfigError, match=r"eval.average-by = 'loss' with data.eval-fraction = 0"):
+        config(eval__average_by="loss", data__eval_fraction=0.0)
+
+
 @pytest.mark.parametrize("by", ["fid", "loss", "none"])
 def test_the_average_that_is_best_by_what_was_asked_for_is_shipped(by: str, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"num_server_rounds": 3, "eval__average_by": by, "out_dir": str(tmp_path)}
     if by == "fid":
         keys |= {"eval__features": "random"}
+    if by == "loss":
+        keys |= {"eval__features": "random", "eval__audit": True}  # which is asked for beside
     path = run(tmp_path, run_name="whole", **keys)
     *before, last = read_metrics(path)
     tensors = newest(path / "checkpoints").tensors

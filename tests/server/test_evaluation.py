@@ -132,12 +132,13 @@ def test_the_end_of_a_run_is_evaluated_by_the_nodes(tmp_path: Path) -> None:
     of, feddm = federation(c)
     grid, judge = LocalGrid(nodes(c)), GlobalEvaluation(of, tmp_path)
     done = list(feddm.run(grid))
-    found = evaluate_at_nodes(feddm, grid, of, judge.recipe)
+    said = evaluate_at_nodes(feddm, grid, of, judge.recipe)
+    found = said.figures()
     assert {*found["audit"]} == {f"node-{i}" for i in range(4)}
     assert all(0 <= a["near"] <= 32 and 0.3 < a["members_auc"] < 0.7 for a in found["audit"].values())
     assert all(a["by_chance"] == pytest.approx(32 * 1.35 / 37, rel=0.05) for a in found["audit"].values())
     assert 0 < found["eval_loss"] < done[0].eval_loss
-    assert found["bytes_other"] > 4 * 4 * len(feddm.averaged)  # the averaged weights went to four nodes
+    assert feddm.bytes_other > 4 * 4 * len(feddm.averaged)  # the averaged weights went to four nodes
     row = done[1].figures()
     assert len(row["eval_levels"]) == 10
     assert np.mean(row["eval_levels"]) == pytest.approx(row["eval_loss"], rel=0.05)

@@ -37,19 +37,21 @@ def collect(
     timeout: float,
     probes: Probes,
     kind: str = MessageType.TRAIN,
+    *,
+    beside: int = 0,
 ) -> Iterator[tuple[int, RecordDict | Failure]]:
     """Asks the nodes (id -> name) to train, or what else is of a `kind`; yields their replies as they come.
 
-    `content(name, whole)` is what a node is sent, of `size` parameters. A node that says it lost what it should hold is
-    asked again, once, with the whole of it. A node whose process died is asked again for as long as
-    others get through: in a simulation the dead process stays in Flower's pool and fails whatever it
-    is handed. So is a real node that was restarted.
+    `content(name, whole)` is what a node is sent, of `size` parameters; its reply may have so many values `beside`
+    them. A node that says it lost what it should hold is asked again, once, with the whole of it. A node whose process
+    died is asked again for as long as others get through: in a simulation the dead process stays in Flower's pool and
+    fails whatever it is handed. So is a real node that was restarted.
     """
     deadline = time.monotonic() + timeout
     # A simulation keeps replies in this process until they are pulled, and may make them faster. Real nodes are all
     # asked at once: their replies wait in the SuperLink, on disk.
     window = _WINDOW + _cores() if simulated(grid) else len(names)
-    replies = Replies(grid, most_bytes(size) + 1_000_000 if kind == MessageType.TRAIN else _MOST)
+    replies = Replies(grid, most_bytes(size + beside) + 1_000_000 if kind == MessageType.TRAIN else _MOST)
     died: dict[int, Failure] = {}
     whole: set[int] = set()
     again = list(names)

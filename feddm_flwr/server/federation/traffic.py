@@ -45,4 +45,4 @@ def count(traffic: Traffic, name: str, sent: RecordDict) -> None:
     size = sum(len(array.data) for array in arrays.values()) - assets
     traffic.down[name] += size
     traffic.other += assets
-    traffic.full += size * (SHADOW in arrays)
+    traffic.full += len(arrays[SHADOW].data) if SHADOW in arrays else 0
