@@ -68,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "conditions": {name: _PARTITIONS[name] for name in ("iid", "dirichlet 0.3")},
     },
     "codecs": {
+        "common": {"train.optimizer": "adamw"},  # of all, so that what differs is the coding
         "runs": {
             "float32": {},
             "quant": _STRATEGIES["quant"],

@@ -43,7 +43,7 @@ SERVER_OPTIMIZERS: dict[str, _Keys] = {
     "adam": {"server.learning-rate": 0.01, "server.momentum": 0.9},
 }
 
-#: What each local optimizer decides; Muon's by our sweep (docs/exchange.md).
+#: What each local optimizer decides; Muon's by a sweep of ours (benchmarks/fashionmnist.toml has what it is worth).
 OPTIMIZERS: dict[str, _Keys] = {
     "adamw": {"train.moments": "reset", "train.learning-rate": 2e-3},
     "muon": {"train.moments": "server", "train.learning-rate": 4e-3},
