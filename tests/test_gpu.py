@@ -44,7 +44,10 @@ def trained(c: RunConfig, images: int = 150) -> tuple[Vector, loop.Trained]:
     network = networks.build(c, {}).to(device)
     pixels = np.random.default_rng(0).integers(0, 256, (images, 3, 32, 32), np.uint8)
     objective = Denoising(c, Pixels(pixels, True, device), np.zeros(images, np.int64), device)
-    result = loop.train(network, objective, c, "node", Progress(1, 0), device)
+    size = parameters.layout(network).size
+    correction = np.full(size, 1e-3, np.float32) if c.train.control != "none" else None
+    inherited = loop.Inherited(correction=correction)
+    result = loop.train(network, objective, c, "node", Progress(1, 0), device, inherited)
     return parameters.to_vector(network), result
 
 
@@ -56,6 +59,8 @@ def trained(c: RunConfig, images: int = 150) -> tuple[Vector, loop.Trained]:
         {"strategy": "feddm-prox", "train.mu": 0.1},
         {"train.micro-batch": 10},
         {"train.checkpointing": True},
+        {"train.optimizer": "muon"},
+        {"train.control": "scaffold"},
     ],
     ids=str,
 )
@@ -65,7 +70,10 @@ def test_recorded_steps_give_the_bits_of_those_that_are_launched_one_by_one(
     recorded, again = trained(config(**keys)), trained(config(**keys))
     launched = trained(config(**keys, **{"train.cuda-graph": False}))
     assert recorded[0].tobytes() == again[0].tobytes() == launched[0].tobytes()
-    assert recorded[1] == launched[1]
+    assert (recorded[1].loss, recorded[1].steps) == (launched[1].loss, launched[1].steps)
+    if (control := launched[1].control) is not None:
+        assert recorded[1].control is not None
+        assert recorded[1].control.tobytes() == control.tobytes()
 
 
 def test_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
