@@ -42,18 +42,20 @@ def has_momentum(shape: tuple[int, ...]) -> bool:
 class ExtrasChannel:
     """Both ends of both ways."""
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
-        """Carries what the configuration asks for, of the parameters of a layout."""
+    def __init__(self, config: RunConfig, layout: Layout, after: int = 0) -> None:
+        """Carries what the configuration asks for, of the parameters of a layout; `after` the last round of a run that
+        cannot go on, nothing."""
         by_muon = config.train.optimizer == "muon"
         self._most = _SLACK * config.train.max_grad_norm
         means = sum(channels(shape) for shape in layout.shapes if not (by_muon and has_momentum(shape)))
         momentum = sum(int(np.prod(shape)) for shape in layout.shapes if by_muon and has_momentum(shape))
         self._channels: dict[str, Channel] = {}
-        averages = config.train.moments == "server"
+        ends = after == config.num_server_rounds and config.train.lr_schedule == "cosine"
+        averages = config.train.moments == "server" and not ends
         for name, codec, size in (
             (MOMENTS, BFloat16(), means if averages else 0),
             (MOMENTUM, Int2(), momentum if averages else 0),
-            (CONTROL, Identity(), layout.size if config.train.control == "scaffold" else 0),
+            (CONTROL, Identity(), layout.size if config.train.control == "scaffold" and not ends else 0),
         ):
             if size:
                 self._channels[name] = Channel(codec, f"{layout.fingerprint}/{name}", size)

@@ -71,5 +71,5 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
         coding_error=sent.error,
         state_lost=state is not None and state.lost,
     )
-    beside = extras.encode(own.leave(trained), task.round)
+    beside = ExtrasChannel(config, split.shared.layout, task.round).encode(own.leave(trained), task.round)
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **beside})

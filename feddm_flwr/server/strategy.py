@@ -181,13 +181,12 @@ class FedDM:
         """Sends the weights to the chosen nodes and takes in what comes back, one reply at a time."""
         part = assign(self._split, sorted(chosen.values()), self.config, number)
         nodes, timeout = self._roster.nodes, self.config.round_timeout
-        progress = RoundInProgress(
-            number, self.config, nodes, part, self._receiver, received, self._outliers, self._extras_channel
-        )
+        extras = ExtrasChannel(self.config, self._split.shared.layout, number)
+        progress = RoundInProgress(number, self.config, nodes, part, self._receiver, received, self._outliers, extras)
         log.info("%s", RoundBegun(number, self.config.num_server_rounds, len(chosen)))
         content, probes = self._contents(number, part), Probes(grid, self._roster.processes)
         freed = 0  # bytes of replies
-        size, beside = len(received), sum(self._extras_channel.sizes.values())
+        size, beside = len(received), sum(extras.sizes.values())
         for node_id, reply in collect(grid, chosen, content, progress.traffic, size, timeout, probes, beside=beside):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else progress.accept(name, reply)

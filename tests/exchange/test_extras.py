@@ -175,7 +175,8 @@ def test_the_mean_is_weighted_by_images_and_a_robust_one_is_not_moved_by_one_nod
     assert mean_of_nodes([*of, ("c", 10**6, np.full(2, 1e6, np.float32))], robust=True).tolist() == [8.0, 8.0]
 
 
-C: dict[str, Any] = {"train__moments": "server", "num_server_rounds": 3}
+ENDLESS = {"train__lr_schedule": "constant"}
+C: dict[str, Any] = {"train__moments": "server", "num_server_rounds": 3, **ENDLESS}
 MUON = {"train__optimizer": "muon"}
 
 
@@ -259,7 +260,7 @@ def test_a_reply_with_wrong_moments_is_no_reply(content: bytes | None, reason: s
 
 def test_the_servers_control_variate_is_the_mean_of_the_nodes_own() -> None:
     """Each node counts by its images, whether it was asked in a round or not."""
-    c = config(train__control="scaffold", num_server_rounds=4, fraction_train=0.5)
+    c = config(train__control="scaffold", num_server_rounds=4, fraction_train=0.5, **ENDLESS)
     own: dict[str, tuple[int, Vector]] = {}
     size = 0
 
@@ -281,14 +282,25 @@ def test_the_servers_control_variate_is_the_mean_of_the_nodes_own() -> None:
     expected = sum(images / total * vector for images, vector in own.values())
     found = server.checkpoint().tensors["control"]
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    without = run(config(num_server_rounds=4, fraction_train=0.5))
+    without = run(config(num_server_rounds=4, fraction_train=0.5, **ENDLESS))
     assert sum(r.bytes_up for r in rounds) == size == pytest.approx(2 * sum(r.bytes_up for r in without), rel=0.1)
     assert rounds[-1].weights.tobytes() != without[-1].weights.tobytes()
 
 
+def test_what_no_round_goes_on_with_is_not_sent() -> None:
+    c = config(**MUON, train__control="scaffold", num_server_rounds=3)
+    server = feddm(c)
+    first, second, last = server.run(LocalGrid(nodes(c)))
+    plain = run(config(**MUON, train__moments="reset", num_server_rounds=1))[0]
+    assert first.bytes_up == pytest.approx(second.bytes_up, rel=0.01)
+    assert last.bytes_up == pytest.approx(plain.bytes_up, rel=0.01)
+    assert first.bytes_up > 2 * last.bytes_up * 0.95
+    assert last.bytes_down == pytest.approx(second.bytes_down, rel=0.01)
+
+
 def test_a_control_variate_is_no_longer_than_clipped_gradients_whatever_a_node_says() -> None:
     """Otherwise the nodes would refuse it, for good."""
-    c = config(train__control="scaffold", num_server_rounds=4)
+    c = config(train__control="scaffold", num_server_rounds=4, **ENDLESS)
 
     def lie(message: Message, reply: Message) -> Message:
         number = int(str(reply.content.config_records["report"]["round"]))
