@@ -19,7 +19,8 @@ class RunConfig:
     strategy: str = key(
         "feddm-vanilla",
         "`feddm-vanilla` averages, `feddm-prox` adds a proximal term, `feddm-quant` exchanges 8-bit weights (these "
-        "three are the paper's), `feddm-lean` ternary differences both ways, `feddm-slow-link` even fewer bytes up",
+        "three are the paper's), `feddm-lean` ternary differences both ways, of steps by Muon, `feddm-slow-link` even "
+        "fewer bytes up",
         choices=(*STRATEGIES,),
     )
     stage: str = key(
