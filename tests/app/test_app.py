@@ -117,9 +117,9 @@ def test_strategies_are_swapped_by_run_config(vanilla: Path, folder: Path, tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(job.iterdir()) == []
     for line, of_vanilla in zip(rows(run), rows(vanilla), strict=True):
-        assert line["train_loss"] == pytest.approx(of_vanilla["train_loss"], rel=0.05)
-        assert line["bytes_up_fp32"] >= 20 * line["bytes_up"]
-        assert line["bytes_down_fp32"] >= 20 * line["bytes_down"]
+        assert line["train_loss"] == pytest.approx(of_vanilla["train_loss"], rel=0.15)
+        assert line["bytes_up_fp32"] >= 10 * line["bytes_up"]
+        assert line["bytes_down_fp32"] >= 10 * line["bytes_down"]
     assert checksum(run) != checksum(vanilla)
     assert re.search(r"sent by the nodes: \S+ \S+, \S+x less than float32, \S+x less than gradients", done.stdout)
     # Nodes of a simulation leave nothing behind but decoded images, which other runs share.

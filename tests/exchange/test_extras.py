@@ -185,7 +185,6 @@ MUON = {"train__optimizer": "muon"}
     [
         {},
         {"strategy": "feddm-lean"},
-        {"exchange__personal": "conv_in.*"},
         {"exchange__parts": "usplit"},
         {**MUON},
         {"train__control": "scaffold", "strategy": "feddm-lean"},

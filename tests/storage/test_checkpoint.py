@@ -223,7 +223,6 @@ def train(
         {"strategy": "feddm-slow-link", "fraction_train": 0.75, "server__clip_norm": 1.0},
         {"strategy": "feddm-lean", "exchange__parts": "usplit"},
         {"strategy": "feddm-lean", "server__aggregation": "median"},
-        {"strategy": "feddm-lean", "exchange__parts": "udec"},
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
