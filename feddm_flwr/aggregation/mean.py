@@ -15,11 +15,6 @@ _LIMIT = 2.0**62
 _ROUNDING = np.float64(1.5 * 2.0**52)
 
 
-def largest_of(vector: Vector) -> float:
-    """Returns the largest magnitude."""
-    return float(max(vector.max(initial=0), -vector.min(initial=0)))
-
-
 class StreamingMean(Aggregator):
     """The weighted mean of vectors that are added one by one and can be freed at once.
 
@@ -42,8 +37,7 @@ class StreamingMean(Aggregator):
 
     def check(self, vector: Vector) -> None:
         """Raises a ValueError where the values are so large that a sum of such vectors could overflow."""
-        if not (largest := largest_of(vector)) * self._total * 2.0**FRACTION_BITS < _LIMIT:
-            raise ValueError(f"the update has values up to {largest:.3g}: too large to add up exactly")
+        self._largest(vector)
 
     def add(self, vector: Vector, weight: int, frame: bytes = b"", scale: float = 1.0) -> None:
         """Adds a finite vector, weighted by a number of images; other rules need its `frame` and `scale`.
@@ -53,9 +47,8 @@ class StreamingMean(Aggregator):
                 was added then. This too does not depend on the order.
         """
         assert 1 <= weight <= self._total - self.weight, (weight, self.weight, self._total)
-        self.check(vector)
         factor = weight * 2.0**FRACTION_BITS
-        small = largest_of(vector) * factor < 2.0**51
+        small = self._largest(vector) * factor < 2.0**51
         scaled = np.empty(PIECE)
         for start in range(0, len(vector), PIECE):
             values, total = vector[start : start + PIECE], self._sum[start : start + PIECE]
@@ -71,6 +64,17 @@ class StreamingMean(Aggregator):
             self._offset += _ROUNDING.view(np.int64)
         self.weight += weight
         self._count += 1
+
+    def _largest(self, vector: Vector) -> float:
+        """Returns the largest magnitude of a vector that can be added.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        largest = float(max(vector.max(initial=0), -vector.min(initial=0)))
+        if not largest * self._total * 2.0**FRACTION_BITS < _LIMIT:
+            raise ValueError(f"the update has values up to {largest:.3g}: too large to add up exactly")
+        return largest
 
     def mean(self) -> Vector:
         """Returns the mean as float32; zeros where nothing was added."""

@@ -35,6 +35,8 @@ STRATEGIES: dict[str, _Keys] = {
         "server.momentum": 0.5,
     },
 }
+#: Of an exponential average.
+EMA_DECAY = 0.999
 #: What each server optimizer decides: plain averaging; DiLoCo's outer step, by our sweep (see
 #: docs/exchange.md); FedAdam (Reddi et al. 2021).
 SERVER_OPTIMIZERS: dict[str, _Keys] = {
@@ -162,7 +164,7 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
         "train.optimizer": local,
         **OPTIMIZERS["muon" if local == "muon" else "adamw"],
         "server.average": "power" if by_power else "exponential",
-        "server.ema-decay": 0.999,
+        "server.ema-decay": EMA_DECAY,
         "server.optimizer": optimizer,
         **SERVER_OPTIMIZERS.get(optimizer, {}),
         **strategy,

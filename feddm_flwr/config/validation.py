@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 
 from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, PARTITION_OF, SCHEDULERS, SPARSE_CODECS
 from feddm_flwr.config.plugins import is_plugin
+from feddm_flwr.config.presets import EMA_DECAY
 from feddm_flwr.config.run_config import KEYS, RunConfig
 
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
@@ -178,7 +179,7 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ):
             if wrong:
                 yield f"eval.average-by = 'loss' with {key} = {value!r}: the server has no averages to compare by it"
-    if c.server.average == "power" and c.server.ema_decay != 0.999:
+    if c.server.average == "power" and c.server.ema_decay != EMA_DECAY:
         yield f"server.ema-decay = {c.server.ema_decay} with server.average = 'power': acts with 'exponential' only"
     if c.server.momentum and c.server.optimizer == "averaging":
         yield f"server.momentum = {c.server.momentum} with server.optimizer = 'averaging': must be 0, or use nesterov"

@@ -19,6 +19,7 @@ from feddm_flwr.config import FLOW_SCHEDULERS, SCHEDULERS, derive_seed
 from feddm_flwr.data.images import Images
 from feddm_flwr.models.autoencoder import decode
 from feddm_flwr.models.class_pipeline import guided
+from feddm_flwr.models.diffusion import is_flow
 from feddm_flwr.models.pixels import to_uint8
 
 _SCHEDULERS: dict[str, Any] = {
@@ -33,7 +34,7 @@ _SCHEDULERS: dict[str, Any] = {
 
 def schedulers_for(scheduler_config: Any) -> tuple[str, ...]:
     """Returns the names of those that a model's scheduler configuration may be drawn by, the usual one first."""
-    return FLOW_SCHEDULERS if scheduler_config.get("_class_name", "").startswith("FlowMatch") else SCHEDULERS
+    return FLOW_SCHEDULERS if is_flow(scheduler_config) else SCHEDULERS
 
 
 @torch.inference_mode()

@@ -67,18 +67,18 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         size = (c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else tuple(c.sample_size)
         own = torch.tensor(labels, device=device) if names else None
         solver = self.scheduler
-        if type(solver).__name__.startswith("FlowMatch") is not self.config.flow or not (
-            self.config.flow or hasattr(solver, "alphas_cumprod")
-        ):
+        flow = self.config.flow
+        fits = type(solver).__name__.startswith("FlowMatch") if flow else hasattr(solver, "alphas_cumprod")
+        if not fits:
             raise ValueError(f"{type(solver).__name__}: is for networks of another noise process than this one's")
         _set_timesteps(solver, num_inference_steps, device)
         x = randn_tensor((len(labels) if names else batch_size, c.in_channels, *size), generator, device)
-        if not self.config.flow:
+        if not flow:
             x = x * solver.init_noise_sigma  # of some solvers the noise is beyond the range of half precision
         parameters = inspect.signature(solver.step).parameters
         added = {"generator": generator} if "generator" in parameters else {}
         for t in self.progress_bar(solver.timesteps):
-            seen = (x if self.config.flow else solver.scale_model_input(x, t)).to(self.unet.dtype)
+            seen = (x if flow else solver.scale_model_input(x, t)).to(self.unet.dtype)
             predicted = guided(self.unet, seen, t, own, len(names), guidance_scale).float()
             x = solver.step(predicted, t, x, **added).prev_sample
         images = x if output_type == "latent" else self._decoded(x, output_type)

@@ -8,7 +8,9 @@ images to noise: 1 - t/T and t/T for t in 1..T.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ from feddm_flwr.config.keys import Diffusion
 #: What diffusers' schedulers call ours.
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+
+
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Tells whether the configuration of one of diffusers' schedulers is for models trained by flow matching."""
+    return str(scheduler.get("_class_name", "")).startswith("FlowMatch")
 
 
 def alphas_cumprod(schedule: str, timesteps: int) -> Tensor:

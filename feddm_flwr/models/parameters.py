@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -37,6 +39,12 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1).float() for p in trainable(model)])
 
 
+def split_like(vector: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns the parts of a flat vector that belong to parameters, in their shapes."""
+    parts = vector.split([p.numel() for p in parameters])
+    return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+
+
 def load_vector(model: torch.nn.Module, vector: Vector) -> None:
     """Writes a flat vector into the parameters, in place.
 
@@ -49,5 +57,5 @@ def load_vector(model: torch.nn.Module, vector: Vector) -> None:
         raise ValueError(f"the model has {size} parameters, the vector has shape {vector.shape}")
     values = torch.from_numpy(np.ascontiguousarray(vector))
     with torch.no_grad():
-        for p, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
-            p.copy_(part.view_as(p))
+        for p, part in zip(parameters, split_like(values, parameters), strict=True):
+            p.copy_(part)

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from feddm_flwr.config import ConfigError, RunConfig, local_path
-from feddm_flwr.models.diffusion import PREDICTIONS, SCHEDULES
+from feddm_flwr.models.diffusion import PREDICTIONS, SCHEDULES, is_flow
 from feddm_flwr.models.vgg16 import VGG16
 from feddm_flwr.storage.atomic import whole_file
 
@@ -137,7 +137,7 @@ def _check_process(config: RunConfig) -> None:
         log.warning("model.init-from = %r: has no scheduler; diffusion.* must be what it was trained with", name)
         return
     d = config.diffusion
-    if (flow := own.get("_class_name", "").startswith("FlowMatch")) or d.prediction == "flow":
+    if (flow := is_flow(own)) or d.prediction == "flow":
         if flow and d.prediction == "flow" and own["num_train_timesteps"] == d.timesteps:
             return
         theirs = f"flow with diffusion.timesteps = {own['num_train_timesteps']}" if flow else "another process"

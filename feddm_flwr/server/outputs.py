@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.serverapp import Grid
 
@@ -26,6 +26,8 @@ from feddm_flwr.storage.atomic import whole_folder
 from feddm_flwr.vector import Vector
 
 log = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found")
 
 
 class Outputs:
@@ -56,8 +58,7 @@ class Outputs:
     def after_round(self, feddm: FedDM) -> None:
         """Makes what is due after a round, once its figures are written."""
         due = not self._run.is_evaluated()
-        at_end = feddm.round == self._config.num_server_rounds
-        if chosen := self._run.chosen_average() if at_end else None:
+        if chosen := self._run.chosen_average() if self._is_over(feddm) else None:
             feddm.average.width, self._chosen_by = chosen
         elif self._chooses(feddm, "loss"):
             due |= self._choose_by_loss(feddm)
@@ -88,8 +89,10 @@ class Outputs:
     def _is_due(self, feddm: FedDM, every: int) -> bool:
         """Tells whether a round was done for which there is to be what is made every so many rounds (0: none), and at
         the end."""
-        number = feddm.round
-        return number > 0 and (number == self._config.num_server_rounds or (every > 0 and number % every == 0))
+        return self._is_over(feddm) or (feddm.round > 0 and every > 0 and feddm.round % every == 0)
+
+    def _is_over(self, feddm: FedDM) -> bool:
+        return feddm.round == self._config.num_server_rounds
 
     def _evaluate(self, feddm: FedDM) -> None:
         """Adds the figures of the averaged weights to the round's, where it is to have them; the best model is kept. A
@@ -110,46 +113,45 @@ class Outputs:
         """Returns those of the averaged weights; at the end, of the average of least FID, which is then the one."""
         if not self._chooses(feddm, "fid"):
             return evaluation.figures(feddm.averaged)
-        chosen = self._choose(feddm, "fid", lambda: evaluation.fid(feddm.averaged))
+        chosen = self._choose(feddm, "fid", self._of_each(feddm, lambda: evaluation.fid(feddm.averaged)))
         return evaluation.figures(feddm.averaged) | chosen
 
     def _chooses(self, feddm: FedDM, by: str) -> bool:
         """Tells whether it is time to choose the shipped average, by this figure."""
-        at_end = feddm.round == self._config.num_server_rounds and feddm.average.width is not None
-        return at_end and self._config.eval.average_by == by and not self._incomplete
+        several = feddm.average.width is not None
+        return several and self._is_over(feddm) and self._config.eval.average_by == by and not self._incomplete
 
     def _choose_by_loss(self, feddm: FedDM) -> bool:
         """Tells whether that was possible."""
-        usual = feddm.average.width
         try:
-            for width in WIDTHS:
-                feddm.average.width = width
-                self._said_by_nodes(feddm)
-            feddm.average.width = usual
-            losses = dict(zip(WIDTHS, held_out_losses([self._said[width] for width in WIDTHS]), strict=True))
-            self._run.add_figures(self._choose(feddm, "loss", lambda: losses[feddm.average.width or 0.0]))
+            losses = held_out_losses(self._of_each(feddm, lambda: self._said_by_nodes(feddm)))
+            self._run.add_figures(self._choose(feddm, "loss", losses))
         except (RunFailedError, ValueError) as error:
-            feddm.average.width = usual
             log.warning("eval.average-by = 'loss': %s; the usual average is shipped", error)
             return False
         return True
 
-    def _choose(self, feddm: FedDM, by: str, worth: Callable[[], float]) -> dict[str, Any]:
-        """Makes that average the one that is shipped which is worth the least; returns what is to be told of it.
-
-        Raises:
-            ValueError: one is not finite; the average is then as before.
-        """
-        usual, tried = feddm.average.width, dict[float, float]()
+    def _of_each(self, feddm: FedDM, find: Callable[[], _Found]) -> list[_Found]:
+        """Returns what is found of each average, while it is the one that would be shipped."""
+        usual, found = feddm.average.width, []
         try:
             for width in WIDTHS:
                 feddm.average.width = width
-                if not math.isfinite(value := worth()):
-                    raise ValueError(f"the figure of the average of width {width:g} is {value}")
-                tried[width] = value
-        except BaseException:
+                found.append(find())
+        finally:
             feddm.average.width = usual
-            raise
+        return found
+
+    def _choose(self, feddm: FedDM, by: str, values: list[float]) -> dict[str, Any]:
+        """Makes that of the averages the one that is shipped whose value is the least; returns what is to be told.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        tried = dict(zip(WIDTHS, values, strict=True))
+        for width, value in tried.items():
+            if not math.isfinite(value):
+                raise ValueError(f"the figure of the average of width {width:g} is {value}")
         width = min(tried, key=lambda one: tried[one])
         feddm.average.width, self._chosen_by = width, by
         log.info("average_width=%g best by %s", width, by)
@@ -167,7 +169,7 @@ class Outputs:
         due = self._draws and self._is_due(feddm, self._config.sample.every)
         if not due or self._run.has_grid(feddm.round):
             return
-        if feddm.round == self._config.num_server_rounds:
+        if self._is_over(feddm):
             self._draw_grid(feddm.round, feddm.weights, "raw")
         self._draw_grid(feddm.round, feddm.averaged)
 

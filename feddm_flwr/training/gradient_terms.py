@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from feddm_flwr.config.keys import Train
+from feddm_flwr.models.parameters import split_like
 
 
 class GradientTerm(ABC):
@@ -58,8 +59,7 @@ class Control(GradientTerm):
         self._sums: list[Tensor] = []
 
     def start(self, parameters: list[Tensor]) -> None:
-        parts = self._flat.split([p.numel() for p in parameters])
-        self._correction = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        self._correction = split_like(self._flat, parameters)
         self._sums = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()

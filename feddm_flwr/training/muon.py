@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -40,9 +40,10 @@ class Muon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             # Matrices of a shape are one batch: a U-Net has many, all small.
-            places = sorted(range(len(parameters)), key=lambda i: _shape(parameters[i]))
-            for shape, same in groupby(places, key=lambda i: _shape(parameters[i])):
-                some = [*same]
+            batches = defaultdict[tuple[int, int], list[int]](list)
+            for i, p in enumerate(parameters):
+                batches[len(p), p.numel() // len(p)].append(i)
+            for shape, some in batches.items():
                 update = orthogonal(torch.stack([ahead[i].reshape(shape) for i in some]))
                 update *= -_RMS * math.sqrt(max(shape)) * group["lr"]
                 torch._foreach_add_(
@@ -63,7 +64,3 @@ def orthogonal(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def _shape(parameter: Tensor) -> tuple[int, int]:
-    return len(parameter), parameter[0].numel()

@@ -21,14 +21,14 @@ class Optimizers:
     def __init__(self, t: Train, parameters: list[Tensor], memory: Memory | None, records: bool) -> None:
         """Begins with what is in the `memory`, or anew. Where steps are to be recorded as a CUDA graph, the learning
         rate lies in the GPU's memory."""
-        self._memory, self._parameters, self._records, self._taken = memory, parameters, records, 0
+        self._memory, self._records, self._taken = memory, records, 0
         matrices = [p for p in parameters if t.optimizer == "muon" and has_momentum(tuple(p.shape))]
         groups = _without(memory.groups(parameters) if memory else [{"params": parameters}], matrices)
         self._all = [_usual(t, groups, records)] if groups else []
         if matrices:
             rate = _rate(t, matrices[0], records)
             self._all.append(Muon([{"params": matrices}], rate, weight_decay=t.weight_decay))
-        self.states = {p: one.state for one in self._all for group in one.param_groups for p in group["params"]}
+        self._states = {p: one.state for one in self._all for group in one.param_groups for p in group["params"]}
         if memory:
             memory.begin(self, parameters)
 
@@ -44,7 +44,7 @@ class Optimizers:
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Returns what is kept of a parameter, by the optimizer's names; it may be changed."""
-        found: dict[str, Tensor] = self.states[parameter][parameter]
+        found: dict[str, Tensor] = self._states[parameter][parameter]
         return found
 
     def step(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
 from feddm_flwr.config.keys import Train
+from feddm_flwr.models.parameters import split_like
 from feddm_flwr.training.gradient_terms import GradientTerm
 from feddm_flwr.training.moments import Memory
 from feddm_flwr.training.objectives import Drawn, Objective
@@ -46,9 +47,7 @@ class Step:
         records = t.cuda_graph and t.optimizer in ("adamw", "muon") and not t.checkpointing
         self.records = records and self._device.type == "cuda"
         self.optimizers = Optimizers(t, parameters, memory, self.records)
-        sizes = [p.numel() for p in parameters]
-        parts = zip(along.split(sizes), parameters, strict=True) if along is not None else ()
-        self._along = [part.view_as(p) for part, p in parts]
+        self._along = [] if along is None else split_like(along, parameters)
         self._compiled = _compiled(model, t, self._device)
         self._checked = self._compiled is None
         self._recording = CudaGraph(self._device, self.records)
