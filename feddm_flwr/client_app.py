@@ -16,9 +16,10 @@ from flwr.clientapp import ClientApp
 
 from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.node import worker
-from feddm_flwr.node.settings import check_state, node_data, node_name, wants_worker
+from feddm_flwr.node.account import Account, check_allowed
+from feddm_flwr.node.settings import check_state, node_data, node_name, node_state_root, wants_worker
 from feddm_flwr.protocol.replies import Introduction
-from feddm_flwr.protocol.tasks import LOST, PROBE, REPORT, TASK, WEIGHTS_RECORD
+from feddm_flwr.protocol.tasks import LOST, PROBE, REPORT, SPENT, TASK, WEIGHTS_RECORD
 
 app = ClientApp()
 log = logging.getLogger(__name__)
@@ -48,10 +49,16 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
         ConfigError: it cannot take part in a run of that configuration.
     """
     wants_worker(own)
+    check_allowed(config, own)
     _check_installed(config)
     data = node_data(config, own)
     if config.keeps_state:
         check_state(own)
+    if config.privacy.is_on:
+        check_state(own)
+        Account(config, own, name, data, node_state_root(own)).check()
+    if config.privacy.hides_figures:
+        return Introduction(name, len(data.train), len(data.held_out), {})
     told = data.class_counts, data.skipped, data.sizes, dict(data.remarks)
     return Introduction(name, len(data.train), len(data.held_out), *told)
 
@@ -64,6 +71,7 @@ def _check_installed(config: RunConfig) -> None:
     """
     for asked, setting, package, extra in (
         (config.train.optimizer == "adamw8bit", "train.optimizer = 'adamw8bit'", "bitsandbytes", "8bit"),
+        (config.privacy.is_on, f"privacy.mechanism = {config.privacy.mechanism!r}", "dp_accounting", "dp"),
         (config.model.lora_rank > 0, f"model.lora-rank = {config.model.lora_rank}", "peft", "lora"),
     ):
         if asked and not find_spec(package):
@@ -86,7 +94,7 @@ def train(message: Message, context: Context) -> Message:
         frames={key: array.data for key, array in message.content.array_records[WEIGHTS_RECORD].items()},
     )
     report, frames = worker.do(job)
-    content = RecordDict({REPORT if frames else LOST: ConfigRecord(report)})
+    content = RecordDict({REPORT if frames or SPENT in report else LOST: ConfigRecord(report)})
     if frames:
         arrays = {name: Array("uint8", (len(frame),), "feddm.frame", frame) for name, frame in frames.items()}
         content[WEIGHTS_RECORD] = ArrayRecord(arrays)

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: what is in each.
 LEVELS = [
     "config storage vector",
-    "compute protocol aggregation codecs data reporting",
+    "compute protocol aggregation codecs data reporting privacy",
     "exchange models",
     "training evaluation",
     "extensions",
@@ -27,7 +27,7 @@ LEVELS = [
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms.split()}
 #: No torch at all, not even inside a function.
-NO_TORCH = {"config", "storage", "vector", "protocol", "aggregation", "data", "reporting"}
+NO_TORCH = {"config", "storage", "vector", "protocol", "aggregation", "data", "reporting", "privacy"}
 #: A node does not know Flower: client_app hands it plain values.
 FLWR = {"server_app", "client_app", "server", "cli"}
 #: Costly to import: only inside the functions that need them, but for the rooms that are about them.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from feddm_flwr.config.fields import KeySpec, key, sections
 from feddm_flwr.config.keys import Autoencoder, Codec, Data, Diffusion, Eval, Exchange, Model, Sample, Server, Train
 from feddm_flwr.config.presets import STRATEGIES
+from feddm_flwr.config.privacy import Privacy
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class RunConfig:
     server: Server = field(default_factory=Server)
     eval: Eval = field(default_factory=Eval)
     sample: Sample = field(default_factory=Sample)
+    privacy: Privacy = field(default_factory=Privacy)
 
     @property
     def taught_classes(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 
 def problems(c: RunConfig) -> Iterator[str]:
     """Yields one line for each combination of keys that cannot work."""
-    for section in (_run, _train, _codecs, _data, _diffusion, _server, _without_effect, _models):
+    for section in (_run, _train, _codecs, _data, _diffusion, _server, _privacy, _without_effect, _models):
         yield from section(c)
 
 
@@ -121,6 +121,29 @@ def _server(c: RunConfig) -> Iterator[str]:
         )
 
 
+def _privacy(c: RunConfig) -> Iterator[str]:
+    p = c.privacy
+    if not p.is_on:
+        return
+    on = f"privacy.mechanism = {p.mechanism!r}"
+    if not p.noise_multiplier and not p.epsilon:
+        yield f"privacy.noise-multiplier = 0.0, privacy.epsilon = 0.0 with {on}: one of them must be above 0"
+    for key, value in (("train.compile", c.train.compile), ("train.checkpointing", c.train.checkpointing)):
+        if value:
+            yield f"{key} = true with {on}: must be false; the gradient of each image is found by another way"
+    if c.train.max_seconds:
+        yield f"train.max-seconds = {c.train.max_seconds:g} with {on}: must be 0; it tells how many images were drawn"
+    if not p.hides_figures:
+        return
+    told = "privacy.figures = 'none'"
+    if c.eval.features != "none":
+        yield f"eval.features = {c.eval.features!r} with {told}: nodes give no sums of features; must be none"
+    if c.eval.average_by == "loss":
+        yield f"eval.average-by = 'loss' with {told}: nodes tell no held-out loss; must be none or fid"
+    if c.stage == "autoencoder":
+        yield f"stage = 'autoencoder' with {told}: the scale of the latents is told by the nodes"
+
+
 def about_sparse_codecs(c: RunConfig, sparse: Collection[str]) -> Iterator[str]:
     """Yields what cannot work with those of the run's codecs that are `sparse`."""
     for name in sorted({c.codec.uplink, c.codec.downlink} & {*sparse}):
@@ -141,6 +164,7 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
     if any(map(is_plugin, coded)):  # which may have any of the options
         coded = {*CODECS}
     codecs = f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r}"
+    unprotected = f"privacy.mechanism = {c.privacy.mechanism!r}"
     taught, classes = c.model.class_conditional, f"model.class-conditional = {str(c.model.class_conditional).lower()}"
     for name, given, acts, state, where in (
         *(
@@ -163,6 +187,10 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "a rank above 0"),
         ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
         ("sample.guidance", c.sample.guidance, taught, classes, "true"),
+        *(
+            (f"privacy.{name}", getattr(c.privacy, name.replace("-", "_")), c.privacy.is_on, unprotected, "'dp-sgd'")
+            for name in ("clip-norm", "noise-multiplier", "epsilon", "delta", "multiplicity", "figures")
+        ),
         ("server.trim-share", c.server.trim_share, c.server.aggregation == "trimmed-mean", rule, "'trimmed-mean'"),
     ):
         if not acts and given != KEYS[name].default:

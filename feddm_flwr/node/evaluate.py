@@ -38,9 +38,12 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[s
     """Answers the question that the server `said`, with its frames, as node `name`.
 
     Raises:
-        ConfigError: the feature network cannot be had here, or there are too few images for sums of them to be told.
+        ConfigError: the feature network cannot be had here, or there are too few images for sums of them to be told,
+            or the run hides all figures.
         FrameError: a frame is corrupt.
     """
+    if config.privacy.hides_figures:
+        raise ConfigError("privacy.figures = 'none': nodes tell no figures of their images")
     device = prepare_process(config.train)
     assets = assets_of(root, str(said["assets"]), frames)
     report: dict[str, Scalar] = {"name": name, "kind": said["kind"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,21 +17,33 @@ from feddm_flwr.exchange.node_state import NodeState, StateLostError
 from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.exchange.uplink import UplinkSender
 from feddm_flwr.models import networks, parameters, pipelines
+from feddm_flwr.node.account import Account
 from feddm_flwr.node.assets import assets_of
 from feddm_flwr.node.inherited import Own
 from feddm_flwr.node.outcome import Outcome
+from feddm_flwr.privacy.ledger import BudgetSpentError
 from feddm_flwr.protocol.replies import TrainReply
-from feddm_flwr.protocol.tasks import FRAME, Frames, TrainTask
+from feddm_flwr.protocol.tasks import FRAME, SPENT, Frames, TrainTask
 from feddm_flwr.training import loop
 from feddm_flwr.training.build import build_objectives
 
 log = logging.getLogger(__name__)
 
 
-def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask, frames: Frames) -> Outcome:
-    """Does a task of the server's, with its frames, as node `name` whose state is below `root`.
+def do(
+    config: RunConfig,
+    name: str,
+    data: NodeData,
+    root: Path,
+    task: TrainTask,
+    frames: Frames,
+    account: Account | None = None,
+) -> Outcome:
+    """Does a task of the server's, with its frames, as node `name` whose state is below `root`. With an `account` it is
+    paid for before the first step is taken, whatever becomes of the reply.
 
     Raises:
+        ConfigError: the account's ledger is lost or damaged.
         FrameError: a frame is corrupt.
         FloatingPointError: the training diverged.
     """
@@ -52,12 +65,19 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
     parameters.load_vector(network.to(device), received)
 
     objective, unseen = build_objectives(config, data, assets, root, device)
-    held_out = unseen.held_out(network, config.eval.images if task.evaluate else 0, name)
+    tells = task.evaluate and not config.privacy.hides_figures
+    held_out = unseen.held_out(network, config.eval.images if tells else 0, name)
     progress = loop.Progress(task.round, task.steps_before)
     extras = ExtrasChannel(config, split.shared.layout)
     own = Own(config, split, task, state, extras.decode(frames, task.round))
     inherited = own.inherited(parameters.layout(network), received, uplink.start(received))
-    trained = loop.train(network, objective, config, name, progress, device, inherited)
+    try:
+        spent = account.spend(task) if account else None
+    except BudgetSpentError as error:
+        log.warning("%s", error)
+        return Outcome(nothing.report | {SPENT: str(error)}, {})
+    noise = account.noise if account else 0.0
+    trained = loop.train(network, objective, config, name, progress, device, inherited, noise)
     sent = uplink.send(parameters.flat(network), received)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")
@@ -70,6 +90,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, task: TrainTask
         eval_levels=held_out.levels,
         coding_error=sent.error,
         state_lost=state is not None and state.lost,
+        **asdict(spent) if spent else {},
     )
     beside = ExtrasChannel(config, split.shared.layout, task.round).encode(own.leave(trained), task.round)
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **beside})

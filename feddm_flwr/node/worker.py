@@ -29,6 +29,7 @@ from filelock import FileLock
 
 import feddm_flwr
 from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.node.account import Account, check_allowed
 from feddm_flwr.node.settings import node_data, node_name, node_state_root, wants_worker
 from feddm_flwr.protocol.tasks import Frames, TrainTask
 
@@ -98,11 +99,13 @@ def _do_here(job: Job) -> Result:
     from feddm_flwr.node import evaluate, train
 
     config, name, root = parse(job.run_config), node_name(job.node_config), node_state_root(job.node_config)
+    check_allowed(config, job.node_config)
     data = node_data(config, job.node_config)
     if "kind" in job.task:
         outcome = evaluate.do(config, name, data, root, job.task, job.frames)
     else:
-        outcome = train.do(config, name, data, root, TrainTask.from_record(job.task), job.frames)
+        account = Account(config, job.node_config, name, data, root) if config.privacy.is_on else None
+        outcome = train.do(config, name, data, root, TrainTask.from_record(job.task), job.frames, account)
     release_memory()  # of a GPU: other nodes of a simulation, and the server, need it next
     return outcome.report, outcome.frames
 

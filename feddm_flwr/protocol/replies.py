@@ -90,6 +90,9 @@ class TrainReply:
     eval_levels: list[float] = field(default_factory=list)  # the same by noise level; empty where it does not say
     coding_error: float = 0.0  # norm of what the coding lost over that of what was to be sent
     state_lost: bool = False  # whether what the node had kept was gone
+    epsilon: float = math.nan  # that the node has spent in this run; NaN where it does not count
+    epsilon_total: float = math.nan  # the same in all runs on its images
+    goes_on: bool = True  # whether it has enough left for another such round
 
     def to_record(self, name: str, number: int) -> dict[str, Scalar]:
         """Returns the reply of the node of that name on a round as a record of scalars."""
@@ -103,6 +106,9 @@ class TrainReply:
             "eval-levels": json.dumps(self.eval_levels),
             "coding-error": self.coding_error,
             "state-lost": self.state_lost,
+            "epsilon": self.epsilon,
+            "epsilon-total": self.epsilon_total,
+            "goes-on": self.goes_on,
         }
 
     @classmethod
@@ -124,7 +130,9 @@ class TrainReply:
             return Failure("malformed", clean(f"steps = {steps!r}, images = {images!r}"))
         evaluated = eval_loss if 0 <= eval_loss <= ABSURD else None  # NaN where it was not
         levels = levels_of(said.get("eval-levels"))
-        return cls(images, steps, train_loss, evaluated, levels, coding_error, lost)
+        spent = (_epsilon(said.get("epsilon")), _epsilon(said.get("epsilon-total")))
+        goes_on = said.get("goes-on") is not False
+        return cls(images, steps, train_loss, evaluated, levels, coding_error, lost, *spent, goes_on)
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,10 @@ class FinalReply:
             power if isinstance(power, float) and 0 < power <= ABSURD else None,
             audit,
         )
+
+
+def _epsilon(said: object) -> float:
+    return said if isinstance(said, float) and 0 <= said <= ABSURD else math.nan
 
 
 def levels_of(text: object) -> list[float]:

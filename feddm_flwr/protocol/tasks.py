@@ -10,6 +10,8 @@ Scalar = str | int | float | bool
 
 #: Names of the records, and of what a reply is about.
 TASK, WEIGHTS_RECORD, REPORT, LOST, PROBE, FRAME = "task", "weights", "report", "lost", "probe", "frame"
+#: What a report has instead of a reply where the node's privacy budget is spent: why.
+SPENT = "spent"
 #: Kinds of what is asked beside the training.
 REFERENCE, FINAL = "reference", "final"
 #: Frames of the final evaluation.
@@ -64,6 +66,7 @@ class TrainTask:
     durable_any: int  # the same of any part
     assets: str  # JSON: SHA-256 of what the run builds upon, by kind
     shadow: str  # fingerprint of what the nodes are to hold; empty where weights are sent
+    private_steps: int = 0  # steps of this node that entered a mean so far, where privacy is accounted for
 
     def to_record(self) -> dict[str, Scalar]:
         """Returns the task as a record of scalars."""

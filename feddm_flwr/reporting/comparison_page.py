@@ -75,7 +75,13 @@ def _figures(rows: Sequence[RoundRecord]) -> dict[str, str]:
         return {}
     total = total_bytes(rows)
     found = {"rounds": str(rows[-1].round), "training loss": f"{rows[-1].train_loss:.4f}"}
-    for key, head in (("eval_loss", "held-out loss"), ("fid", "FID"), ("kid", "KID"), ("coverage", "coverage")):
+    for key, head in (
+        ("eval_loss", "held-out loss"),
+        ("fid", "FID"),
+        ("kid", "KID"),
+        ("coverage", "coverage"),
+        ("epsilon", "ε"),
+    ):
         if values := [value for row in rows if (value := row.figure(key)) is not None]:
             found[head] = f"{values[-1]:.4g}"
     found |= {f"sent {way}": megabytes(total[f"bytes_{way}"]) for way in ("up", "down")}

@@ -8,10 +8,18 @@ from feddm_flwr.reporting.records import without_places
 
 
 def model_card(
-    config: Mapping[str, object], rounds: int, nodes: int, width: float | None, chosen_by: str, *, simulated: bool
+    config: Mapping[str, object],
+    rounds: int,
+    nodes: int,
+    width: float | None,
+    chosen_by: str,
+    epsilon: float | None,
+    *,
+    simulated: bool,
 ) -> str:
     """Returns the README.md of a pipeline folder, whose weights are an average of this width; `chosen_by` is the figure
-    that it is the best by, "" where no others were tried."""
+    that it is the best by, "" where no others were tried. `epsilon` is the most that a node has spent, None where that
+    does not count."""
     size = config["data.image-size"]
     keys = (
         "strategy",
@@ -53,9 +61,21 @@ over {rounds} rounds. {_average(width, chosen_by)}
 |---|---|
 {table}
 
-No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
-images, and averaged updates can be inverted. Treat the model as you would treat the images.
+{_privacy(config, epsilon)}
 """
+
+
+def _privacy(config: Mapping[str, object], epsilon: float | None) -> str:
+    """Returns what the model may tell of the images that it was trained on."""
+    if epsilon is None:
+        return """No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
+images, and averaged updates can be inverted. Treat the model as you would treat the images."""
+    told = (
+        "" if config["privacy.figures"] == "none" else " Figures that the nodes told of their images are not covered."
+    )
+    return f"""Every training image is protected by differential privacy (DP-SGD at the nodes): the model is
+({epsilon:.3g}, {config["privacy.delta"]})-private for whether an image was there, at the node that spent most, in this
+run alone.{told} Earlier runs on the same images add to it: each node keeps a ledger."""
 
 
 def _average(width: float | None, chosen_by: str) -> str:

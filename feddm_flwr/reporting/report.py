@@ -47,6 +47,7 @@ def write(run: Path) -> Path:
         grids=(grids := [grid_images(*grid) for grid in grid_files(run).items()]),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(nodes, rows, hues),
+        private=config.get("privacy.mechanism", "none") != "none",
         remarks=_remarks(nodes),
         hues=hues,
         command=" ".join(
@@ -105,6 +106,14 @@ def _tiles(
             )
             for r in [r for r in rows if r.fid is not None][-1:]
         ),
+        *(
+            (
+                f"ε = {spent:.3g}",
+                f"privacy of each image, δ = {config['privacy.delta']:g}",
+                "of the node that spent most",
+            )
+            for spent in [r.epsilon for r in rows if r.epsilon is not None][-1:]
+        ),
         *((megabytes(sent), who, note) for who, sent, note in traffic_rows(rows, final)),
         (str(failed), "failed replies", f"of {failed + sum(r.clients_ok for r in rows)}"),
     ]
@@ -121,6 +130,8 @@ def _nodes(nodes: list[Row], rows: Sequence[RoundRecord], hues: Mapping[str, int
         total = max(1, sum(node["class_counts"].values()))
         for way in ("up", "down"):
             node[way] = megabytes(sum(row.nodes.get(node["name"], {}).get(way, 0) for row in rows))
+        spent = [own for row in rows if "epsilon" in (own := row.nodes.get(node["name"], {}))]
+        node["spent"] = [f"{spent[-1][key]:.3g}" for key in ("epsilon", "epsilon_total")] if spent else []
         node["bars"] = [
             {"name": name, "count": count, "share": count / total, "hue": hues[name]}
             for name, count in sorted(node["class_counts"].items())

@@ -17,7 +17,16 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from feddm_flwr.reporting import trackers
-from feddm_flwr.reporting.records import Row, as_line, nest, read_metrics, resumed_after, without_places, write_status
+from feddm_flwr.reporting.records import (
+    Row,
+    as_line,
+    nest,
+    read_metrics,
+    read_rounds,
+    resumed_after,
+    without_places,
+    write_status,
+)
 from feddm_flwr.storage.atomic import forget_unfinished, whole_file
 
 
@@ -141,6 +150,10 @@ class RunDirectory:
         """Returns the width of the average that was chosen after the last round, and by what; None where none was."""
         last = read_metrics(self.path)[-1:]
         return (last[0]["average_width"], last[0]["average_by"]) if last and "average_by" in last[0] else None
+
+    def epsilon(self) -> float | None:
+        """Returns the most that a node has spent of its images' privacy; None where that does not count."""
+        return max((r.epsilon for r in read_rounds(self.path) if r.epsilon is not None), default=None)
 
     def _track(self, row: Row, number: int) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v) and k != "round"}

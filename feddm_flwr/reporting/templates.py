@@ -105,9 +105,9 @@ PAGE = (
 {% endif %}
 {% if nodes %}
 <h2>Nodes</h2>
-{% macro table(some) %}<div class="scroll"><table><tr><th>node</th><th class="n">images</th><th class="n">held out</th><th class="n">sent</th><th class="n">received</th><th>classes</th></tr>
+{% macro table(some) %}<div class="scroll"><table><tr><th>node</th><th class="n">images</th><th class="n">held out</th><th class="n">sent</th><th class="n">received</th>{% if private %}<th class="n">ε in this run</th><th class="n">in all runs</th>{% endif %}<th>classes</th></tr>
 {% for node in some %}
-<tr><td>{{ node.name }}</td><td class="n">{{ node.images }}</td><td class="n">{{ node.held_out }}</td><td class="n">{{ node.up }}</td><td class="n">{{ node.down }}</td>
+<tr><td>{{ node.name }}</td><td class="n">{{ node.images }}</td><td class="n">{{ node.held_out }}</td><td class="n">{{ node.up }}</td><td class="n">{{ node.down }}</td>{% if private %}<td class="n">{{ node.spent[0] }}</td><td class="n">{{ node.spent[1] }}</td>{% endif %}
 <td><div class="bar">{% for bar in node.bars %}<span title="{{ bar.name }}: {{ bar.count }}" style="width:{{ 100 * bar.share }}%;background:hsl({{ bar.hue }} 60% 55%)"></span>{% endfor %}</div></td></tr>
 {% endfor %}
 </table></div>{% endmacro %}

@@ -58,7 +58,7 @@ class Outputs:
     def after_round(self, feddm: FedDM) -> None:
         """Makes what is due after a round, once its figures are written."""
         due = not self._run.is_evaluated()
-        if chosen := self._run.chosen_average() if self._is_over(feddm) else None:
+        if chosen := self._run.chosen_average() if feddm.is_over else None:
             feddm.average.width, self._chosen_by = chosen
         elif self._chooses(feddm, "loss"):
             due |= self._choose_by_loss(feddm)
@@ -89,10 +89,7 @@ class Outputs:
     def _is_due(self, feddm: FedDM, every: int) -> bool:
         """Tells whether a round was done for which there is to be what is made every so many rounds (0: none), and at
         the end."""
-        return self._is_over(feddm) or (feddm.round > 0 and every > 0 and feddm.round % every == 0)
-
-    def _is_over(self, feddm: FedDM) -> bool:
-        return feddm.round == self._config.num_server_rounds
+        return feddm.is_over or (feddm.round > 0 and every > 0 and feddm.round % every == 0)
 
     def _evaluate(self, feddm: FedDM) -> None:
         """Adds the figures of the averaged weights to the round's, where it is to have them; the best model is kept. A
@@ -119,7 +116,7 @@ class Outputs:
     def _chooses(self, feddm: FedDM, by: str) -> bool:
         """Tells whether it is time to choose the shipped average, by this figure."""
         several = feddm.average.width is not None
-        return several and self._is_over(feddm) and self._config.eval.average_by == by and not self._incomplete
+        return several and feddm.is_over and self._config.eval.average_by == by and not self._incomplete
 
     def _choose_by_loss(self, feddm: FedDM) -> bool:
         """Tells whether that was possible."""
@@ -169,7 +166,7 @@ class Outputs:
         due = self._draws and self._is_due(feddm, self._config.sample.every)
         if not due or self._run.has_grid(feddm.round):
             return
-        if self._is_over(feddm):
+        if feddm.is_over:
             self._draw_grid(feddm.round, feddm.weights, "raw")
         self._draw_grid(feddm.round, feddm.averaged)
 
@@ -183,9 +180,9 @@ class Outputs:
     def _write_model(self, feddm: FedDM, name: str, latent_power: float | None = None) -> None:
         """Writes a diffusers pipeline, or an autoencoder, with the averaged weights, and its card."""
         config, simulated = flatten(self._config), self._run.simulated
-        card = model_card.model_card(
-            config, feddm.round, len(feddm.nodes), feddm.average.width, self._chosen_by, simulated=simulated
-        )
+        average = feddm.average.width, self._chosen_by
+        spent = self._run.epsilon()
+        card = model_card.model_card(config, feddm.round, len(feddm.nodes), *average, spent, simulated=simulated)
         network = self._model.at(feddm.averaged)
         with whole_folder(self._run.path / name) as folder:
             pipelines.save(network, self._config, self._model.files, folder, card, latent_power)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from statistics import median, pstdev
 from typing import Any
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from feddm_flwr.aggregation.base import Aggregator, aggregator_class
 from feddm_flwr.aggregation.mean import StreamingMean
@@ -24,7 +24,7 @@ from feddm_flwr.exchange.extras import Extras, ExtrasChannel, mean_of_nodes
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, clean
 from feddm_flwr.protocol.replies import Introduction, TrainReply
-from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, REPORT
+from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, REPORT, SPENT
 from feddm_flwr.reporting.progress import NodeDone
 from feddm_flwr.server.federation.traffic import Traffic, most_bytes
 from feddm_flwr.server.federation.transport import frame_of
@@ -63,16 +63,20 @@ class RoundResult:
     drift: float  # spread of the nodes' updates around their mean, over its norm; NaN where it is not known
     contraction: float  # norm of this round's step of the weights over that of the round before; NaN for the first
     seconds: float
+    epsilon: float = math.nan  # the most that a node has spent in the run; NaN where it does not count
+    epsilons: dict[str, tuple[float, float]] = field(default_factory=dict)  # by node: in the run, and in all runs
 
     def figures(self) -> dict[str, Any]:
         """Returns the round as a line of `metrics.jsonl`: everything but the vectors."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "eval_losses")}
-        if self.eval_losses:
-            own["nodes"] = {
-                name: of | ({"eval_loss": self.eval_losses[name]} if name in self.eval_losses else {})
-                for name, of in self.nodes.items()
-            }
-        return own
+        own = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "eval_losses", "epsilons")
+        }
+        of_nodes: dict[str, dict[str, float]] = {name: {**of} for name, of in self.nodes.items()}
+        for name, loss in self.eval_losses.items():
+            of_nodes[name]["eval_loss"] = loss
+        for name, spent in self.epsilons.items():
+            of_nodes[name]["epsilon"], of_nodes[name]["epsilon_total"] = spent
+        return own | {"nodes": of_nodes}
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class RoundInProgress:
         `received` are the weights that all of them get; `extras` says what is asked for beside."""
         self.number, self.part, self.traffic = number, part, Traffic()
         self.outdated: set[str] = set()  # nodes that have other images than they said at their introduction
+        self.spent: set[str] = set()  # nodes that have no privacy budget left for another round
         self.why = ""  # the last failure
         self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
         self._outliers, self._extras = outliers, extras
@@ -134,6 +139,10 @@ class RoundInProgress:
 
         The weights of a mean are what the node said at its introduction: a reply cannot raise them.
         """
+        private = self._config.privacy.is_on
+        if private and SPENT in (refusal := reply.config_records.get(REPORT, ConfigRecord())):
+            self.spent.add(name)
+            return Failure(SPENT, clean(str(refusal[SPENT])))
         node, part = self._nodes[name], self.part[name]
         size = self._receiver.size(part)
         try:
@@ -173,6 +182,8 @@ class RoundInProgress:
         except ValueError as error:
             return Failure("bad-update", str(error))
         self._accepted.append(_Accepted(node, said, norm, scale))
+        if private and not said.goes_on:
+            self.spent.add(name)
         if MOMENTS in extras:
             self._means.append((name, node.images, extras[MOMENTS]))
         if said.state_lost:
@@ -209,6 +220,10 @@ class RoundInProgress:
         """Returns the round by node and part of each good reply."""
         return {(a.node.name, self.part[a.node.name]): self.number for a in self._accepted}
 
+    def steps(self) -> dict[str, int]:
+        """Returns the local steps of each good reply, by node."""
+        return {a.node.name: a.reply.steps for a in self._accepted}
+
     def lengths(self) -> dict[str, Lengths]:
         """Returns the norms and local steps of the accepted updates, by part, as `Outliers.commit` takes them."""
         found: dict[str, Lengths] = {}
@@ -238,6 +253,11 @@ class RoundInProgress:
         what the round cannot know."""
         traffic, evaluated = self.traffic, [a for a in self._accepted if a.evaluated]
         losses = {a.node.name: a.reply.eval_loss for a in evaluated if a.reply.eval_loss is not None}
+        epsilons = {
+            a.node.name: (a.reply.epsilon, a.reply.epsilon_total)
+            for a in self._accepted
+            if math.isfinite(a.reply.epsilon + a.reply.epsilon_total) and self._config.privacy.is_on
+        }
         norm = euclidean_norm(delta)
         return RoundResult(
             round=self.number,
@@ -268,6 +288,8 @@ class RoundInProgress:
             drift=self._drift(norm),
             contraction=contraction,
             seconds=round(seconds, 3),
+            epsilon=max((spent for spent, _ in epsilons.values()), default=math.nan),
+            epsilons=epsilons,
         )
 
     def _mean(self, figure: Callable[[_Accepted], float]) -> float:

@@ -94,7 +94,7 @@ def _train(
         log.info("%s", line)
     if run.simulated and not config.keeps_personal:
         forget_run(state_root(None), run_uuid)
-    run.finish("completed", incomplete)
+    run.finish("completed", "\n".join(filter(None, [feddm.ended_early, incomplete])))
 
 
 @contextmanager

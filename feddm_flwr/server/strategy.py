@@ -78,6 +78,8 @@ class FedDM:
         self._held: dict[str, int] = {}  # by node: the version of the shadow that it is known to hold
         self._acked: dict[tuple[str, str], int] = {}  # by node and part: the last round whose reply entered a mean
         self._durable = self._acked  # the same as of the round before, whose checkpoint is on the disk for sure
+        self._private_steps: dict[str, int] = {}  # by node: its steps that entered a mean, where they are accounted for
+        self.spent: set[str] = set()  # nodes whose privacy budget is spent
         self._optimizer = server_optimizer(s.optimizer, s.learning_rate, s.momentum)
         self._state = self._optimizer.init(initial)
 
@@ -90,6 +92,20 @@ class FedDM:
     def nodes(self) -> list[Introduction]:
         """Every node that has taken part so far, by name."""
         return [node for _, node in sorted(self._roster.nodes.items())]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last round was done: that of the configuration, or that after which too few nodes have some of
+        their privacy budget left."""
+        return self.round == self.config.num_server_rounds or bool(self.ended_early)
+
+    @property
+    def ended_early(self) -> str:
+        """Why the run is over before the round of the configuration; "" where it is not."""
+        last, left, needed = self.config.num_server_rounds, len({*self._roster.nodes} - self.spent), self._roster.needed
+        if not 0 < self.round < last or not self.spent or left >= needed:
+            return ""
+        return f"ended after round {self.round} of {last}: {left} nodes have privacy budget left, {needed} are needed"
 
     def checkpoint(self) -> Checkpoint:
         """Returns everything that `restore` needs to go on after the last round as if nothing had happened.
@@ -110,6 +126,8 @@ class FedDM:
             "acked": [[*key, number] for key, number in sorted(self._acked.items())],
             "norms": self._outliers.state(),
             "never-sent": sorted(self.never_sent),
+            "private-steps": dict(self._private_steps),
+            "spent": sorted(self.spent),
             "nodes": [asdict(node) for node in self.nodes],
         }
         return Checkpoint(self.round, {"weights": self.weights, **self.average.tensors(), **tensors}, facts)
@@ -132,6 +150,7 @@ class FedDM:
         self._durable = self._acked
         self._outliers.restore(facts["norms"])
         self.never_sent = {*facts["never-sent"]}
+        self._private_steps, self.spent = facts.get("private-steps", {}), {*facts.get("spent", ())}
         self._roster.expect([Introduction(**node) for node in facts["nodes"]])
 
     def run(self, grid: Grid, before_step: Callable[[], None] = lambda: None) -> Iterator[RoundResult]:
@@ -150,8 +169,12 @@ class FedDM:
             # What the nodes will hold: the base of their updates.
             received = self._downlink.prepare(self.weights, number)
             for attempt in range(1 + self.config.max_round_retries):
+                if self.is_over:
+                    log.warning("%s", self.ended_early)
+                    return
                 online = self._roster.wait(grid, first=not self._begun)
                 self._begun = True
+                self.spent -= {*online}
                 chosen = {online[name]: name for name in self._sample(sorted(online), number, attempt)}
                 progress = self._attempt(grid, number, chosen, received)
                 earlier.add(progress.traffic)
@@ -200,7 +223,10 @@ class FedDM:
             if progress.traffic.up.total() - freed > _GARBAGE:
                 freed = progress.traffic.up.total()
                 gc.collect()
-        for name in sorted(progress.outdated):
+        for name in sorted(progress.spent - self.spent):
+            self._roster.leave_out(name, "its privacy budget is spent")
+        self.spent |= progress.spent
+        for name in sorted(progress.outdated - self.spent):
             self._roster.introduce_again(name)
         return progress
 
@@ -231,6 +257,7 @@ class FedDM:
                 durable_any=max(self._durable.get((name, p), 0) for p in self._split.sent),
                 assets=json.dumps(self._fingerprints),
                 shadow=self._downlink.fingerprint,
+                private_steps=self._private_steps.get(name, 0),
             )
             return content_of(arrays[kinds], task.to_record())
 
@@ -259,6 +286,9 @@ class FedDM:
         steps = progress.typical_steps()
         self.round, self.weights, self._state = number, weights, state
         self._extras = progress.extras(self._extras)
+        if self.config.privacy.is_on:
+            for name, count in progress.steps().items():
+                self._private_steps[name] = self._private_steps.get(name, 0) + count
         self.average.update(weights, self._steps, steps)
         self._steps += steps
         self._outliers.commit(progress.lengths())

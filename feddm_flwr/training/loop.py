@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from feddm_flwr.compute.cuda_graph import side_stream
+from feddm_flwr.compute.secret_random import SecretRandom
 from feddm_flwr.config import RunConfig, derive_seed, local_steps
 from feddm_flwr.exchange.extras import Extras
 from feddm_flwr.models.parameters import load_vector, trainable
 from feddm_flwr.training.gradient_terms import Control, gradient_terms
 from feddm_flwr.training.moments import Memory
 from feddm_flwr.training.objectives import Objective
+from feddm_flwr.training.private import PrivateStep, poisson_batches
 from feddm_flwr.training.step import Step
 from feddm_flwr.vector import Vector
 
@@ -70,9 +72,11 @@ def train(
     progress: Progress,
     device: torch.device,
     inherited: Inherited = Inherited(),
+    noise: float = 0.0,
 ) -> Trained:
     """Trains the model, which is on the device, in place on the objective's examples, with fresh optimizers but for
-    what is `inherited`. The proximal term pulls to the weights that the model comes with.
+    what is `inherited`. The proximal term pulls to the weights that the model comes with. `noise` is the multiplier of
+    a private run.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
@@ -92,12 +96,21 @@ def train(
         load_vector(model, inherited.start)
     steps = local_steps(config, len(objective))
     share = None if along is None else torch.from_numpy(along * np.float32(t.alignment / steps)).to(device)
-    take_step = Step(model, objective, t, parameters, terms, memory, share)
-    random = torch.Generator(device).manual_seed(derive_seed(config.seed, name, progress.round, "train"))
+    inputs = model, objective, t, parameters, terms, memory, share
+    random = torch.Generator(device)
+    if config.privacy.is_on:
+        secret = SecretRandom()
+        take_step: Step = PrivateStep(*inputs, privacy=config.privacy, noise=noise, secret=secret)
+        batches = poisson_batches(len(objective), t.batch_size, config.privacy.multiplicity, secret, device)
+        random.manual_seed(secret.seed())
+    else:
+        take_step = Step(*inputs)
+        batches = _batches(len(objective), t.batch_size, random)
+        random.manual_seed(derive_seed(config.seed, name, progress.round, "train"))
     total, done = torch.zeros((), device=device), 0
     deadline = time.monotonic() + (t.max_seconds or math.inf)
     with _seeded_dropout(config, name, progress, device), side_stream(device, take_step.records):
-        for step, batch in zip(range(steps), _batches(len(objective), t.batch_size, random), strict=False):
+        for step, batch in zip(range(steps), batches, strict=False):
             loss = take_step(objective.draw(batch, random), learning_rate(config, progress, step, steps))
             total += loss
             done += 1
@@ -109,7 +122,8 @@ def train(
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
     moments = memory.end(take_step.optimizers, parameters) if memory else None
-    return Trained(mean, done, moments, control.mean(done).cpu().numpy() if control else None)
+    # What a private run tells of its losses is noise in part.
+    return Trained(max(mean, 0.0), done, moments, control.mean(done).cpu().numpy() if control else None)
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

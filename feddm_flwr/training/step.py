@@ -80,33 +80,35 @@ class Step:
         """Leaves the gradients of the mean loss in the parameters, whatever was there, from pieces of so many images as
         fit into memory; returns that loss."""
         self.optimizers.zero_grad()  # of a recording that failed half-way, or a check
-        size = len(drawn[0])
         while True:
-            loss = torch.zeros((), device=self._device)
             try:
-                for piece in zip(*(tensor.split(self._micro) for tensor in drawn), strict=True):
-                    # Every other size would be compiled by itself.
-                    usual = len(piece[0]) == min(self._micro, self._train.batch_size)
-                    network = self._compiled if self._compiled is not None and usual else self._model
-                    part = self._objective.losses(network, piece).sum() / size
-                    part.backward()
-                    loss += part.detach()
-                return loss
+                return self._accumulate(drawn)
             except torch.OutOfMemoryError:
                 if is_recording(self._device):
                     raise
-                part = loss  # the graph of the piece that failed is held by nothing then
                 if self._recording.drop():
                     log.warning("out of memory: from here on without a CUDA graph, which holds that of a step")
                 elif self._micro == 1:
                     raise
                 else:
-                    self._micro = (min(self._micro, size) + 1) // 2
+                    self._micro = (min(self._micro, len(drawn[0])) + 1) // 2
                     log.warning(
                         "out of memory: from here on %d images at a time; gradients are accumulated", self._micro
                     )
             self.optimizers.zero_grad()
             release_memory()
+
+    def _accumulate(self, drawn: Drawn) -> Tensor:
+        """Adds up the gradients of the pieces; returns the mean loss."""
+        loss, size = torch.zeros((), device=self._device), len(drawn[0])
+        for piece in zip(*(tensor.split(self._micro) for tensor in drawn), strict=True):
+            # Every other size would be compiled by itself.
+            usual = len(piece[0]) == min(self._micro, self._train.batch_size)
+            network = self._compiled if self._compiled is not None and usual else self._model
+            part = self._objective.losses(network, piece).sum() / size
+            part.backward()
+            loss += part.detach()
+        return loss
 
     def _check(self, drawn: Drawn) -> None:
         """Goes on without the compiled network where it can't be had, or is wrong: on a CPU, torch 2.13's gave

@@ -135,6 +135,13 @@ class Roster:
                 log.info("%s", said := text)
             time.sleep(_PAUSE)
 
+    def leave_out(self, name: str, why: str) -> None:
+        """Goes on without a node, until it comes anew."""
+        for member in self._members.values():
+            if member.name == name:
+                member.name = ""
+                self._leave_out(member, f"{name}: {why}")
+
     def expect(self, nodes: list[Introduction]) -> None:
         """Remembers those who took part before the run was resumed."""
         self.nodes = {node.name: node for node in nodes}
@@ -155,7 +162,7 @@ class Roster:
         claimed = any(member.claim and member.claim.is_young() for member in there.values())
         silent = sum(bool(member.query) and (first or member.awaited) for member in there.values())
         settled = not (claimed or silent) and (not first or (ids == before and not absent))
-        return _View(ids, online, absent, silent, settled, len(online) < self._needed())
+        return _View(ids, online, absent, silent, settled, len(online) < self.needed)
 
     def _begin(self, view: _View) -> None:
         """Notes that a round begins with those who are there, and says who is left out of a new run."""
@@ -178,9 +185,10 @@ class Roster:
             return f"waiting for {view.silent} nodes that are connected: they may be reading their images"
         if view.absent:
             return f"waiting for nodes that took part before: {_list({*view.absent}, 20)}"
-        return f"waiting for nodes: {len(view.online)} of {self._needed()}"
+        return f"waiting for nodes: {len(view.online)} of {self.needed}"
 
-    def _needed(self) -> int:
+    @property
+    def needed(self) -> int:
         """Returns the least number of online nodes for a round."""
         needed = self.config.min_nodes
         while nodes_asked(self.config, needed) < least_replies(self.config):
@@ -192,7 +200,7 @@ class Roster:
         silent = sum(bool(member.query) for member in there)
         reasons = sorted({member.left_out for member in there if member.left_out})
         return (
-            f"{len(view.online)} usable nodes of {len(view.ids)} connected, {self._needed()} are needed "
+            f"{len(view.online)} usable nodes of {len(view.ids)} connected, {self.needed} are needed "
             f"(min-nodes = {self.config.min_nodes}, min-replies = {self.config.min_replies}, "
             f"server.aggregation = {self.config.server.aggregation!r}, "
             f"wait-timeout = {self.config.wait_timeout:g} s)"

@@ -1,0 +1,47 @@
+"""The keys of what a node promises about each of its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from feddm_flwr.config.fields import key
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of every image of a node, whoever sees what leaves it (docs/privacy.md)."""
+
+    mechanism: str = key(
+        "none",
+        "`dp-sgd`: a node draws its batches at random, clips the gradient of each image and adds noise to their sum "
+        "(Abadi et al. 2016); train.batch-size is then the mean size of a batch, and no run repeats another's bits",
+        choices=("none", "dp-sgd"),
+    )
+    clip_norm: float = key(1.0, "norm that the gradient of each image is clipped to", above=0)
+    noise_multiplier: float = key(
+        0.0, "standard deviation of the noise over clip-norm; 0: each node finds the least that epsilon allows", low=0
+    )
+    epsilon: float = key(
+        0.0, "the most that a node spends in this run, which ends when too few have some left; 0: no limit", low=0
+    )
+    delta: float = key(
+        1e-5, "of (epsilon, delta)-privacy: well below 1 over the number of a node's images", above=0, below=1
+    )
+    multiplicity: int = key(
+        1, "noise levels that the gradient of an image is the mean of, before it is clipped (DPDM)", low=1
+    )
+    figures: str = key(
+        "none",
+        "whether nodes tell what eval.* asks of their images: `none`, or `unprotected`: outside of the promise",
+        choices=("none", "unprotected"),
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether nodes train with differential privacy."""
+        return self.mechanism != "none"
+
+    @property
+    def hides_figures(self) -> bool:
+        """Whether nodes tell nothing of their images but what the promise covers, and their number."""
+        return self.is_on and self.figures == "none"

@@ -1,0 +1,1 @@
+"""What differential privacy costs, and the ledger of what a node has spent. No torch."""

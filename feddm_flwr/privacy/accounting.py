@@ -1,0 +1,76 @@
+"""What steps of DP-SGD cost, by privacy loss distributions (the package dp-accounting).
+
+A record is an image. Neighbouring sets differ in one record that is there or is not, under a number of records that
+everybody knows (zero-out adjacency; Ponomareva et al. 2023, section 2.1): the share of the records that a batch has
+tells nothing then.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+_PRECISION = 1e-3  # of privacy losses; they are rounded up: a coarser one never gives less than is spent
+_PARTS = 1000  # a noise multiplier is found to one of these
+
+
+@dataclass(frozen=True, order=True)
+class Steps:
+    """Steps of DP-SGD of a kind."""
+
+    sampling: float  # the probability of each record to be in a batch
+    noise: float  # standard deviation of the noise over what a record can change
+    count: int
+
+
+def epsilon(spent: Iterable[Steps], delta: float) -> float:
+    """Returns the least epsilon for which all these steps together are known to be (epsilon, delta)-private."""
+    counts: dict[tuple[float, float], int] = {}
+    for one in spent:
+        counts[one.sampling, one.noise] = counts.get((one.sampling, one.noise), 0) + one.count
+    return _epsilon(tuple(sorted(Steps(*kind, count) for kind, count in counts.items())), delta)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(spent: tuple[Steps, ...], delta: float) -> float:
+    accountant = _library().pld.PLDAccountant(value_discretization_interval=_PRECISION)
+    for one in spent:
+        accountant.compose(_event(one))
+    return float(accountant.get_epsilon(delta)) if spent else 0.0
+
+
+@lru_cache(maxsize=256)
+def noise_for(limit: float, delta: float, sampling: float, count: int) -> float:
+    """Returns the least noise multiplier, to three decimals, with which so many steps cost at most `limit`."""
+    library = _library()
+    # That of Renyi accounting is found at once and is a little more than needed.
+    enough = library.calibrate_dp_mechanism(
+        library.rdp.RdpAccountant, lambda noise: _event(Steps(sampling, noise, count)), limit, delta, tol=1 / _PARTS
+    )
+    most = math.ceil(enough * _PARTS)
+    least = most * 3 // 5  # the smallest that is enough lies above
+    while most - least > 1:
+        middle = (most + least) // 2
+        if epsilon([Steps(sampling, middle / _PARTS, count)], delta) <= limit:
+            most = middle
+        else:
+            least = middle
+    return float(most / _PARTS)
+
+
+def _event(steps: Steps) -> Any:
+    library = _library()
+    one = library.PoissonSampledDpEvent(steps.sampling, library.GaussianDpEvent(steps.noise))
+    return library.SelfComposedDpEvent(one, steps.count)
+
+
+def _library() -> Any:
+    import dp_accounting
+    from dp_accounting import pld, rdp  # noqa: F401  (which are then its attributes)
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of orders that it leaves out
+    return dp_accounting
