@@ -49,9 +49,9 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
         ConfigError: it cannot take part in a run of that configuration.
     """
     wants_worker(own)
-    check_allowed(config, own)
     _check_installed(config)
     data = node_data(config, own)
+    check_allowed(config, own, len(data.train))
     if config.keeps_state:
         check_state(own)
     if config.privacy.is_on:

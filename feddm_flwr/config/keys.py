@@ -178,10 +178,10 @@ class Train:
         choices=("adamw", "adamw8bit", "muon", "sgd"),
     )
     moments: str = key(
-        PRESET,
+        "reset",
         "the optimizer's averages: `reset` every round; averaged by the `server`, AdamW's second moments as a mean for "
         "each output channel (kilobytes each way), Muon's momentum in ternary values (as many bytes as int2); or all "
-        "kept by each `node`, in a file twice the size of the model (preset: reset, or the optimizer's)",
+        "kept by each `node`, in a file twice the size of the model",
         choices=("reset", "server", "node"),
     )
     alignment: float = key(

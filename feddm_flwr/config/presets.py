@@ -29,7 +29,6 @@ STRATEGIES: dict[str, _Keys] = {
         "codec.target": "delta",
         "codec.residual-decay": 0.9,
         "train.optimizer": "muon",
-        "train.moments": "reset",
         "server.optimizer": "nesterov",
         "server.learning-rate": 1.4,
         "server.momentum": 0.5,
@@ -47,8 +46,8 @@ SERVER_OPTIMIZERS: dict[str, _Keys] = {
 
 #: What each local optimizer decides; Muon's by a sweep of ours (benchmarks/fashionmnist.toml has what it is worth).
 OPTIMIZERS: dict[str, _Keys] = {
-    "adamw": {"train.moments": "reset", "train.learning-rate": 2e-3},
-    "muon": {"train.moments": "server", "train.learning-rate": 4e-3},
+    "adamw": {"train.learning-rate": 2e-3},
+    "muon": {"train.learning-rate": 4e-3},
 }
 
 
@@ -144,8 +143,6 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     if optimizer != strategy.get("server.optimizer"):  # its step size is for the optimizer that it chose
         strategy = {key: value for key, value in strategy.items() if not key.startswith("server.")}
     local = chosen("train.optimizer", str(strategy.get("train.optimizer", "adamw")))
-    if local != strategy.get("train.optimizer"):  # and so are what it remembers
-        strategy = {key: value for key, value in strategy.items() if key != "train.moments"}
     uplink = chosen("codec.uplink", str(strategy.get("codec.uplink", "none")))
     # The paper's scheme codes weights; whoever chooses codecs gets what is better.
     own = any(raw.get(key, PRESET) not in (PRESET, "none") for key in ("codec.uplink", "codec.downlink"))

@@ -10,6 +10,7 @@ from feddm_flwr.data.node_data import NodeData
 from feddm_flwr.node.settings import NodeConfig
 from feddm_flwr.privacy.accounting import Steps, noise_for
 from feddm_flwr.privacy.ledger import Ledger, Limits, Spent
+from feddm_flwr.privacy.policy import Policy
 from feddm_flwr.protocol.tasks import TrainTask
 
 _DELTA = 1e-5
@@ -76,12 +77,15 @@ def budget(own: NodeConfig) -> tuple[float, float] | None:
     return float(epsilon), delta
 
 
-def check_allowed(config: RunConfig, own: NodeConfig) -> None:
-    """Finds out whether a node with this config may take part in a run: one with a budget in private ones only.
+def check_allowed(config: RunConfig, own: NodeConfig, images: int) -> None:
+    """Finds out whether a node with this config and so many images may take part in a run: by its `policy`, and with a
+    budget in private ones only.
 
     Raises:
-        ConfigError: it may not, or its budget is none.
+        ConfigError: it may not, or its budget or its policy is none.
     """
+    if policy := own.get("policy"):
+        Policy(Path(str(policy)).expanduser()).check(config, images)
     mine, p = budget(own), config.privacy
     if mine and not p.hides_figures:
         wrong = f"privacy.figures = {p.figures!r}" if p.is_on else f"privacy.mechanism = {p.mechanism!r}"

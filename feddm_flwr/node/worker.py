@@ -99,8 +99,8 @@ def _do_here(job: Job) -> Result:
     from feddm_flwr.node import evaluate, train
 
     config, name, root = parse(job.run_config), node_name(job.node_config), node_state_root(job.node_config)
-    check_allowed(config, job.node_config)
     data = node_data(config, job.node_config)
+    check_allowed(config, job.node_config, len(data.train))
     if "kind" in job.task:
         outcome = evaluate.do(config, name, data, root, job.task, job.frames)
     else:

@@ -92,6 +92,12 @@ def _train(
     incomplete = outputs.finish(feddm)
     for line in traffic.traffic(run.path):
         log.info("%s", line)
+    if (spent := run.epsilon()) is not None:
+        log.info(
+            "privacy of each image: epsilon = %.3g, delta = %g, at the node that spent most",
+            spent,
+            config.privacy.delta,
+        )
     if run.simulated and not config.keeps_personal:
         forget_run(state_root(None), run_uuid)
     run.finish("completed", "\n".join(filter(None, [feddm.ended_early, incomplete])))

@@ -223,8 +223,9 @@ class FedDM:
             if progress.traffic.up.total() - freed > _GARBAGE:
                 freed = progress.traffic.up.total()
                 gc.collect()
-        for name in sorted(progress.spent - self.spent):
-            self._roster.leave_out(name, "its privacy budget is spent")
+        if number < self.config.num_server_rounds:
+            for name in sorted(progress.spent):
+                self._roster.leave_out(name, "its privacy budget is spent")
         self.spent |= progress.spent
         for name in sorted(progress.outdated - self.spent):
             self._roster.introduce_again(name)
