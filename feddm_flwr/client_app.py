@@ -54,7 +54,7 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
     check_allowed(config, own, len(data.train))
     if config.keeps_state:
         check_state(own)
-    if config.privacy.is_on:
+    if config.privacy.of_images:
         check_state(own)
         Account(config, own, name, data, node_state_root(own)).check()
     if config.privacy.hides_figures:
@@ -71,7 +71,7 @@ def _check_installed(config: RunConfig) -> None:
     """
     for asked, setting, package, extra in (
         (config.train.optimizer == "adamw8bit", "train.optimizer = 'adamw8bit'", "bitsandbytes", "8bit"),
-        (config.privacy.is_on, f"privacy.mechanism = {config.privacy.mechanism!r}", "dp_accounting", "dp"),
+        (config.privacy.of_images, f"privacy.mechanism = {config.privacy.mechanism!r}", "dp_accounting", "dp"),
         (config.model.lora_rank > 0, f"model.lora-rank = {config.model.lora_rank}", "peft", "lora"),
     ):
         if asked and not find_spec(package):

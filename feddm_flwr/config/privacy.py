@@ -9,23 +9,30 @@ from feddm_flwr.config.fields import key
 
 @dataclass(frozen=True)
 class Privacy:
-    """Differential privacy of every image of a node, whoever sees what leaves it (docs/privacy.md)."""
+    """Differential privacy: of every image, by its node; or of every node, by the server (docs/privacy.md)."""
 
     mechanism: str = key(
         "none",
         "`dp-sgd`: a node draws its batches at random, clips the gradient of each image and adds noise to their sum "
-        "(Abadi et al. 2016); train.batch-size is then the mean size of a batch, and no run repeats another's bits",
-        choices=("none", "dp-sgd"),
+        "(Abadi et al. 2016); train.batch-size is then the mean size of a batch. `dp-fedavg`, for many nodes: the "
+        "server clips each node's update and adds noise to their mean (McMahan et al. 2018). No such run repeats "
+        "another's bits",
+        choices=("none", "dp-sgd", "dp-fedavg"),
     )
-    clip_norm: float = key(1.0, "norm that the gradient of each image is clipped to", above=0)
+    clip_norm: float = key(
+        1.0, "norm that the gradient of each image, or the update of each node, is clipped to", above=0
+    )
     noise_multiplier: float = key(
-        0.0, "standard deviation of the noise over clip-norm; 0: each node finds the least that epsilon allows", low=0
+        0.0, "standard deviation of the noise over clip-norm; 0: the least that epsilon allows", low=0
     )
     epsilon: float = key(
-        0.0, "the most that a node spends in this run, which ends when too few have some left; 0: no limit", low=0
+        0.0, "the most that is spent in this run, which ends when too few nodes have some left; 0: no limit", low=0
     )
     delta: float = key(
-        1e-5, "of (epsilon, delta)-privacy: well below 1 over the number of a node's images", above=0, below=1
+        1e-5,
+        "of (epsilon, delta)-privacy: well below 1 over the number of a node's images, or of the nodes",
+        above=0,
+        below=1,
     )
     multiplicity: int = key(
         1, "noise levels that the gradient of an image is the mean of, before it is clipped (DPDM)", low=1
@@ -37,11 +44,16 @@ class Privacy:
     )
 
     @property
-    def is_on(self) -> bool:
-        """Whether nodes train with differential privacy."""
-        return self.mechanism != "none"
+    def of_images(self) -> bool:
+        """Whether nodes train with differential privacy of each image."""
+        return self.mechanism == "dp-sgd"
+
+    @property
+    def of_nodes(self) -> bool:
+        """Whether the server protects each node in the model."""
+        return self.mechanism == "dp-fedavg"
 
     @property
     def hides_figures(self) -> bool:
         """Whether nodes tell nothing of their images but what the promise covers, and their number."""
-        return self.is_on and self.figures == "none"
+        return self.of_images and self.figures == "none"

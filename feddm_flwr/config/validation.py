@@ -123,17 +123,19 @@ def _server(c: RunConfig) -> Iterator[str]:
 
 def _privacy(c: RunConfig) -> Iterator[str]:
     p = c.privacy
-    if not p.is_on:
-        return
     on = f"privacy.mechanism = {p.mechanism!r}"
-    if not p.noise_multiplier and not p.epsilon:
+    if p.mechanism != "none" and not p.noise_multiplier and not p.epsilon:
         yield f"privacy.noise-multiplier = 0.0, privacy.epsilon = 0.0 with {on}: one of them must be above 0"
+    yield from _private_images(c, on) if p.of_images else _private_nodes(c, on) if p.of_nodes else ()
+
+
+def _private_images(c: RunConfig, on: str) -> Iterator[str]:
     for key, value in (("train.compile", c.train.compile), ("train.checkpointing", c.train.checkpointing)):
         if value:
             yield f"{key} = true with {on}: must be false; the gradient of each image is found by another way"
     if c.train.max_seconds:
         yield f"train.max-seconds = {c.train.max_seconds:g} with {on}: must be 0; it tells how many images were drawn"
-    if not p.hides_figures:
+    if not c.privacy.hides_figures:
         return
     told = "privacy.figures = 'none'"
     if c.eval.features != "none":
@@ -142,6 +144,25 @@ def _privacy(c: RunConfig) -> Iterator[str]:
         yield f"eval.average-by = 'loss' with {told}: nodes tell no held-out loss; must be none or fid"
     if c.stage == "autoencoder":
         yield f"stage = 'autoencoder' with {told}: the scale of the latents is told by the nodes"
+
+
+def _private_nodes(c: RunConfig, on: str) -> Iterator[str]:
+    """What else of a node would enter the model, beside its clipped update."""
+    for key, value, needed in (
+        ("server.aggregation", c.server.aggregation, "mean"),
+        ("exchange.parts", c.exchange.parts, "full"),
+        ("train.moments", c.train.moments, "reset"),
+        ("train.control", c.train.control, "none"),
+        ("train.local-epochs", c.train.local_epochs, 0),
+        ("train.max-seconds", c.train.max_seconds, 0.0),
+        ("server.clip-norm", c.server.clip_norm, 0.0),
+        ("eval.keep-best", c.eval.keep_best, "none"),
+        ("stage", c.stage, "diffusion"),
+    ):
+        if value != needed:
+            yield f"{key} = {value!r} with {on}: must be {needed!r}"
+    if c.eval.average_by == "loss" or (c.eval.features != "none" and c.eval.average_by == "fid"):
+        yield f"eval.average-by = {c.eval.average_by!r} with {on}: the nodes' images would choose; must be 'none'"
 
 
 def about_sparse_codecs(c: RunConfig, sparse: Collection[str]) -> Iterator[str]:
@@ -188,8 +209,16 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
         ("sample.guidance", c.sample.guidance, taught, classes, "true"),
         *(
-            (f"privacy.{name}", getattr(c.privacy, name.replace("-", "_")), c.privacy.is_on, unprotected, "'dp-sgd'")
-            for name in ("clip-norm", "noise-multiplier", "epsilon", "delta", "multiplicity", "figures")
+            (f"privacy.{name}", getattr(c.privacy, name.replace("-", "_")), acts, unprotected, where)
+            for names, acts, where in (
+                (
+                    ("clip-norm", "noise-multiplier", "epsilon", "delta"),
+                    c.privacy.mechanism != "none",
+                    "dp-sgd and dp-fedavg",
+                ),
+                (("multiplicity", "figures"), c.privacy.of_images, "'dp-sgd'"),
+            )
+            for name in names
         ),
         ("server.trim-share", c.server.trim_share, c.server.aggregation == "trimmed-mean", rule, "'trimmed-mean'"),
     ):

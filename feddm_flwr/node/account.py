@@ -88,7 +88,7 @@ def check_allowed(config: RunConfig, own: NodeConfig, images: int) -> None:
         Policy(Path(str(policy)).expanduser()).check(config, images)
     mine, p = budget(own), config.privacy
     if mine and not p.hides_figures:
-        wrong = f"privacy.figures = {p.figures!r}" if p.is_on else f"privacy.mechanism = {p.mechanism!r}"
+        wrong = f"privacy.figures = {p.figures!r}" if p.of_images else f"privacy.mechanism = {p.mechanism!r}"
         raise ConfigError(
             f"{wrong}: this node has a budget (dp-epsilon = {mine[0]:g}) and takes part with "
             "privacy.mechanism = 'dp-sgd' and privacy.figures = 'none' only"

@@ -104,7 +104,7 @@ def _do_here(job: Job) -> Result:
     if "kind" in job.task:
         outcome = evaluate.do(config, name, data, root, job.task, job.frames)
     else:
-        account = Account(config, job.node_config, name, data, root) if config.privacy.is_on else None
+        account = Account(config, job.node_config, name, data, root) if config.privacy.of_images else None
         outcome = train.do(config, name, data, root, TrainTask.from_record(job.task), job.frames, account)
     release_memory()  # of a GPU: other nodes of a simulation, and the server, need it next
     return outcome.report, outcome.frames

@@ -27,6 +27,16 @@ class Steps:
     count: int
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of DP-FedAvg of a kind."""
+
+    nodes: int  # of which some are drawn
+    asked: int  # how many, without replacement
+    noise: float  # standard deviation of the noise over the norm that updates are clipped to, of their sum
+    count: int
+
+
 def epsilon(spent: Iterable[Steps], delta: float) -> float:
     """Returns the least epsilon for which all these steps together are known to be (epsilon, delta)-private."""
     counts: dict[tuple[float, float], int] = {}
@@ -60,6 +70,30 @@ def noise_for(limit: float, delta: float, sampling: float, count: int) -> float:
         else:
             least = middle
     return float(most / _PARTS)
+
+
+def epsilon_of_rounds(spent: Iterable[Rounds], delta: float) -> float:
+    """Returns the least epsilon for which all these rounds together are known to be (epsilon, delta)-private, where
+    neighbouring federations differ in what one node has (replace-one; Wang et al. 2019, arXiv 1808.00087, theorem 27).
+    An update in place of another changes their sum by twice the norm that they are clipped to."""
+    library = _library()
+    accountant = library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+    for one in (spent := [*spent]):
+        gaussian = library.GaussianDpEvent(one.noise / 2)
+        accountant.compose(library.SampledWithoutReplacementDpEvent(one.nodes, one.asked, gaussian), one.count)
+    return float(accountant.get_epsilon(delta)) if spent else 0.0
+
+
+def noise_for_rounds(limit: float, delta: float, nodes: int, asked: int, count: int) -> float:
+    """Returns the least noise multiplier, to three decimals, with which so many rounds cost at most `limit`."""
+    least, most = 0, 1
+    while epsilon_of_rounds([Rounds(nodes, asked, most / _PARTS, count)], delta) > limit:
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (most + least) // 2
+        enough = epsilon_of_rounds([Rounds(nodes, asked, middle / _PARTS, count)], delta) <= limit
+        least, most = (least, middle) if enough else (middle, most)
+    return most / _PARTS
 
 
 def _event(steps: Steps) -> Any:

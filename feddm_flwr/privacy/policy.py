@@ -43,7 +43,7 @@ class Rule:
         if self.kind == "allow":
             return bool(value in self.bound)
         number = float("inf") if self.key in _UNLIMITED and value == 0 else float(value)
-        return number >= self.bound if self.kind == "least" else number <= self.bound
+        return bool(number >= self.bound if self.kind == "least" else number <= self.bound)
 
     def __str__(self) -> str:
         if self.kind == "allow":

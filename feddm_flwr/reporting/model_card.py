@@ -70,6 +70,10 @@ def _privacy(config: Mapping[str, object], epsilon: float | None) -> str:
     if epsilon is None:
         return """No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
 images, and averaged updates can be inverted. Treat the model as you would treat the images."""
+    if config["privacy.mechanism"] == "dp-fedavg":
+        return f"""Every node is protected by differential privacy (DP-FedAvg): the model is ({epsilon:.3g},
+{config["privacy.delta"]})-private for what one node has in place of another, in this run alone. The server saw every
+node's update, and the figures of the run's report are not covered."""
     told = (
         "" if config["privacy.figures"] == "none" else " Figures that the nodes told of their images are not covered."
     )

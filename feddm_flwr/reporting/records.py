@@ -152,7 +152,7 @@ class RoundRecord:
     drift: float | None = None
     contraction: float | None = None
     seconds: float = 0.0
-    epsilon: float | None = None  # the most that a node has spent of its images' privacy, in this run
+    epsilon: float | None = None  # what this run has spent of the privacy of each image, or of each node
     psnr: float | None = None
     fid: float | None = None
     kid: float | None = None

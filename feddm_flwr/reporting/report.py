@@ -47,7 +47,7 @@ def write(run: Path) -> Path:
         grids=(grids := [grid_images(*grid) for grid in grid_files(run).items()]),
         slides=[{"round": g["round"], "ema": g["ema"]} for g in grids],
         nodes=_nodes(nodes, rows, hues),
-        private=config.get("privacy.mechanism", "none") != "none",
+        private=config.get("privacy.mechanism") == "dp-sgd",
         remarks=_remarks(nodes),
         hues=hues,
         command=" ".join(
@@ -85,6 +85,8 @@ def _tiles(
         return []
     last = rows[-1]
     evaluated = [row.eval_loss for row in rows if row.eval_loss is not None]
+    of_images = config.get("privacy.mechanism") == "dp-sgd"
+    unit, spender = ("image", "at the node that spent most") if of_images else ("node", "in the model")
     failed = sum(sum(row.failures.values()) for row in rows)
     return [
         (
@@ -109,8 +111,8 @@ def _tiles(
         *(
             (
                 f"ε = {spent:.3g}",
-                f"privacy of each image, δ = {config['privacy.delta']:g}",
-                "of the node that spent most",
+                f"privacy of each {unit}, δ = {config['privacy.delta']:g}",
+                spender,
             )
             for spent in [r.epsilon for r in rows if r.epsilon is not None][-1:]
         ),

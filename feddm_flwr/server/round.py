@@ -63,7 +63,7 @@ class RoundResult:
     drift: float  # spread of the nodes' updates around their mean, over its norm; NaN where it is not known
     contraction: float  # norm of this round's step of the weights over that of the round before; NaN for the first
     seconds: float
-    epsilon: float = math.nan  # the most that a node has spent in the run; NaN where it does not count
+    epsilon: float = math.nan  # spent in the run, by the node that spent most, or of nodes; NaN where it does not count
     epsilons: dict[str, tuple[float, float]] = field(default_factory=dict)  # by node: in the run, and in all runs
 
     def figures(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class RoundInProgress:
         self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
         self._outliers, self._extras = outliers, extras
         self._means: list[tuple[str, int, Vector]] = []  # by node: its images and second moments
-        total = sum(nodes[name].images for name in part)
+        total = sum(self._weight(nodes[name]) for name in part)
         self._aggregators = {
             name: _aggregator(config, receiver.size(name), total, receiver.decoder(name, number, received))
             for name in receiver.parts
@@ -139,7 +139,7 @@ class RoundInProgress:
 
         The weights of a mean are what the node said at its introduction: a reply cannot raise them.
         """
-        private = self._config.privacy.is_on
+        private = self._config.privacy.of_images
         if private and SPENT in (refusal := reply.config_records.get(REPORT, ConfigRecord())):
             self.spent.add(name)
             return Failure(SPENT, clean(str(refusal[SPENT])))
@@ -176,7 +176,7 @@ class RoundInProgress:
         try:  # all of the reply, or nothing
             for kind, aggregator in self._beside.items():
                 aggregator.check(extras[kind])
-            self._aggregators[part].add(update, node.images, frame, scale)
+            self._aggregators[part].add(update, self._weight(node), frame, scale)
             for kind, aggregator in self._beside.items():
                 aggregator.add(extras[kind], node.images, own[kind], 1.0)
         except ValueError as error:
@@ -190,6 +190,10 @@ class RoundInProgress:
             log.warning("round=%d node=%s had lost what it had kept and began anew", self.number, name)
         log.info("%s", NodeDone(self.number, name, self.count, said.train_loss, len(frame)))
         return None
+
+    def _weight(self, node: Introduction) -> int:
+        """Returns what an update of a node weighs in the mean; where nodes are protected, as much as any."""
+        return 1 if self._config.privacy.of_nodes else node.images
 
     def aggregates(self) -> dict[str, tuple[Vector, int]]:
         """Returns the aggregated update of each part, and how many replies are in it; once, for its sums are as large
@@ -248,6 +252,7 @@ class RoundInProgress:
         bytes_other: int,
         contraction: float,
         seconds: float,
+        client_level: float,
     ) -> RoundResult:
         """Returns what the round came to, given the global weights after its step, the aggregated update `delta`, and
         what the round cannot know."""
@@ -256,7 +261,7 @@ class RoundInProgress:
         epsilons = {
             a.node.name: (a.reply.epsilon, a.reply.epsilon_total)
             for a in self._accepted
-            if math.isfinite(a.reply.epsilon + a.reply.epsilon_total) and self._config.privacy.is_on
+            if math.isfinite(a.reply.epsilon + a.reply.epsilon_total) and self._config.privacy.of_images
         }
         norm = euclidean_norm(delta)
         return RoundResult(
@@ -288,7 +293,7 @@ class RoundInProgress:
             drift=self._drift(norm),
             contraction=contraction,
             seconds=round(seconds, 3),
-            epsilon=max((spent for spent, _ in epsilons.values()), default=math.nan),
+            epsilon=max((spent for spent, _ in epsilons.values()), default=client_level),
             epsilons=epsilons,
         )
 

@@ -93,11 +93,8 @@ def _train(
     for line in traffic.traffic(run.path):
         log.info("%s", line)
     if (spent := run.epsilon()) is not None:
-        log.info(
-            "privacy of each image: epsilon = %.3g, delta = %g, at the node that spent most",
-            spent,
-            config.privacy.delta,
-        )
+        unit = "image, at the node that spent most" if config.privacy.of_images else "node, in the model"
+        log.info("epsilon = %.3g at delta = %g for each %s", spent, config.privacy.delta, unit)
     if run.simulated and not config.keeps_personal:
         forget_run(state_root(None), run_uuid)
     run.finish("completed", "\n".join(filter(None, [feddm.ended_early, incomplete])))

@@ -34,6 +34,7 @@ from feddm_flwr.protocol.failures import Failure, RunFailedError
 from feddm_flwr.protocol.replies import Introduction
 from feddm_flwr.protocol.tasks import Frames, Scalar, TrainTask, asset_name
 from feddm_flwr.reporting.progress import RoundBegun, RoundDone
+from feddm_flwr.server.client_level import ClientLevel, FixedClip
 from feddm_flwr.server.federation.dispatch import collect
 from feddm_flwr.server.federation.liveness import Probes
 from feddm_flwr.server.federation.roster import Roster
@@ -64,7 +65,9 @@ class FedDM:
         self._fingerprints = {kind: sha256(content).hexdigest() for kind, content in self._assets.items()}
         self._roster = Roster(config)
         self._begun = False  # whether nodes were heard that this process waited for
-        self._outliers = Outliers(s.norm_limit, s.clip_norm)
+        self._client_level = ClientLevel(config.privacy, config.num_server_rounds) if config.privacy.of_nodes else None
+        clip = FixedClip(config.privacy.clip_norm) if self._client_level else None
+        self._outliers = clip or Outliers(s.norm_limit, s.clip_norm)
         self.round = 0  # the last one that was committed
         self.weights, self.average = initial, averages.average(s.average, s.ema_decay, initial)
         self._step_norm = 0.0  # of the last round's step
@@ -103,7 +106,11 @@ class FedDM:
     def ended_early(self) -> str:
         """Why the run is over before the round of the configuration; "" where it is not."""
         last, left, needed = self.config.num_server_rounds, len({*self._roster.nodes} - self.spent), self._roster.needed
-        if not 0 < self.round < last or not self.spent or left >= needed:
+        if not 0 < self.round < last:
+            return ""
+        if self._client_level and self._client_level.is_spent():
+            return f"ended after round {self.round} of {last}: another would cost more than privacy.epsilon"
+        if not self.spent or left >= needed:
             return ""
         return f"ended after round {self.round} of {last}: {left} nodes have privacy budget left, {needed} are needed"
 
@@ -128,6 +135,7 @@ class FedDM:
             "never-sent": sorted(self.never_sent),
             "private-steps": dict(self._private_steps),
             "spent": sorted(self.spent),
+            "client-level": self._client_level.state() if self._client_level else {},
             "nodes": [asdict(node) for node in self.nodes],
         }
         return Checkpoint(self.round, {"weights": self.weights, **self.average.tensors(), **tensors}, facts)
@@ -151,6 +159,8 @@ class FedDM:
         self._outliers.restore(facts["norms"])
         self.never_sent = {*facts["never-sent"]}
         self._private_steps, self.spent = facts.get("private-steps", {}), {*facts.get("spent", ())}
+        if self._client_level:
+            self._client_level.restore(facts["client-level"])
         self._roster.expect([Introduction(**node) for node in facts["nodes"]])
 
     def run(self, grid: Grid, before_step: Callable[[], None] = lambda: None) -> Iterator[RoundResult]:
@@ -192,12 +202,15 @@ class FedDM:
                 raise RunFailedError(f"{problem}; {tries}; {progress.why}".removesuffix("; "))
             progress.traffic = earlier
             before_step()
-            yield self._commit(number, received, progress, len(chosen), time.monotonic() - start)
+            yield self._commit(number, received, progress, len(chosen), len(online), time.monotonic() - start)
 
     def _sample(self, names: list[str], number: int, attempt: int) -> list[str]:
         """Returns the nodes that train, by name and seed; a repeated round draws anew."""
+        count = nodes_asked(self.config, len(names))
+        if self._client_level:
+            return self._client_level.choose(names, count)
         seed = derive_seed(self.config.seed, "sample", number, attempt)
-        chosen = np.random.default_rng(seed).permutation(len(names))[: nodes_asked(self.config, len(names))]
+        chosen = np.random.default_rng(seed).permutation(len(names))[:count]
         return sorted(names[i] for i in chosen)
 
     def _attempt(self, grid: Grid, number: int, chosen: dict[int, str], received: Vector) -> RoundInProgress:
@@ -265,9 +278,9 @@ class FedDM:
         return content
 
     def _commit(
-        self, number: int, received: Vector, progress: RoundInProgress, asked: int, seconds: float
+        self, number: int, received: Vector, progress: RoundInProgress, asked: int, online: int, seconds: float
     ) -> RoundResult:
-        """Applies the server step to the aggregated update."""
+        """Applies the server step to the aggregated update of those of the online nodes that were asked."""
         found = progress.aggregates()
         for name, (_, count) in found.items():
             if count:
@@ -276,6 +289,8 @@ class FedDM:
                 log.warning("round=%d: no reply covers the part %r; only momentum moves it", number, name)
         delta = self._split.join({name: mean for name, (mean, _) in found.items()})
         del found
+        if self._client_level:
+            delta = self._client_level.protect(delta, progress.count, asked, online)
         # Where weights are coded, what the server's coding lost is gone: the step starts from what the
         # nodes had. Where differences are, it is still owed to them: the step starts from the model.
         base = received if self.config.codec.target == "weights" else self.weights
@@ -287,7 +302,7 @@ class FedDM:
         steps = progress.typical_steps()
         self.round, self.weights, self._state = number, weights, state
         self._extras = progress.extras(self._extras)
-        if self.config.privacy.is_on:
+        if self.config.privacy.of_images:
             for name, count in progress.steps().items():
                 self._private_steps[name] = self._private_steps.get(name, 0) + count
         self.average.update(weights, self._steps, steps)
@@ -303,6 +318,7 @@ class FedDM:
             bytes_other=self._other,
             contraction=step / before if before else math.nan,
             seconds=seconds,
+            client_level=self._client_level.epsilon() if self._client_level else math.nan,
         )
         figures = (
             done.train_loss,

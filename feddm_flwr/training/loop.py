@@ -98,7 +98,7 @@ def train(
     share = None if along is None else torch.from_numpy(along * np.float32(t.alignment / steps)).to(device)
     inputs = model, objective, t, parameters, terms, memory, share
     random = torch.Generator(device)
-    if config.privacy.is_on:
+    if config.privacy.of_images:
         secret = SecretRandom()
         take_step: Step = PrivateStep(*inputs, privacy=config.privacy, noise=noise, secret=secret)
         batches = poisson_batches(len(objective), t.batch_size, config.privacy.multiplicity, secret, device)
