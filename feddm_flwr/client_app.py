@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.node import worker
 from feddm_flwr.node.account import Account, check_allowed
+from feddm_flwr.node.canaries import with_canaries
 from feddm_flwr.node.settings import check_state, node_data, node_name, node_state_root, wants_worker
 from feddm_flwr.protocol.replies import Introduction
 from feddm_flwr.protocol.tasks import LOST, PROBE, REPORT, SPENT, TASK, WEIGHTS_RECORD
@@ -50,7 +51,7 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
     """
     wants_worker(own)
     _check_installed(config)
-    data = node_data(config, own)
+    data = with_canaries(config, name, node_data(config, own))
     check_allowed(config, own, len(data.train))
     if config.keeps_state:
         check_state(own)

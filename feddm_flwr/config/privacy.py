@@ -37,6 +37,13 @@ class Privacy:
     multiplicity: int = key(
         1, "noise levels that the gradient of an image is the mean of, before it is clipped (DPDM)", low=1
     )
+    canaries: int = key(
+        0,
+        "an audit: images that each node makes up, of which it puts about half among its own; at the end it looks for "
+        "them in the model, and the report says what finding them proves; 0: none",
+        low=0,
+        high=100_000,
+    )
     figures: str = key(
         "none",
         "whether nodes tell what eval.* asks of their images: `none`, or `unprotected`: outside of the promise",

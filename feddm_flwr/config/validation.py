@@ -124,6 +124,11 @@ def _server(c: RunConfig) -> Iterator[str]:
 def _privacy(c: RunConfig) -> Iterator[str]:
     p = c.privacy
     on = f"privacy.mechanism = {p.mechanism!r}"
+    if 0 < p.canaries < 20:
+        yield f"privacy.canaries = {p.canaries}: must be 0 or at least 20; fewer prove nothing"
+    for key, wrong in (("stage", c.stage == "autoencoder"), ("exchange.*", c.keeps_personal)):
+        if p.canaries and wrong:
+            yield f"privacy.canaries = {p.canaries} with {key}: the server has no diffusion model to look into"
     if p.mechanism != "none" and not p.noise_multiplier and not p.epsilon:
         yield f"privacy.noise-multiplier = 0.0, privacy.epsilon = 0.0 with {on}: one of them must be above 0"
     yield from _private_images(c, on) if p.of_images else _private_nodes(c, on) if p.of_nodes else ()

@@ -22,9 +22,11 @@ from feddm_flwr.exchange.channel import exact
 from feddm_flwr.models import networks, parameters
 from feddm_flwr.models.pretrained import FEATURES, Assets
 from feddm_flwr.node.assets import assets_of
+from feddm_flwr.node.canaries import candidates
 from feddm_flwr.node.outcome import Outcome
-from feddm_flwr.protocol.replies import Audit, FinalReply
-from feddm_flwr.protocol.tasks import FRAME, REFERENCE, SAMPLES, WEIGHTS, Frames, Scalar
+from feddm_flwr.privacy.audit import guesses
+from feddm_flwr.protocol.replies import Audit, CanaryGuesses, FinalReply
+from feddm_flwr.protocol.tasks import FINAL, FRAME, REFERENCE, SAMPLES, WEIGHTS, Frames, Scalar
 from feddm_flwr.training.build import build_objectives
 from feddm_flwr.training.objectives import Denoising
 
@@ -42,7 +44,7 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[s
             or the run hides all figures.
         FrameError: a frame is corrupt.
     """
-    if config.privacy.hides_figures:
+    if config.privacy.hides_figures and not (said["kind"] == FINAL and config.privacy.canaries):
         raise ConfigError("privacy.figures = 'none': nodes tell no figures of their images")
     device = prepare_process(config.train)
     assets = assets_of(root, str(said["assets"]), frames)
@@ -74,6 +76,14 @@ def _final(
     layout = parameters.layout(network)
     channel = exact(layout.fingerprint, layout.size)
     parameters.load_vector(network, channel.decode(frames[WEIGHTS], "weights", config.num_server_rounds))
+    found = None
+    if config.privacy.canaries:  # whatever is found in a model that is public tells of no image
+        alone, included = candidates(config, name, data)
+        objective, _ = build_objectives(config, alone, assets, root, device)
+        assert isinstance(objective, Denoising)
+        found = CanaryGuesses(*guesses(objective.mean_losses(network, name).numpy(), included))
+    if config.privacy.hides_figures:
+        return FinalReply(None, None, None, found)
     trained, unseen = build_objectives(config, data, assets, root, device)
     held_out = unseen.held_out(network, config.eval.images, name)
     audit = None
@@ -86,4 +96,4 @@ def _final(
         near = near_copies(extract(samples), extract(data.train), extract(unseen_ones))
         losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
         audit = Audit(near, separability(*losses), len(unseen_ones))
-    return FinalReply(held_out.loss, held_out.latent_power, audit)
+    return FinalReply(held_out.loss, held_out.latent_power, audit, found)

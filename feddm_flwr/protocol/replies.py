@@ -145,12 +145,21 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class CanaryGuesses:
+    """What a node found of its canaries in the final model."""
+
+    made: int
+    right: int
+
+
+@dataclass(frozen=True)
 class FinalReply:
     """What a node says of the weights that are shipped."""
 
     eval_loss: float | None  # None where it has no held-out images
     latent_power: float | None  # an autoencoder's: the mean square of its latents
     audit: Audit | None = None  # None where it was not asked for one
+    canaries: CanaryGuesses | None = None  # the same
 
     def to_record(self) -> dict[str, Scalar]:
         """Returns the reply as a record of scalars."""
@@ -160,6 +169,8 @@ class FinalReply:
         }
         if self.audit:
             said |= {"near": self.audit.near, "members-auc": self.audit.members_auc, "unseen": self.audit.unseen}
+        if self.canaries:
+            said |= {"guesses": self.canaries.made, "right": self.canaries.right}
         return said
 
     @classmethod
@@ -173,10 +184,15 @@ class FinalReply:
         audit = None
         if type(near) is int and 0 <= near <= samples and type(unseen) is int and 0 < unseen <= held_out:
             audit = Audit(near, auc, unseen) if isinstance(auc, float) and 0 <= auc <= 1 else None
+        made, right = said.get("guesses"), said.get("right")
+        found = None
+        if type(made) is int and type(right) is int and 0 <= right <= made <= _MAX_IMAGES:
+            found = CanaryGuesses(made, right)
         return cls(
             loss if 0 <= loss <= ABSURD else None,
             power if isinstance(power, float) and 0 < power <= ABSURD else None,
             audit,
+            found,
         )
 
 

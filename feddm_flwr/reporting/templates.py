@@ -99,6 +99,14 @@ PAGE = (
  many more than are so by chance mean copies. The AUC says how well a low loss tells training images from held-out ones: 0.5 is chance, near 1 means that
  who has the model can tell who was in the data. Neither proves that nothing was memorized. Only these figures left the nodes.</p></div>
 {% endif %}
+{% if final.canaries %}
+<h2>Canaries</h2>
+<div class="card scroll"><table><tr><th>node</th><th class="n">guesses</th><th class="n">right</th><th class="n">ε at least</th>{% if private %}<th class="n">ε accounted for</th>{% endif %}</tr>
+{% for name, found in final.canaries.items() %}<tr><td>{{ name }}</td><td class="n">{{ found.guesses }}</td><td class="n">{{ found.right }}</td><td class="n">{{ "%.2f"|format(found.epsilon_at_least) }}</td>{% if private %}<td class="n">{{ accounted[name] }}</td>{% endif %}</tr>
+{% endfor %}</table>
+<p class="soft">Each node put about half of {{ config["privacy.canaries"] }} images that it had made up among its own, and guessed from the shipped model's losses which those were.
+ Half of the guesses are right by chance. “At least” is what so many right ones prove of any training, with 95 % confidence; it must lie below what was accounted for. 0 proves nothing: a better attack may find more.</p></div>
+{% endif %}
 {% if faults %}
 <h2>Faults survived</h2>
 <div class="card"><p>{% for line in faults %}{{ line }}<br>{% endfor %}</p></div>

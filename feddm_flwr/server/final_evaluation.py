@@ -13,13 +13,15 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
+from feddm_flwr.config.privacy import Privacy
 from feddm_flwr.evaluation.global_model import GlobalModel
 from feddm_flwr.evaluation.memorization import near_by_chance
 from feddm_flwr.exchange.channel import exact
 from feddm_flwr.models.parameters import layout
 from feddm_flwr.models.pretrained import FEATURES
+from feddm_flwr.privacy.audit import epsilon_at_least
 from feddm_flwr.protocol.failures import Failure
-from feddm_flwr.protocol.replies import FinalReply, Introduction
+from feddm_flwr.protocol.replies import CanaryGuesses, FinalReply, Introduction
 from feddm_flwr.protocol.tasks import FINAL, REPORT, SAMPLES, WEIGHTS
 from feddm_flwr.server.strategy import FedDM
 
@@ -36,11 +38,15 @@ class Said:
     latent_power: float | None  # of an autoencoder: the median of the nodes, which a few cannot move far
     audit: dict[str, dict[str, float]]  # by node, where it was asked for
     samples: int  # that the nodes compared with their images
+    canaries: dict[
+        str, dict[str, float]
+    ]  # by node, where there are some: what it guessed of them, and what that proves
 
     def figures(self) -> dict[str, Any]:
         """Returns the lines of `final.json`."""
         found: dict[str, Any] = {"eval_loss": _mean(self.losses.values()), "latent_power": self.latent_power}
-        return found | ({"audit": self.audit, "audit_samples": self.samples} if self.audit else {})
+        found |= {"audit": self.audit, "audit_samples": self.samples} if self.audit else {}
+        return found | ({"canaries": self.canaries} if self.canaries else {})
 
 
 def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> Said:
@@ -67,7 +73,9 @@ def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path
     losses = {node.name: (node.held_out, reply.eval_loss) for node, reply in said if reply.eval_loss is not None}
     powers = [reply.latent_power for _, reply in said if reply.latent_power is not None]
     audited = {node.name: _audit(node, reply, samples) for node, reply in said if reply.audit}
-    found = Said(losses, median(powers) if powers else None, dict(sorted(audited.items())), samples)
+    guessed = {node.name: _proven(reply.canaries, model.config.privacy) for node, reply in said if reply.canaries}
+    power = median(powers) if powers else None
+    found = Said(losses, power, dict(sorted(audited.items())), samples, dict(sorted(guessed.items())))
     log.info("final held-out loss of the averaged weights: %s", _mean(losses.values()))
     return found
 
@@ -91,6 +99,13 @@ def _reply(answer: RecordDict | Failure, samples: int, held_out: int) -> FinalRe
     if REPORT not in answer.config_records:
         return Failure("malformed", "no report")
     return FinalReply.from_record(answer.config_records[REPORT], samples, held_out)
+
+
+def _proven(found: CanaryGuesses, privacy: Privacy) -> dict[str, float]:
+    """Returns what a node guessed of its canaries, and the epsilon that this proves at least."""
+    delta = privacy.delta if privacy.of_images else 0.0
+    proven = epsilon_at_least(privacy.canaries, found.made, found.right, delta)
+    return {"guesses": found.made, "right": found.right, "epsilon_at_least": round(proven, 3)}
 
 
 def _audit(node: Introduction, reply: FinalReply, samples: int) -> dict[str, float]:

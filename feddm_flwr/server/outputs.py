@@ -77,11 +77,12 @@ class Outputs:
             power = self._said_by_nodes(feddm).latent_power
         self._write_model(feddm, "model", power)
         said = self._said.get(feddm.average.width)
-        if self._evaluation and self._config.eval.audit:
+        if self._config.eval.audit or self._config.privacy.canaries:
             try:
-                said = evaluate_at_nodes(feddm, self._grid, self._model, self._evaluation.recipe)
+                recipe = self._evaluation.recipe if self._evaluation else None
+                said = evaluate_at_nodes(feddm, self._grid, self._model, recipe)
             except RunFailedError as error:  # the model is there whatever they do
-                log.warning("eval.audit: %s", error)
+                log.warning("eval.audit, privacy.canaries: %s", error)
         if said:
             self._run.write_final(said.figures() | {"bytes_other": feddm.bytes_other})
         return ""

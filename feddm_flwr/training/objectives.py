@@ -20,6 +20,8 @@ from feddm_flwr.data.node_data import Labels
 from feddm_flwr.models import diffusion
 from feddm_flwr.training.examples import Examples
 
+_LEVELS = 32  # that the loss of single examples is a mean over
+
 Drawn = tuple[Tensor, ...]  # of one step; every tensor has the batch first
 
 
@@ -112,6 +114,22 @@ class Denoising(Objective):
             *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True
         )
         return torch.cat([_squared_error(*self._predict(network, piece)) for piece in pieces])
+
+    @torch.no_grad()
+    def mean_losses(self, network: nn.Module, name: str) -> Tensor:
+        """Returns the squared error of each example, (N,), float64, as a mean over noise levels that are the same for
+        all, each with one noise."""
+        network.eval()
+        random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "mean losses"))
+        places = torch.arange(len(self), device=self._device)
+        total = torch.zeros(len(self), dtype=torch.float64)
+        for t in self._process.spread_times(_LEVELS).to(self._device):
+            for index in places.split(self._config.train.micro_batch or self._config.train.batch_size):
+                x0 = self._examples.fixed(index)
+                noise = torch.randn(x0.shape, generator=random).to(self._device)
+                drawn = (x0, t.expand(len(index)), noise, self._labels[index])
+                total[index.cpu()] += _squared_error(*self._predict(network, drawn)).double().cpu()
+        return total / _LEVELS
 
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
         """Returns the mean of these, and that of each tenth of the timesteps."""

@@ -231,3 +231,33 @@ def test_too_few_from_the_start_is_an_error() -> None:
     c = config(**PRIVATE, privacy__epsilon=0.01)
     with pytest.raises((ConfigError, RunFailedError), match=r"privacy\.epsilon = 0\.01 is spent"):
         run(c)
+
+
+CANARIES: dict[str, Any] = {
+    "privacy__canaries": 60,
+    "train__local_steps": 150,
+    "train__batch_size": 32,
+    "train__lr_schedule": "constant",
+    "train__precision": "fp32",
+    "eval__every": 0,
+    "sample__count": 4,
+}
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_canaries_are_found_without_privacy_and_not_with_it(private: bool, tmp_path: Path) -> None:
+    keys = {"privacy__mechanism": "dp-sgd", "privacy__epsilon": 3.0, "train__local_steps": 10} if private else {}
+    c = config(**{**CANARIES, **keys}, num_server_rounds=2 if private else 4, out_dir=str(tmp_path), run_name="r")
+    handlers = nodes(c, 2)
+    run_server(c, handlers)
+    final, rounds = read_json(tmp_path / "r" / "final.json", {}), read_rounds(tmp_path / "r")
+    assert {*final["canaries"]} == {"node-0", "node-1"}
+    for found in final["canaries"].values():
+        assert found["guesses"] == 30
+        assert 0 <= found["right"] <= 30
+        if private:
+            assert found["epsilon_at_least"] < rounds[-1].epsilon <= 3.0
+            assert final["eval_loss"] is None  # nothing else is told
+    proven = max(found["epsilon_at_least"] for found in final["canaries"].values())
+    assert (proven == 0) if private else (proven > 0)
+    assert "ε at least" in (tmp_path / "r" / "report.html").read_text()
