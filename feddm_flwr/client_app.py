@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.node import worker
-from feddm_flwr.node.account import Account, check_allowed
+from feddm_flwr.node.account import Account, check_allowed, untold
 from feddm_flwr.node.canaries import with_canaries
 from feddm_flwr.node.settings import check_state, node_data, node_name, node_state_root, wants_worker
 from feddm_flwr.protocol.replies import Introduction
@@ -50,8 +50,11 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
         ConfigError: it cannot take part in a run of that configuration.
     """
     wants_worker(own)
+    check_allowed(config, own)
+    log.info("budget: %s; policy: %s", own.get("dp-epsilon", "none"), own.get("policy", "none"))
     _check_installed(config)
-    data = with_canaries(config, name, node_data(config, own))
+    with untold(config, own):
+        data = with_canaries(config, name, node_data(config, own))
     check_allowed(config, own, len(data.train))
     if config.keeps_state:
         check_state(own)

@@ -31,8 +31,8 @@ class SecretRandom:
         return ((words & ((1 << _BITS) - 1)).double() + 1) * 2.0**-_BITS
 
     def normal(self, size: int, device: torch.device) -> Tensor:
-        """Returns so many numbers of a standard normal distribution (Box and Muller 1958), shape (size,), float32."""
-        found = torch.empty(size, device=device)
+        """Returns so many numbers of a standard normal distribution (Box and Muller 1958), shape (size,), float64."""
+        found = torch.empty(size, device=device, dtype=torch.float64)
         for start in range(0, size, _PIECE):
             count = min(_PIECE, size - start)
             pairs = (count + 1) // 2

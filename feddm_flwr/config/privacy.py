@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from feddm_flwr.config.fields import key
 
+#: The least noise multiplier: with less, nothing is hidden, and accounting takes hours.
+LEAST_NOISE = 0.2
+
 
 @dataclass(frozen=True)
 class Privacy:
@@ -20,13 +23,16 @@ class Privacy:
         choices=("none", "dp-sgd", "dp-fedavg"),
     )
     clip_norm: float = key(
-        1.0, "norm that the gradient of each image, or the update of each node, is clipped to", above=0
+        1.0, "norm that the gradient of each image, or the update of each node, is clipped to", low=1e-6, high=1e6
     )
     noise_multiplier: float = key(
-        0.0, "standard deviation of the noise over clip-norm; 0: the least that epsilon allows", low=0
+        0.0, "standard deviation of the noise over clip-norm; 0: the least that epsilon allows", low=0, high=1e4
     )
     epsilon: float = key(
-        0.0, "the most that is spent in this run, which ends when too few nodes have some left; 0: no limit", low=0
+        0.0,
+        "the most that is spent in this run, which ends when too few nodes have some left; 0: no limit",
+        low=0,
+        high=100,
     )
     delta: float = key(
         1e-5,

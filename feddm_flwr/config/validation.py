@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, PARTITION_OF, SCHEDULERS, SPARSE_CODECS
 from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.config.presets import EMA_DECAY
+from feddm_flwr.config.privacy import LEAST_NOISE
 from feddm_flwr.config.run_config import KEYS, RunConfig
 
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
@@ -129,6 +130,8 @@ def _privacy(c: RunConfig) -> Iterator[str]:
     for key, wrong in (("stage", c.stage == "autoencoder"), ("exchange.*", c.keeps_personal)):
         if p.canaries and wrong:
             yield f"privacy.canaries = {p.canaries} with {key}: the server has no diffusion model to look into"
+    if 0 < p.noise_multiplier < LEAST_NOISE:
+        yield f"privacy.noise-multiplier = {p.noise_multiplier:g}: must be 0 or at least {LEAST_NOISE}"
     if p.mechanism != "none" and not p.noise_multiplier and not p.epsilon:
         yield f"privacy.noise-multiplier = 0.0, privacy.epsilon = 0.0 with {on}: one of them must be above 0"
     yield from _private_images(c, on) if p.of_images else _private_nodes(c, on) if p.of_nodes else ()

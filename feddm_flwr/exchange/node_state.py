@@ -34,8 +34,9 @@ class StateLostError(RuntimeError):
 class NodeState:
     """The files of one node in one run."""
 
-    def __init__(self, root: Path, run: str, node: str) -> None:
-        """Create the node's folder; remove what runs left that nobody touched for two weeks.
+    def __init__(self, root: Path, run: str, node: str, *, private: bool = False) -> None:
+        """Create the node's folder; remove what runs left that nobody touched for two weeks. What a training with
+        differential privacy kept is of no use to one without, and the other way round.
 
         Raises:
             ValueError: `run` is not a run-uuid (it is the server's word, and becomes a path).
@@ -43,7 +44,7 @@ class NodeState:
         """
         if not re.fullmatch(RUN_UUID, run):
             raise ValueError(f"run-uuid = {run!r} is not 32 hex digits")
-        self._run, self.owner = root / run, f"{run}/{node}"
+        self._run, self.owner = root / run, f"{run}/{node}{'/private' if private else ''}"
         self.lost = False  # whether what this node had kept was gone
         self.path = self._run / node
         if not self.path.is_dir():

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from feddm_flwr.config import ConfigError, RunConfig, local_steps
 from feddm_flwr.data.node_data import NodeData
 from feddm_flwr.node.settings import NodeConfig
 from feddm_flwr.privacy.accounting import Steps, noise_for
-from feddm_flwr.privacy.ledger import Ledger, Limits, Spent
+from feddm_flwr.privacy.ledger import BudgetSpentError, Ledger, Limits, Spent
 from feddm_flwr.privacy.policy import Policy
 from feddm_flwr.protocol.tasks import TrainTask
+from feddm_flwr.storage.state_folder import RUN_UUID
+
+log = logging.getLogger(__name__)
 
 _DELTA = 1e-5
+_MOST_STEPS = 10_000_000  # of a run: accounting more takes minutes
+
+
+#: Keys of a node config.
+_KNOWN = {
+    *("node-name", "data-path", "state-path", "worker", "dp-epsilon", "dp-delta", "policy"),
+    *("partition-id", "num-partitions"),
+}
 
 
 class Account:
@@ -28,12 +43,19 @@ class Account:
         p, records = config.privacy, len(data.train)
         mine = budget(own)
         self._limits = Limits(p.epsilon or math.inf, p.delta, *(mine or (math.inf, p.delta)))
-        # A data set's part is known by its content; whatever a node with images of its own trains on is one account.
-        whose = name if mine or "data-path" in own else f"{name}-{data.fingerprint[:16]}"
+        # Whatever a node with a name of its own trains on is one account; of a simulation, each part of a data set is.
+        whose = name if mine or "node-name" in own else f"{name}-{data.fingerprint[:16]}"
         self._ledger = Ledger(root / "privacy" / f"{whose}.json")
+        for what, delta in (("privacy.delta", p.delta), ("dp-delta", self._limits.node_delta)):
+            if delta * records >= 1:
+                raise ConfigError(f"{what} = {delta:g}: must be less than 1 over the {records} images of this node")
         steps, sampling = local_steps(config, records), min(1.0, config.train.batch_size / records)
-        noise = p.noise_multiplier or noise_for(p.epsilon, p.delta, sampling, steps * config.num_server_rounds)
-        self._steps = Steps(sampling, noise, steps)
+        if (count := steps * config.num_server_rounds) > _MOST_STEPS:
+            raise ConfigError(
+                f"num-server-rounds = {config.num_server_rounds}: {count} private steps; at most {_MOST_STEPS}"
+            )
+        noise = p.noise_multiplier or noise_for(p.epsilon, p.delta, sampling, count)
+        self._steps, self._rounds = Steps(sampling, noise, steps), config.num_server_rounds
 
     @property
     def noise(self) -> float:
@@ -56,6 +78,10 @@ class Account:
             ConfigError: the ledger cannot be read, or has lost what was spent in this run.
             OSError: it cannot be written.
         """
+        if not (re.fullmatch(RUN_UUID, str(task.run_uuid)) and 0 < task.round <= self._rounds):
+            raise ConfigError(
+                f"round {task.round!r} of {self._rounds} of the run {str(task.run_uuid)[:40]!r}: there is none"
+            )
         return self._ledger.spend(task.run_uuid, self._steps, self._limits, task.private_steps)
 
 
@@ -77,15 +103,34 @@ def budget(own: NodeConfig) -> tuple[float, float] | None:
     return float(epsilon), delta
 
 
-def check_allowed(config: RunConfig, own: NodeConfig, images: int) -> None:
-    """Finds out whether a node with this config and so many images may take part in a run: by its `policy`, and with a
-    budget in private ones only.
+@contextmanager
+def untold(config: RunConfig, own: NodeConfig) -> Iterator[None]:
+    """Keeps what an error says of the node's images to its own log, where the run hides figures or the node has a
+    budget."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BudgetSpentError) or not (config.privacy.hides_figures or budget(own)):
+            raise
+        log.exception("this node's images do not go with the run")
+        raise ConfigError("this node cannot do that with its images; its own log says why") from None
+
+
+def check_allowed(config: RunConfig, own: NodeConfig, images: int | None = None) -> None:
+    """Finds out whether a node with this config may take part in a run: by its `policy`, and with a budget in private
+    ones only. As long as the number of its `images` is not known, what hangs on that is left open.
 
     Raises:
-        ConfigError: it may not, or its budget or its policy is none.
+        ConfigError: it may not, or its budget or its policy is none, or it has a key that there is not.
     """
-    if policy := own.get("policy"):
-        Policy(Path(str(policy)).expanduser()).check(config, images)
+    if unknown := sorted({*own} - _KNOWN):
+        raise ConfigError(
+            f"{unknown[0]!r} in the --node-config is not known: must be one of {', '.join(sorted(_KNOWN))}"
+        )
+    if "policy" in own:
+        if not isinstance(own["policy"], str) or not own["policy"]:
+            raise ConfigError(f"policy = {own['policy']!r} in the --node-config is not allowed: must be a TOML file")
+        Policy(Path(own["policy"]).expanduser()).check(config, images)
     mine, p = budget(own), config.privacy
     if mine and not p.hides_figures:
         wrong = f"privacy.figures = {p.figures!r}" if p.of_images else f"privacy.mechanism = {p.mechanism!r}"

@@ -41,11 +41,11 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[s
 
     Raises:
         ConfigError: the feature network cannot be had here, or there are too few images for sums of them to be told,
-            or the run hides all figures.
+            or the run's configuration does not ask for that.
         FrameError: a frame is corrupt.
     """
-    if config.privacy.hides_figures and not (said["kind"] == FINAL and config.privacy.canaries):
-        raise ConfigError("privacy.figures = 'none': nodes tell no figures of their images")
+    if not _is_asked_for(config, str(said["kind"]), frames):
+        raise ConfigError(f"{said['kind']!r} was asked for, which this run's configuration does not: eval.*, privacy.*")
     device = prepare_process(config.train)
     assets = assets_of(root, str(said["assets"]), frames)
     report: dict[str, Scalar] = {"name": name, "kind": said["kind"]}
@@ -61,6 +61,17 @@ def do(config: RunConfig, name: str, data: NodeData, root: Path, said: Mapping[s
         return Outcome(report, {FRAME: sums.pack()})
     final = _final(config, name, data, assets, root, frames, device)
     return Outcome(report | final.to_record(), {FRAME: b"done"})
+
+
+def _is_asked_for(config: RunConfig, kind: str, frames: Frames) -> bool:
+    """Tells whether a run with this configuration has a reason for the question, whatever the server says."""
+    e, p = config.eval, config.privacy
+    if p.hides_figures:
+        return kind == FINAL and p.canaries > 0 and SAMPLES not in frames
+    if kind == REFERENCE:
+        return e.features != "none"
+    reasons = config.stage == "autoencoder" or e.average_by == "loss" or e.audit or p.canaries > 0
+    return kind == FINAL and reasons and (e.audit or SAMPLES not in frames)
 
 
 def _final(

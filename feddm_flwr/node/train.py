@@ -55,7 +55,8 @@ def do(
         return nothing
     network = networks.build(config, assets)
     split = split_of(parameters.layout(network), config)
-    state = NodeState(root, task.run_uuid, name) if config.keeps_state else None
+    private = config.privacy.of_images
+    state = NodeState(root, task.run_uuid, name, private=private) if config.keeps_state else None
     uplink = UplinkSender(config, split, name, task, state)
     try:
         received = DownlinkReceiver(config, split, task, state).receive(frames, parameters.to_vector(network))
@@ -65,7 +66,7 @@ def do(
     parameters.load_vector(network.to(device), received)
 
     objective, unseen = build_objectives(config, data, assets, root, device)
-    tells = task.evaluate and not config.privacy.hides_figures
+    tells = task.evaluate and config.eval.every > 0 and not config.privacy.hides_figures
     held_out = unseen.held_out(network, config.eval.images if tells else 0, name)
     progress = loop.Progress(task.round, task.steps_before)
     extras = ExtrasChannel(config, split.shared.layout)

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from feddm_flwr.config.privacy import LEAST_NOISE
+
 _PRECISION = 1e-3  # of privacy losses; they are rounded up: a coarser one never gives less than is spent
+_NOTHING = 200.0
 _PARTS = 1000  # a noise multiplier is found to one of these
 
 
@@ -47,29 +50,33 @@ def epsilon(spent: Iterable[Steps], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _epsilon(spent: tuple[Steps, ...], delta: float) -> float:
-    accountant = _library().pld.PLDAccountant(value_discretization_interval=_PRECISION)
+    if not spent:
+        return 0.0
+    renyi, exact = (
+        _library().rdp.RdpAccountant(),
+        _library().pld.PLDAccountant(value_discretization_interval=_PRECISION),
+    )
     for one in spent:
-        accountant.compose(_event(one))
-    return float(accountant.get_epsilon(delta)) if spent else 0.0
+        renyi.compose(_event(one))
+    found = float(renyi.get_epsilon(delta))
+    if not found <= _NOTHING:  # which is no privacy; the distributions would fill the memory
+        return math.inf
+    for one in spent:
+        exact.compose(_event(one))
+    return min(found, float(exact.get_epsilon(delta)))  # of tiny losses, the rounding of the second is more
 
 
 @lru_cache(maxsize=256)
 def noise_for(limit: float, delta: float, sampling: float, count: int) -> float:
     """Returns the least noise multiplier, to three decimals, with which so many steps cost at most `limit`."""
-    library = _library()
-    # That of Renyi accounting is found at once and is a little more than needed.
-    enough = library.calibrate_dp_mechanism(
-        library.rdp.RdpAccountant, lambda noise: _event(Steps(sampling, noise, count)), limit, delta, tol=1 / _PARTS
-    )
-    most = math.ceil(enough * _PARTS)
-    least = most * 3 // 5  # the smallest that is enough lies above
+    least, most = round(LEAST_NOISE * _PARTS) - 1, round(LEAST_NOISE * _PARTS)
+    while epsilon([Steps(sampling, most / _PARTS, count)], delta) > limit:
+        least, most = most, 2 * most
     while most - least > 1:
         middle = (most + least) // 2
-        if epsilon([Steps(sampling, middle / _PARTS, count)], delta) <= limit:
-            most = middle
-        else:
-            least = middle
-    return float(most / _PARTS)
+        enough = epsilon([Steps(sampling, middle / _PARTS, count)], delta) <= limit
+        least, most = (least, middle) if enough else (middle, most)
+    return most / _PARTS
 
 
 def epsilon_of_rounds(spent: Iterable[Rounds], delta: float) -> float:
@@ -86,7 +93,7 @@ def epsilon_of_rounds(spent: Iterable[Rounds], delta: float) -> float:
 
 def noise_for_rounds(limit: float, delta: float, nodes: int, asked: int, count: int) -> float:
     """Returns the least noise multiplier, to three decimals, with which so many rounds cost at most `limit`."""
-    least, most = 0, 1
+    least, most = round(LEAST_NOISE * _PARTS) - 1, round(LEAST_NOISE * _PARTS)
     while epsilon_of_rounds([Rounds(nodes, asked, most / _PARTS, count)], delta) > limit:
         least, most = most, 2 * most
     while most - least > 1:

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from feddm_flwr.config import ConfigError
 from feddm_flwr.privacy.accounting import Steps, epsilon
-from feddm_flwr.storage.atomic import whole_file
+from feddm_flwr.storage.atomic import sync, whole_file
 
 _FORMAT = 1
 
@@ -114,7 +114,7 @@ class Ledger:
                     after.append(entry)
             after.append(new)
             spent = Spent(*_costs(after, run, limits), goes_on=_allowed(after, new, steps, limits))
-            if spent.epsilon > limits.run or spent.epsilon_total > limits.node:
+            if not (spent.epsilon <= limits.run and spent.epsilon_total <= limits.node):
                 raise BudgetSpentError(_refusal(spent, limits))
             self._write(after)
             return spent
@@ -148,7 +148,9 @@ class Ledger:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keeps other processes of this machine out: two may not spend the same rest."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.path.parent.is_dir():
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync(self.path.parent.parent)
         with FileLock(f"{self.path}.lock"):
             yield
 

@@ -26,8 +26,18 @@ from feddm_flwr.config import KEYS, ConfigError, RunConfig, flatten, local_steps
 from feddm_flwr.config.fields import Scalar
 
 _STEPS = "steps"
-#: Where 0 is no limit.
-_UNLIMITED = {"privacy.epsilon", "train.max-seconds"}
+#: Where 0 is no limit, or all that there is.
+_UNLIMITED = {
+    *("privacy.epsilon", "train.max-seconds", "train.threads", "train.micro-batch", "model.lora-rank"),
+    *("server.norm-limit", "server.clip-norm"),
+}
+#: Where 0 leaves it to another key.
+_OTHERS = {
+    "train.local-steps": _STEPS,
+    "train.local-epochs": _STEPS,
+    "privacy.noise-multiplier": "privacy.epsilon",
+    "min-replies": "min-nodes",
+}
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,16 @@ class Policy:
                 except ConfigError as error:
                     raise ConfigError(f"{self._name}, [{kind}]: {key} {error}") from None
 
-    def check(self, config: RunConfig, images: int) -> None:
-        """Holds a run against the rules, on a node that trains on so many images.
+    def check(self, config: RunConfig, images: int | None) -> None:
+        """Holds a run against the rules, on a node that trains on so many images; None: that is not known yet.
 
         Raises:
             ConfigError: it breaks one; the message has a line for each, with key, value and rule.
         """
-        values: dict[str, Scalar] = {**flatten(config), _STEPS: local_steps(config, images)}
-        broken = [rule for rule in self.rules if not rule.permits(values[rule.key])]
+        values: dict[str, Scalar] = dict(flatten(config))
+        if images is not None:
+            values[_STEPS] = local_steps(config, images)
+        broken = [rule for rule in self.rules if rule.key in values and not rule.permits(values[rule.key])]
         if broken:
             lines = (f"{r.key} = {values[r.key]!r}: {r} ({self._name}, [{r.kind}])" for r in broken)
             raise ConfigError("\n".join(f"this site's policy: {line}" for line in lines))
@@ -114,6 +126,8 @@ def _rule(key: str, kind: str, bound: Any) -> Rule:
         )
     if not number:
         raise ConfigError("is no number: put it under [allow]")
+    if key in _OTHERS:
+        raise ConfigError(f"may be 0 and say nothing: bound {_OTHERS[key]} instead")
     if type(bound) not in (int, float):
         raise ConfigError(f"= {bound!r}: must be a number")
     return Rule(key, kind, bound)

@@ -83,7 +83,7 @@ def _figures(rows: Sequence[RoundRecord]) -> dict[str, str]:
         ("epsilon", "ε"),
     ):
         if values := [value for row in rows if (value := row.figure(key)) is not None]:
-            found[head] = f"{values[-1]:.4g}"
+            found[head] = f"{max(values) if key == 'epsilon' else values[-1]:.4g}"
     found |= {f"sent {way}": megabytes(total[f"bytes_{way}"]) for way in ("up", "down")}
     return found | {"seconds": f"{sum(r.seconds for r in rows):.0f}"}
 

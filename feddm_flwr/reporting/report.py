@@ -88,6 +88,7 @@ def _tiles(
     evaluated = [row.eval_loss for row in rows if row.eval_loss is not None]
     of_images = config.get("privacy.mechanism") == "dp-sgd"
     unit, spender = ("image", "at the node that spent most") if of_images else ("node", "in the model")
+    spendings = [r.epsilon for r in rows if r.epsilon is not None]
     failed = sum(sum(row.failures.values()) for row in rows)
     return [
         (
@@ -115,7 +116,7 @@ def _tiles(
                 f"privacy of each {unit}, δ = {config['privacy.delta']:g}",
                 spender,
             )
-            for spent in [r.epsilon for r in rows if r.epsilon is not None][-1:]
+            for spent in spendings and [max(spendings)]
         ),
         *((megabytes(sent), who, note) for who, sent, note in traffic_rows(rows, final)),
         (str(failed), "failed replies", f"of {failed + sum(r.clients_ok for r in rows)}"),

@@ -60,10 +60,10 @@ class ClientLevel:
             self._noise = noise_for_rounds(p.epsilon, p.delta, online, asked, self._rounds)
             log.info("privacy.noise-multiplier = %g, for %d of %d nodes a round", self._noise, asked, online)
         self._spent = self._after(Rounds(online, asked, self._noise, 1))
-        found: Vector = self._secret.normal(len(mean), torch.device("cpu")).numpy()
-        found *= np.float32(self._noise * self._privacy.clip_norm / asked)
-        found += np.float32(accepted / asked) * mean
-        return found
+        noise = self._secret.normal(len(mean), torch.device("cpu")).numpy()
+        noise *= self._noise * self._privacy.clip_norm / asked
+        noise += mean.astype(np.float64) * (accepted / asked)
+        return noise.astype(np.float32)
 
     def epsilon(self) -> float:
         """Returns what the rounds so far have cost."""

@@ -88,6 +88,8 @@ def _train(
             row["psnr"] = decibels
         _save(run, feddm, kept, writer, row)
         outputs.after_round(feddm)
+    if feddm.ended_early:
+        outputs.after_round(feddm)  # which is the last, as nobody knew
     _durable(run, feddm, writer)
     incomplete = outputs.finish(feddm)
     for line in traffic.traffic(run.path):

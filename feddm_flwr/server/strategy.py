@@ -25,7 +25,7 @@ from flwr.serverapp import Grid
 from feddm_flwr.aggregation import averages
 from feddm_flwr.aggregation.outliers import Outliers
 from feddm_flwr.aggregation.server_optimizers import server_optimizer
-from feddm_flwr.config import RunConfig, derive_seed, least_replies, nodes_asked
+from feddm_flwr.config import ConfigError, RunConfig, derive_seed, least_replies, nodes_asked
 from feddm_flwr.exchange.downlink import DownlinkSender
 from feddm_flwr.exchange.extras import Extras, ExtrasChannel
 from feddm_flwr.exchange.partial import Split, assign
@@ -82,7 +82,8 @@ class FedDM:
         self._acked: dict[tuple[str, str], int] = {}  # by node and part: the last round whose reply entered a mean
         self._durable = self._acked  # the same as of the round before, whose checkpoint is on the disk for sure
         self._private_steps: dict[str, int] = {}  # by node: its steps that entered a mean, where they are accounted for
-        self.spent: set[str] = set()  # nodes whose privacy budget is spent
+        self.spent: set[str] = set()  # nodes whose privacy budget is spent; they still answer questions
+        self._too_few = ""  # why the run ended, where that was found out while it waited for nodes
         self._optimizer = server_optimizer(s.optimizer, s.learning_rate, s.momentum)
         self._state = self._optimizer.init(initial)
 
@@ -98,21 +99,47 @@ class FedDM:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last round was done: that of the configuration, or that after which too few nodes have some of
-        their privacy budget left."""
+        """Whether the last round was done: that of the configuration, or that after which the privacy that may be spent
+        is."""
         return self.round == self.config.num_server_rounds or bool(self.ended_early)
 
     @property
     def ended_early(self) -> str:
         """Why the run is over before the round of the configuration; "" where it is not."""
-        last, left, needed = self.config.num_server_rounds, len({*self._roster.nodes} - self.spent), self._roster.needed
-        if not 0 < self.round < last:
+        if not 0 < self.round < self.config.num_server_rounds:
             return ""
         if self._client_level and self._client_level.is_spent():
-            return f"ended after round {self.round} of {last}: another would cost more than privacy.epsilon"
-        if not self.spent or left >= needed:
+            return self._ended("another would cost more than privacy.epsilon")
+        return self._too_few or self._shortage({*self._roster.nodes})
+
+    def _shortage(self, names: set[str]) -> str:
+        """Returns why the run ends where no others than these nodes are there; "" where they are enough."""
+        left = names - self.spent
+        if not self.spent or len(left) >= self._roster.needed:
             return ""
-        return f"ended after round {self.round} of {last}: {left} nodes have privacy budget left, {needed} are needed"
+        return self._ended(f"{len(left)} nodes have privacy budget left, {self._roster.needed} are needed")
+
+    def _ended(self, why: str) -> str:
+        return f"ended after round {self.round} of {self.config.num_server_rounds}: {why}"
+
+    def _wait(self, grid: Grid) -> dict[str, int]:
+        """Returns name -> id of the nodes that may train, none where the run is over, as `ended_early` says then.
+
+        Raises:
+            ConfigError, RunFailedError: as `Roster.wait`.
+        """
+        try:
+            online = self._roster.wait(grid, first=not self._begun)
+        except (ConfigError, RunFailedError):
+            if not (self.round and self.spent):
+                raise
+            online = {}
+        self._begun = True
+        self.spent -= self._roster.take_admitted()  # they found that they have some left
+        if not self.round and self._shortage({*online}):
+            raise RunFailedError(self._shortage({*online}))
+        self._too_few = self._shortage({*online}) if self.round else ""
+        return {} if self._too_few else {name: i for name, i in online.items() if name not in self.spent}
 
     def checkpoint(self) -> Checkpoint:
         """Returns everything that `restore` needs to go on after the last round as if nothing had happened.
@@ -179,12 +206,10 @@ class FedDM:
             # What the nodes will hold: the base of their updates.
             received = self._downlink.prepare(self.weights, number)
             for attempt in range(1 + self.config.max_round_retries):
-                if self.is_over:
+                online = {} if self._begun and self.is_over else self._wait(grid)
+                if not online or self.is_over:
                     log.warning("%s", self.ended_early)
                     return
-                online = self._roster.wait(grid, first=not self._begun)
-                self._begun = True
-                self.spent -= {*online}
                 chosen = {online[name]: name for name in self._sample(sorted(online), number, attempt)}
                 progress = self._attempt(grid, number, chosen, received)
                 earlier.add(progress.traffic)
@@ -198,6 +223,9 @@ class FedDM:
                 )
                 log.warning("%s; attempt %d of %d", problem, attempt + 1, 1 + self.config.max_round_retries)
             else:
+                if self.is_over:
+                    log.warning("%s", self.ended_early)
+                    return
                 tries = f"gave up after {1 + self.config.max_round_retries} attempts"
                 raise RunFailedError(f"{problem}; {tries}; {progress.why}".removesuffix("; "))
             progress.traffic = earlier
@@ -236,9 +264,9 @@ class FedDM:
             if progress.traffic.up.total() - freed > _GARBAGE:
                 freed = progress.traffic.up.total()
                 gc.collect()
-        if number < self.config.num_server_rounds:
-            for name in sorted(progress.spent):
-                self._roster.leave_out(name, "its privacy budget is spent")
+        for name in sorted(progress.spent - self.spent):
+            if number < self.config.num_server_rounds:
+                log.warning("node=%s has no privacy budget left: the run goes on without it", name)
         self.spent |= progress.spent
         for name in sorted(progress.outdated - self.spent):
             self._roster.introduce_again(name)

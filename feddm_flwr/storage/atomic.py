@@ -33,7 +33,7 @@ def whole_file(path: Path, *, secret: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
@@ -48,12 +48,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield filled
         for folder, _, files in os.walk(filled):
             for name in files:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+                sync(Path(folder, name))
+            sync(Path(folder))
         if path.exists():
             path.rename(Path(temporary) / "earlier")
         filled.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def forget_unfinished(folder: Path, age: float = 0.0, name: str = "") -> None:
@@ -74,7 +74,7 @@ def forgotten(touched: float) -> bool:
     return time.time() - touched > _FORGET_AFTER
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Makes a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:

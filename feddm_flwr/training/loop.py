@@ -122,8 +122,9 @@ def train(
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
     moments = memory.end(take_step.optimizers, parameters) if memory else None
-    # What a private run tells of its losses is noise in part.
-    return Trained(max(mean, 0.0), done, moments, control.mean(done).cpu().numpy() if control else None)
+    if config.privacy.of_images:  # what is told of the losses is noise in part
+        mean = max(mean, 0.0)
+    return Trained(mean, done, moments, control.mean(done).cpu().numpy() if control else None)
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ from feddm_flwr.training.step import Step
 
 _MOST_LOSS = 1.0  # of a record; a larger one counts as this
 _GRADIENTS = 1 << 28  # values of gradients that are in memory at a time, unless train.micro-batch says how many records
+_STEP = 2.0**-20  # over the noise
 _OF_LOSS = 0.1  # how much of the clipping norm a loss can change; noise is 0.5 % more for it
 
 
@@ -54,9 +55,9 @@ class PrivateStep(Step):
         names = {id(p): f"network.{name}" for name, p in model.named_parameters()}
         self._names = [names[id(p)] for p in parameters]
         self._loss = _Loss(model, objective)
-        if not t.micro_batch:  # records have a gradient each
-            most = _GRADIENTS // sum(p.numel() for p in parameters)
-            self._micro = max(1, min(self._micro // self._draws, most))
+        self._micro = max(1, self._micro // self._draws)  # records, which have a gradient each
+        if not t.micro_batch:
+            self._micro = max(1, min(self._micro, _GRADIENTS // sum(p.numel() for p in parameters)))
 
     def _accumulate(self, drawn: Drawn) -> Tensor:
         """Leaves the noisy sum over the records, over the mean size of a batch, in the gradients; returns as much of
@@ -66,12 +67,23 @@ class PrivateStep(Step):
         for piece in zip(*(tensor.split(self._micro) for tensor in records), strict=True):
             if len(piece[0]):  # a batch may have nobody in it
                 losses += self._add(piece, total)
-        # What a record can change is the clipping norm and, at a right angle, its share for the loss.
-        scale = self._noise * self._clip_norm * math.hypot(1, _OF_LOSS)
-        noise = self._secret.normal(sum(p.numel() for p in total) + 1, self._device)
-        for p, one, own in zip(self._parameters, total, split_like(noise[:-1], total), strict=True):
-            p.grad = one.add_(own, alpha=scale).div_(self._batch)
-        return (losses + scale * noise[-1] * _MOST_LOSS / (_OF_LOSS * self._clip_norm)) / self._batch
+        told = [*total, losses * (_OF_LOSS * self._clip_norm / _MOST_LOSS)]
+        hidden = self._hidden(torch.cat([one.reshape(-1) for one in told])) / self._batch
+        for p, own in zip(self._parameters, split_like(hidden[:-1], total), strict=True):
+            p.grad = own.float()
+        return (hidden[-1] * (_MOST_LOSS / (_OF_LOSS * self._clip_norm))).float()
+
+    def _hidden(self, values: Tensor) -> Tensor:
+        """Returns values that a record can change by the clipping norm and, at a right angle, by its share for the
+        loss, with noise: whole multiples of a step, so that no low bit tells of them (Mironov 2012). Rounding them to
+        it changes each by half a step at most, which there is more noise for."""
+        if not self._noise:
+            return values.double()
+        most = self._clip_norm * math.hypot(1, _OF_LOSS)
+        step = self._noise * most * _STEP
+        scale = self._noise * (most + step * math.sqrt(len(values)))
+        noise = self._secret.normal(len(values), self._device).mul_(scale / step).round_()
+        return noise.add_(values.double().div_(step).round_()).mul_(step)
 
     def _add(self, piece: Drawn, total: list[Tensor]) -> Tensor:
         """Adds the clipped gradients of some records; returns the sum of their losses."""

@@ -50,6 +50,16 @@ def test_costs_add_up_in_any_order_and_of_equal_steps_in_one() -> None:
     assert epsilon([], DELTA) == 0
 
 
+@pytest.mark.parametrize(("limit", "chance", "count"), [(0.1, 1e-3, 100_000), (1.0, 1e-3, 100_000), (0.01, 1e-3, 1000)])
+def test_noise_is_enough_where_losses_are_tiny(limit: float, chance: float, count: int) -> None:
+    noise = noise_for(limit, DELTA, chance, count)
+    assert limit * 0.9 < epsilon([Steps(chance, noise, count)], DELTA) <= limit
+
+
+def test_what_is_no_privacy_is_said_at_once() -> None:
+    assert epsilon([Steps(0.5, 0.01, 10_000)], DELTA) == math.inf
+
+
 @pytest.mark.parametrize("limit", [0.5, 3.0, 10.0])
 def test_the_noise_that_is_found_is_enough_and_hardly_more(limit: float) -> None:
     noise = noise_for(limit, DELTA, 0.02, 100)

@@ -32,9 +32,10 @@ def policy(tmp_path: Path, text: str) -> Path:
         ("[least]\neval.min-images = 200", {}, "eval.min-images = 100: must be at least 200"),
         (
             "[most]\nprivacy.epsilon = 8",
-            {"privacy.mechanism": "dp-sgd", "privacy.noise-multiplier": 0.1},
+            {"privacy.mechanism": "dp-sgd", "privacy.noise-multiplier": 0.5},
             "privacy.epsilon = 0.0: must be at most 8",
         ),
+        ("[most]\nmodel.lora-rank = 8", {}, "model.lora-rank = 0: must be at most 8"),
         ('[allow]\nmodel.block-channels = ["16,64"]', {}, "model.block-channels = '16,32': must be '16,64'"),
     ],
 )
@@ -53,7 +54,6 @@ def test_a_run_within_the_rules_is_not(tmp_path: Path) -> None:
     privacy.figures = ["none"]
     [least]
     eval.min-images = 100
-    privacy.noise-multiplier = 0
     [most]
     num-server-rounds = 2
     steps = 3
@@ -68,7 +68,7 @@ def test_every_number_can_be_bounded_and_every_key_be_listed(tmp_path: Path) -> 
     for key, value in flatten(c).items():
         shown = str(value).lower() if isinstance(value, bool) else repr(value)
         Policy(policy(tmp_path, f"[allow]\n{key} = [{shown}]")).check(c, 100)
-        if KEYS[key].kind in (int, float) and key not in ("privacy.epsilon", "train.max-seconds"):
+        if KEYS[key].kind in (int, float) and value != 0 and key != "train.local-steps":
             Policy(policy(tmp_path, f"[least]\n{key} = {value}\n[most]\n{key} = {value}")).check(c, 100)
 
 
@@ -85,6 +85,8 @@ def test_every_number_can_be_bounded_and_every_key_be_listed(tmp_path: Path) -> 
         ("[forbid]\nstrategy = 5", r"\[forbid\] is not allowed: must be \[allow\], \[least\] or \[most\]"),
         ("num-server-rounds = 5", r"\[num-server-rounds\] is not allowed"),
         ("[most", "cannot be read"),
+        ("[least]\nprivacy.noise-multiplier = 0.5", "may be 0 and say nothing: bound privacy.epsilon instead"),
+        ("[most]\ntrain.local-steps = 5", "may be 0 and say nothing: bound steps instead"),
     ],
 )
 def test_a_policy_that_is_none_keeps_the_node_out(text: str, why: str, tmp_path: Path) -> None:
@@ -109,9 +111,25 @@ def test_nodes_hold_it_against_the_introduction_and_every_task(tmp_path: Path) -
         run(fine, {i: node(fine, 1000 - i, policy=str(tmp_path / "nowhere.toml")) for i in nodes(fine)})
 
 
+def test_a_policy_that_is_empty_is_no_leave(tmp_path: Path) -> None:
+    c = config()
+    with pytest.raises(ConfigError, match="policy = '' in the --node-config is not allowed"):
+        run(c, {i: node(c, 1000 - i, policy="") for i in nodes(c)})
+
+
+def test_what_hangs_on_the_images_is_said_after_the_rest(tmp_path: Path) -> None:
+    """A run that is refused is not told what a node finds of its images."""
+    c = config(data__classes="0,1", model__class_conditional=True)
+    path = policy(tmp_path, '[allow]\nprivacy.mechanism = ["dp-sgd"]')
+    with pytest.raises(ConfigError) as refused:
+        run(c, {i: node(c, 1000 - i, policy=str(path)) for i in nodes(c)})
+    assert "privacy.mechanism = 'none'" in str(refused.value)
+    assert "data.classes" not in str(refused.value)
+
+
 def test_nothing_is_spent_on_a_run_that_is_refused(tmp_path: Path) -> None:
     c = config(privacy__mechanism="dp-sgd", privacy__noise_multiplier=1.0)
-    path = policy(tmp_path, "[least]\nprivacy.noise-multiplier = 2.0")
-    with pytest.raises(ConfigError, match=r"privacy.noise-multiplier = 1.0: must be at least 2"):
+    path = policy(tmp_path, "[most]\nprivacy.epsilon = 8.0")
+    with pytest.raises(ConfigError, match=r"privacy.epsilon = 0.0: must be at most 8"):
         run(c, {i: node(c, 1000 - i, policy=str(path)) for i in nodes(c)})
     assert not [*tmp_path.glob("xdg-state/feddm/privacy/*")]

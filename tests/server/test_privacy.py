@@ -149,6 +149,8 @@ def test_a_task_that_comes_past_the_introduction_is_refused_all_the_same() -> No
         ({"dp-epsilon": True}, "dp-epsilon = True"),
         ({"dp-epsilon": 8.0, "dp-delta": 1}, "dp-delta = 1 .* between 0 and 1"),
         ({"dp-delta": 1e-5}, "without dp-epsilon"),
+        ({"dp-epsilon": 8.0, "dp-delta": 0.01}, "dp-delta = 0.01: must be less than 1 over the .* images"),
+        ({"dp_epsilon": 8.0}, "'dp_epsilon' in the --node-config is not known: must be one of data-path, dp-delta"),
     ],
 )
 def test_a_budget_that_is_none_is_refused_by_name(own: dict[str, Any], why: str) -> None:
@@ -218,7 +220,7 @@ def test_a_node_cannot_end_a_run_that_counts_nothing() -> None:
 def test_private_training_learns() -> None:
     """With little noise; the loss that nodes tell is of the model that comes of it."""
     c = config(
-        **{**PRIVATE, "privacy__noise_multiplier": 0.05, "train__local_steps": 10, "train__batch_size": 32},
+        **{**PRIVATE, "privacy__noise_multiplier": 0.2, "train__local_steps": 10, "train__batch_size": 128},
         num_server_rounds=4,
         train__warmup_steps=0,
     )
@@ -261,3 +263,114 @@ def test_canaries_are_found_without_privacy_and_not_with_it(private: bool, tmp_p
     proven = max(found["epsilon_at_least"] for found in final["canaries"].values())
     assert (proven == 0) if private else (proven > 0)
     assert "ε at least" in (tmp_path / "r" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("keys", [{}, PRIVATE], ids=["plain", "private"])
+def test_what_a_node_with_a_budget_finds_of_its_images_stays_in_its_log(keys: dict[str, Any]) -> None:
+    c = config(**keys, data__classes="0,1", model__class_conditional=True)
+    with pytest.raises(ConfigError) as refused:
+        run(c, {i: node(c, 1000 - i, **{"dp-epsilon": 8.0}) for i in nodes(c)})
+    assert "also has" not in str(refused.value)
+    assert ("own log says why" if keys else "this node has a budget") in str(refused.value)
+
+
+def test_a_private_task_takes_nothing_of_an_unprotected_run(caplog: pytest.LogCaptureFixture) -> None:
+    """What coding lost of raw updates would otherwise leave the node in the next private one."""
+    plain, private = config(strategy="feddm-lean"), config(**PRIVATE, strategy="feddm-lean")
+    first = feddm(plain)
+    next(first.run(LocalGrid(nodes(plain))))
+    second = feddm(private)
+    second.restore(first.checkpoint())
+    (done,) = second.run(LocalGrid(nodes(private)))
+    assert done.state_lost == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "frames"),
+    [
+        ({}, "reference", {}),
+        ({}, "final", {}),
+        ({"eval__features": "random"}, "final", {}),
+        ({"eval__average_by": "loss"}, "final", {"samples": b"0" * 64}),
+        ({**PRIVATE, "privacy__canaries": 20}, "final", {"samples": b"0" * 64}),
+        ({**PRIVATE, "privacy__canaries": 20}, "reference", {}),
+    ],
+)
+def test_a_question_that_the_configuration_has_no_reason_for_is_refused(
+    keys: dict[str, Any], kind: str, frames: dict[str, bytes]
+) -> None:
+    c = config(**keys)
+    answers = [*feddm(c).ask(LocalGrid(nodes(c)), kind, frames, {})]
+    assert len(answers) == 4
+    for _, answer in answers:
+        assert "this run's configuration does not" in str(answer)
+
+
+def budget_for(c: RunConfig, rounds: int, node_name: str) -> dict[str, float]:
+    return {"dp-epsilon": spent_by(c, images_of(c)[node_name], rounds) * 1.01, "dp-delta": 1e-5}
+
+
+def test_a_last_round_that_is_repeated_does_without_those_whose_budget_is_spent() -> None:
+    c = config(**{**PRIVATE, "max_round_retries": 1}, num_server_rounds=2)
+    handlers, failed = nodes(c), set[int]()
+    for i in (1000, 999):
+        handlers[i] = node(c, 1000 - i, **budget_for(c, 2, f"node-{1000 - i}"))
+
+    def once(i: int) -> Any:
+        def change(message: Message, reply: Message) -> Message:
+            number = message.content["task"]["round"]
+            if number == 2 and i not in failed:
+                failed.add(i)
+                return Message(Error(2, "broken"), reply_to=message)
+            return reply
+
+        return change
+
+    done = run(c, {i: on_train(h, once(i)) if i in (998, 997) else h for i, h in handlers.items()})
+    assert [one.clients_ok for one in done] == [4, 2]
+
+
+def test_a_run_ends_with_its_model_where_those_with_budget_are_gone() -> None:
+    c = config(**{**PRIVATE, "wait_timeout": 1.0}, num_server_rounds=6, min_nodes=1)
+    handlers = nodes(c)
+    for i in (1000, 999, 998):
+        handlers[i] = node(c, 1000 - i, **budget_for(c, 2, f"node-{1000 - i}"))
+    server, grid = feddm(c), LocalGrid(handlers)
+    rounds = server.run(grid)
+    next(rounds)
+    del grid.handlers[997]
+    assert [one.round for one in rounds] == [2]
+    assert server.is_over
+    assert "ended after round 2 of 6: 0 nodes have privacy budget left, 1 are needed" in server.ended_early
+
+
+def test_a_run_that_ended_goes_on_where_budgets_were_raised() -> None:
+    c = config(**PRIVATE, num_server_rounds=3)
+    handlers = {i: node(c, 1000 - i, **budget_for(c, 1, f"node-{1000 - i}")) for i in nodes(c)}
+    first = feddm(c)
+    assert len([*first.run(LocalGrid(handlers))]) == 1
+    assert first.is_over
+    again = feddm(c)
+    again.restore(first.checkpoint())
+    assert [*again.run(LocalGrid(handlers))] == []
+    assert again.is_over
+    raised = feddm(c)
+    raised.restore(first.checkpoint())
+    handlers = {i: node(c, 1000 - i, **{"dp-epsilon": 50.0}) for i in nodes(c)}
+    assert [one.round for one in raised.run(LocalGrid(handlers))] == [2, 3]
+
+
+def test_nodes_without_budget_still_answer_questions() -> None:
+    c = config(**PRIVATE, num_server_rounds=3, privacy__figures="unprotected", eval__features="random")
+    limit = min(spent_by(c, n, 1) for n in images_of(c).values()) * 1.01
+    c = config(
+        **PRIVATE,
+        num_server_rounds=3,
+        privacy__figures="unprotected",
+        privacy__epsilon=limit,
+        eval__audit=True,
+        eval__features="random",
+    )
+    server, grid = feddm(c), LocalGrid(nodes(c))
+    assert len([*server.run(grid)]) == 1
+    assert len([*server.ask(grid, "final", {}, {})]) == 4

@@ -12,7 +12,7 @@ from local_grid import config
 from torch import Tensor, nn
 
 from feddm_flwr.compute.secret_random import SecretRandom
-from feddm_flwr.config import RunConfig
+from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.models import networks
 from feddm_flwr.models.parameters import trainable
 from feddm_flwr.training.examples import Pixels
@@ -175,6 +175,30 @@ def test_what_hides_a_batch_is_gaussian_noise_of_the_size_that_is_accounted_for(
     assert float((found.abs() > 1.959964).double().mean()) == pytest.approx(0.05, abs=0.005)
     assert abs(told - loss) < 6 * 3.0 * math.hypot(1, 0.1) / 0.1 / 4  # of the same noise, in units of the loss
     assert told != loss
+
+
+def test_no_low_bit_tells_what_is_hidden() -> None:
+    """Mironov 2012: sums of floating-point numbers have bits that their smaller part leaves nothing of."""
+    c = config(**PRIVATE, **{"privacy.clip-norm": 0.5, "train.batch-size": 4})
+    step, objective, parameters = private_step(c, noise=1.0)
+    gradient, _ = summed(step, parameters, drawn_of(c, objective, [0, 1, 2]))
+    unit = 1.0 * 0.5 * math.hypot(1, 0.1) * 2.0**-20 / 4
+    places = gradient.double() / unit
+    assert float((places - places.round()).abs().max()) < 0.3  # float32 has 24 bits
+    last = (places.round().long() % 2).double()
+    assert float(last.mean()) == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(len(last)))
+
+
+def test_a_tiny_norm_does_not_show_the_loss() -> None:
+    c = config(**PRIVATE, **{"privacy.clip-norm": 1e-6, "train.batch-size": 4})
+    told = []
+    for key in range(1, 9):
+        step, objective, parameters = private_step(c, noise=10.0, key=key)
+        told.append(summed(step, parameters, drawn_of(c, objective, [0, 1, 2]))[1])
+    fractions = {round(one % 0.25, 3) for one in told}
+    assert len(fractions) == len(told)
+    with pytest.raises(ConfigError, match=r"privacy\.clip-norm = 1e-07"):
+        config(**PRIVATE, **{"privacy.clip-norm": 1e-7})
 
 
 def test_a_batch_with_nobody_in_it_is_noise_alone() -> None:

@@ -95,6 +95,7 @@ class Roster:
         self._patience = Patience()
         self._replies: Replies | None = None
         self._expected: set[str] = set()  # those that took part before the run was resumed
+        self._admitted: set[str] = set()
         self._said = 0  # nodes introduced in the log since the last round
 
     def wait(self, grid: Grid, *, first: bool) -> dict[str, int]:
@@ -135,12 +136,10 @@ class Roster:
                 log.info("%s", said := text)
             time.sleep(_PAUSE)
 
-    def leave_out(self, name: str, why: str) -> None:
-        """Goes on without a node, until it comes anew."""
-        for member in self._members.values():
-            if member.name == name:
-                member.name = ""
-                self._leave_out(member, f"{name}: {why}")
+    def take_admitted(self) -> set[str]:
+        """Returns the nodes that were admitted since this was last asked."""
+        admitted, self._admitted = self._admitted, set()
+        return admitted
 
     def expect(self, nodes: list[Introduction]) -> None:
         """Remembers those who took part before the run was resumed."""
@@ -317,6 +316,7 @@ class Roster:
         if (before := self.nodes.get(node.name)) and before != node:
             log.warning("node %s has other images than before: %d, were %d", node.name, node.images, before.images)
         self.nodes[node.name] = node
+        self._admitted.add(node.name)
 
     def _leave_out(self, member: Member, why: str, *, quiet: bool = False) -> None:
         member.left_out = clean(why)
