@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5, help="measurements of each loop")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--compile", action="store_true", help="train.compile too, on a GPU")
+    parser.add_argument("--private", action="store_true", help="privacy.mechanism = dp-sgd, too")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
@@ -95,6 +96,8 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         ours["launched one by one"] = replace(config, train=replace(config.train, cuda_graph=False))
     if options.compile:
         ours["compiled"] = replace(config, train=replace(config.train, compile=True))
+    if options.private:
+        ours["private"] = replace(config, privacy=replace(config.privacy, mechanism="dp-sgd", noise_multiplier=1.0))
     bf16 = precision.in_bf16(options.precision, device)
     runs: dict[str, Callable[[int], object]] = {}
     for name, own in ours.items():
@@ -128,7 +131,8 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def ours_once(network: Any, denoising: objectives.Denoising, config: RunConfig, device: torch.device, i: int) -> None:
     """A round's training, of which recording and the check of what was compiled are part."""
-    loop.train(network, denoising, config, "node", loop.Progress(i, 0), device)
+    progress = loop.Progress(i, 0)
+    loop.train(network, denoising, config, "node", progress, device, noise=config.privacy.noise_multiplier)
 
 
 class Plain:

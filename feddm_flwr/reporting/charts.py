@@ -31,7 +31,7 @@ def of_run(rows: Sequence[RoundRecord], *, apart: bool = False) -> list[tuple[st
     if apart or any(r.psnr is not None for r in rows):
         charts = [(f"{name.capitalize()} loss by round", lines({name: of})) for name, of in loss.items() if of]
     else:
-        charts = [("Loss by round", lines(loss))]
+        charts = [("Loss by round", lines({name: of for name, of in loss.items() if of}))]
     charts.append(("Megabytes by round", lines(traffic, zero=True)))
     for key, title in (("fid", "FID by round"), ("kid", "KID by round"), ("psnr", "PSNR in dB by round")):
         if len(found := points(rows, key, -1 if key == "psnr" else 0)) > 1:

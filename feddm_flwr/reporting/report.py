@@ -97,10 +97,9 @@ def _tiles(
             f"{sum(r.seconds for r in rows):.0f} s in rounds",
         ),
         (f"{last.train_loss:.4f}", "training loss", "mean of the last round"),
-        (
-            f"{evaluated[-1]:.4f}" if evaluated else "–",
-            "held-out loss",
-            "weights that the last evaluated round began with",
+        *(
+            (f"{loss:.4f}", "held-out loss", "weights that the last evaluated round began with")
+            for loss in evaluated[-1:]
         ),
         *(
             (

@@ -69,7 +69,7 @@ PAGE = (
 <p><label>Round <output id="round">{{ grids[-1].round }}</output>{% if grids|length > 1 %}<br>
 <input id="slider" type="range" min="0" max="{{ grids|length - 1 }}" value="{{ grids|length - 1 }}" aria-label="round of the samples">{% endif %}</label></p>
 <img id="ema" alt="samples of the averaged weights" src="{{ grids[-1].ema }}"></figure>
-{% if grids[-1].raw %}<figure class="card"><h3>Raw weights</h3><p>Round {{ grids[-1].round }}<br>&nbsp;</p>
+{% if grids[-1].raw %}<figure class="card"><h3>Raw weights</h3><p>Round {{ grids[-1].round }}{% if grids|length > 1 %}<br>&nbsp;{% endif %}</p>
 <img alt="samples of the raw weights" src="{{ grids[-1].raw }}"></figure>{% endif %}
 </div>
 {% endif %}
