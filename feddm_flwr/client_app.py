@@ -62,9 +62,9 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
         check_state(own)
         Account(config, own, name, data, node_state_root(own)).check()
     if config.privacy.hides_figures:
-        return Introduction(name, len(data.train), len(data.held_out), {})
+        return Introduction(name, len(data.train), len(data.held_out), {}, groups=len(data.groups))
     told = data.class_counts, data.skipped, data.sizes, dict(data.remarks)
-    return Introduction(name, len(data.train), len(data.held_out), *told)
+    return Introduction(name, len(data.train), len(data.held_out), *told, len(data.groups))
 
 
 def _check_installed(config: RunConfig) -> None:

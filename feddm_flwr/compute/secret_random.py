@@ -27,6 +27,8 @@ class SecretRandom:
 
     def uniform(self, size: int) -> Tensor:
         """Returns so many numbers, each of (0, 1] alike, shape (size,), float64."""
+        if not size:  # which torch takes no bytes for
+            return torch.empty(0, dtype=torch.float64)
         words = torch.frombuffer(bytearray(self._stream.update(bytes(_WORD * size))), dtype=torch.int64)
         return ((words & ((1 << _BITS) - 1)).double() + 1) * 2.0**-_BITS
 

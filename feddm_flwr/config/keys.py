@@ -46,6 +46,11 @@ class Data:
     classes_per_node: int = key(2, "classes a node holds in the pathological partition", low=1)
     shards_per_node: int = key(2, "shards a node holds in the shard partition", low=1)
     natural_column: str = key("", "column whose values are the nodes in the natural partition (patient, site, writer)")
+    group_column: str = key(
+        "",
+        "column that says which images belong together (a patient's), or `folder`: those of one folder do. They are "
+        "held out together or not at all, and dp-sgd protects all of them as one record",
+    )
     image_size: int = key(PRESET, "height and width in pixels; images are resized and centre-cropped to it", low=4)
     channels: int = key(PRESET, "1 (grey) or 3 (RGB)", low=1, high=3)
     image_column: str = key(PRESET, "column that holds the images")

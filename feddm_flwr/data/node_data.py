@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ class NodeData:
     sizes: str = ""  # the smallest and the largest, before they were resized
     remarks: Mapping[str, int] = field(default_factory=dict)  # see `data.remarks`
     fingerprint: str = ""  # of the images and their order; empty where they are not cached
+    groups: tuple[int, ...] = ()  # how many images each group has that is trained on, in their order; empty: none has
+
+    @property
+    def records(self) -> int:
+        """How many groups there are to train on, or images where none belong together."""
+        return len(self.groups) or len(self.train)
 
 
 def load_node(data: Data, seed: int, partition: tuple[int, int] | None, data_path: str | None, root: Path) -> NodeData:
@@ -106,7 +113,10 @@ def _load_node(
         rows = partition_rows(d, seed, source, *partition) if partition else [*range(len(source.table))]
         # By name, or by row: what is held out stays so when images are added or removed.
         names = source.names or range(len(source.table))
+        groups = source.groups(d.group_column) if d.group_column else []
         rows = sorted(rows, key=lambda row: derive_seed(seed, "held out", partition, names[row]))
+        if groups:  # which stay together, by the same rule
+            rows = sorted(rows, key=lambda row: (derive_seed(seed, "held out", groups[row]), groups[row]))
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
         decoded = source.decode(rows, images)
         classes = _classes(source, d.label_column)
@@ -115,6 +125,8 @@ def _load_node(
         remarks = remarks_on(source, decoded, images[:count], whole=not partition or partition[0] == 0)
         about = {"asked": len(rows), "sizes": decoded.extent(), "remarks": remarks}
         about |= {"version": source.version} if source.by_path and source.version != version else {}
+        if groups:  # of a group, nothing is written but how many images it has
+            about["groups"] = [len([*same]) for _, same in groupby(groups[rows[i]] for i in decoded.kept)]
         write_facts(folder, {"classes": own, "count": count, **about})
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -152,6 +164,16 @@ def _divided(d: Data, found: Mapping[str, Any], kept: Images, origin: str, finge
             f"{origin}: {count} images are too few; at least one is needed to train on, "
             "and one to hold out where data.eval-fraction is above 0"
         )
+    groups = tuple(found.get("groups", ()))
+    if groups:
+        ends = [*accumulate(groups)]
+        whole = next(i for i, end in enumerate(ends, 1) if end >= held_out) if share else 0
+        if whole >= len(groups):
+            raise ConfigError(
+                f"data.group-column = {d.group_column!r}: {origin} has {len(groups)} groups; too few to hold some out, "
+                "and train on others, with data.eval-fraction above 0"
+            )
+        held_out, groups = ends[whole - 1] if whole else 0, groups[whole:]
     images, labels = kept[:count], _labels(d, classes, count, origin, own)
     counts, remarks = dict(sorted(Counter(classes).items())), dict(found["remarks"])
     if not d.class_names and not may_be_told(counts):
@@ -168,6 +190,7 @@ def _divided(d: Data, found: Mapping[str, Any], kept: Images, origin: str, finge
         sizes=found["sizes"],
         remarks=remarks,
         fingerprint=fingerprint,
+        groups=groups,
     )
 
 
@@ -215,7 +238,8 @@ def _essence(d: Data) -> dict[str, object]:
     """Returns what of the keys decides what is decoded; a key that came later is not in it at its default, so that what
     was cached before stays of use."""
     found = asdict(replace(d, classes="", eval_fraction=0))
-    return {key: value for key, value in found.items() if (key, value) not in (("reader", "auto"), ("subset", ""))}
+    later = {"reader": "auto", "subset": "", "group_column": ""}
+    return {key: value for key, value in found.items() if later.get(key) != value}
 
 
 @lru_cache(maxsize=1)

@@ -101,7 +101,7 @@ def read_stream(
     images = stream.select_columns([d.image_column])
     if not stream.features or isinstance(features[d.image_column], datasets.Image):
         images = images.cast_column(d.image_column, datasets.Image(decode=False))
-    labels = [c for c in features if c in (d.label_column, d.natural_column)]
+    labels = [c for c in features if c in (d.label_column, d.natural_column, d.group_column)]
     counted = labels or [c for c in features if c != d.image_column][:1]
     count = 0
     columns: dict[str, list[Any]] = {c: [] for c in labels}
@@ -150,7 +150,11 @@ def _check_columns(data: Data, origin: str, own: bool, features: Mapping[str, An
             f"data.image-column = {column!r}: {origin} holds {what} there; must "
             "hold images: files, their paths or base64 text, or pixels"
         )
-    for key, name in (("data.label-column", data.label_column), ("data.natural-column", data.natural_column)):
+    for key, name in (
+        ("data.label-column", data.label_column),
+        ("data.natural-column", data.natural_column),
+        ("data.group-column", data.group_column),
+    ):
         if name and holds_lists(features.get(name)):
             raise ConfigError(
                 f"{key} = {name!r}: {origin} has lists in this column, several values for an image; name a column that "

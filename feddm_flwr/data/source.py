@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+FOLDER = "folder"  # the group of an image in a folder of its own
 _UNLABELLED = "unlabelled"  # the class of a row that has none
 
 
@@ -48,6 +49,18 @@ class Source:
             return []
         names: list[str] = getattr(self.table.features[column], "names", [])
         return [class_name(_class(value, names)) for value in self.table[column][:]]
+
+    def groups(self, column: str) -> list[str]:
+        """Returns, for every row, which group of images it belongs to.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
+        if column == FOLDER and self.names:
+            return [name.rpartition("/")[0] for name in self.names]
+        if not (found := self.classes(column)):
+            raise ConfigError(f"data.group-column = {column!r}: no such column; {self.origin}")
+        return found
 
 
 def _class(value: object, names: Sequence[str]) -> str:

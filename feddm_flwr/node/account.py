@@ -40,7 +40,7 @@ class Account:
         Raises:
             ConfigError: the node's budget is none.
         """
-        p, records = config.privacy, len(data.train)
+        p, records = config.privacy, data.records
         mine = budget(own)
         self._limits = Limits(p.epsilon or math.inf, p.delta, *(mine or (math.inf, p.delta)))
         # Whatever a node with a name of its own trains on is one account; of a simulation, each part of a data set is.
@@ -48,8 +48,8 @@ class Account:
         self._ledger = Ledger(root / "privacy" / f"{whose}.json")
         for what, delta in (("privacy.delta", p.delta), ("dp-delta", self._limits.node_delta)):
             if delta * records >= 1:
-                raise ConfigError(f"{what} = {delta:g}: must be less than 1 over the {records} images of this node")
-        steps, sampling = local_steps(config, records), min(1.0, config.train.batch_size / records)
+                raise ConfigError(f"{what} = {delta:g}: must be less than 1 over the {records} records of this node")
+        steps, sampling = local_steps(config, len(data.train)), min(1.0, config.train.batch_size / records)
         if (count := steps * config.num_server_rounds) > _MOST_STEPS:
             raise ConfigError(
                 f"num-server-rounds = {config.num_server_rounds}: {count} private steps; at most {_MOST_STEPS}"

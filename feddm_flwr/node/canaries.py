@@ -22,6 +22,7 @@ def with_canaries(config: RunConfig, name: str, data: NodeData) -> NodeData:
         train=np.concatenate([data.train, alone.train[included]]),
         train_labels=np.concatenate([data.train_labels, alone.train_labels[included]]),
         fingerprint=_digest(data, f"with {config.privacy.canaries} canaries"),
+        groups=(*data.groups, *[1] * int(included.sum())) if data.groups else (),
     )
 
 
@@ -41,6 +42,7 @@ def candidates(config: RunConfig, name: str, data: NodeData) -> tuple[NodeData, 
         train_labels=labels,
         held_out=images[:0],
         held_out_labels=labels[:0],
+        groups=(),
         fingerprint=_digest(data, f"{count} candidates"),
     )
     return alone, random.random(count) < 0.5

@@ -78,7 +78,7 @@ def do(
         log.warning("%s", error)
         return Outcome(nothing.report | {SPENT: str(error)}, {})
     noise = account.noise if account else 0.0
-    trained = loop.train(network, objective, config, name, progress, device, inherited, noise)
+    trained = loop.train(network, objective, config, name, progress, device, inherited, noise, data.groups)
     sent = uplink.send(parameters.flat(network), received)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")

@@ -32,6 +32,7 @@ class Introduction:
     remarks: dict[str, int] = field(
         default_factory=dict, compare=False
     )  # what else is to be known of its images, in counts
+    groups: int = 0  # of images that belong together, among those that it trains on; 0 where none do
 
     def to_record(self, problem: str = "") -> dict[str, Scalar]:
         """Returns the introduction, and what the node finds wrong, as a record of scalars."""
@@ -44,6 +45,7 @@ class Introduction:
             "skipped": self.skipped,
             "sizes": self.sizes,
             "remarks": json.dumps(self.remarks),
+            "groups": self.groups,
         }
 
     @classmethod
@@ -73,10 +75,13 @@ class Introduction:
                 raise ValueError("remarks")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             return Failure("malformed", clean(repr(error)))
+        groups = said.get("groups", 0)
+        if type(groups) is not int or not 0 <= groups <= images:
+            return Failure("malformed", clean(f"groups = {groups!r}"))
         remarks = {clean(what, 100): n for what, n in remarks.items()}
         sizes = clean(str(said.get("sizes", "")), 50)
         counts = {clean(c, 100): n for c, n in counts.items()}
-        return cls(name, images, held_out, counts, skipped, sizes, remarks), problem
+        return cls(name, images, held_out, counts, skipped, sizes, remarks, groups), problem
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,10 +73,12 @@ def train(
     device: torch.device,
     inherited: Inherited = Inherited(),
     noise: float = 0.0,
+    groups: Sequence[int] = (),
 ) -> Trained:
     """Trains the model, which is on the device, in place on the objective's examples, with fresh optimizers but for
-    what is `inherited`. The proximal term pulls to the weights that the model comes with. `noise` is the multiplier of
-    a private run.
+    what is `inherited`. The proximal term pulls to the weights that the model comes with. A private run has a
+    `noise` multiplier, and protects each of the `groups`, which have so many of the examples one after the other, or
+    each example.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
@@ -101,7 +103,8 @@ def train(
     if config.privacy.of_images:
         secret = SecretRandom()
         take_step: Step = PrivateStep(*inputs, privacy=config.privacy, noise=noise, secret=secret)
-        batches = poisson_batches(len(objective), t.batch_size, config.privacy.multiplicity, secret, device)
+        records = groups or [1] * len(objective)
+        batches = poisson_batches(records, t.batch_size, config.privacy.multiplicity, secret, device)
         random.manual_seed(secret.seed())
     else:
         take_step = Step(*inputs)

@@ -1,7 +1,8 @@
 """Steps of DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1), as DPDM has them for diffusion (Dockhorn et al.
 2023, arXiv 2210.09929, algorithm 1).
 
-The gradient of a record, which is an image, is the mean over several noise levels, clipped to a norm. To the sum over a
+The gradient of a record, which is an image or a group of them, is the mean over several noise levels (and as many
+images of the group, drawn at random), clipped to a norm. To the sum over a
 batch, in which each record is by chance and by itself, comes Gaussian noise that nobody can foretell. The mean loss is
 one number more that the same noise hides.
 """
@@ -9,7 +10,7 @@ one number more that the same noise hides.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -119,10 +120,13 @@ class _Loss(nn.Module):
 
 
 def poisson_batches(
-    size: int, batch_size: int, draws: int, secret: SecretRandom, device: torch.device
+    sizes: Sequence[int], batch_size: int, draws: int, secret: SecretRandom, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yields batches without end, in each of which each of `size` records is with the same chance, by itself, as often
-    as there are `draws` of it."""
-    chance = min(1.0, batch_size / size)
+    """Yields batches without end, in each of which each record is with the same chance, by itself, with as many draws
+    of its images, of which it has one or several, one after the other."""
+    counts = torch.tensor(sizes, dtype=torch.int64)
+    starts, chance = counts.cumsum(0) - counts, min(1.0, batch_size / len(counts))
     while True:
-        yield (secret.uniform(size) <= chance).nonzero()[:, 0].repeat_interleave(draws).to(device)
+        chosen = (secret.uniform(len(counts)) <= chance).nonzero()[:, 0].repeat_interleave(draws)
+        within = ((1 - secret.uniform(len(chosen))) * counts[chosen]).long()
+        yield (starts[chosen] + within).to(device)

@@ -149,7 +149,7 @@ def test_a_task_that_comes_past_the_introduction_is_refused_all_the_same() -> No
         ({"dp-epsilon": True}, "dp-epsilon = True"),
         ({"dp-epsilon": 8.0, "dp-delta": 1}, "dp-delta = 1 .* between 0 and 1"),
         ({"dp-delta": 1e-5}, "without dp-epsilon"),
-        ({"dp-epsilon": 8.0, "dp-delta": 0.01}, "dp-delta = 0.01: must be less than 1 over the .* images"),
+        ({"dp-epsilon": 8.0, "dp-delta": 0.01}, "dp-delta = 0.01: must be less than 1 over the .* records"),
         ({"dp_epsilon": 8.0}, "'dp_epsilon' in the --node-config is not known: must be one of data-path, dp-delta"),
     ],
 )

@@ -209,7 +209,7 @@ def test_a_batch_with_nobody_in_it_is_noise_alone() -> None:
 
 
 def test_each_record_is_in_a_batch_by_chance_and_by_itself() -> None:
-    batches = poisson_batches(50, 5, 2, SecretRandom(bytes(32)), CPU)
+    batches = poisson_batches([1] * 50, 5, 2, SecretRandom(bytes(32)), CPU)
     picked = torch.zeros(4000, 50, dtype=torch.bool)
     for row in picked:
         index = next(batches)
@@ -221,7 +221,21 @@ def test_each_record_is_in_a_batch_by_chance_and_by_itself() -> None:
     assert float(picked.double().mean(0).sub(0.1).abs().max()) < 0.025
     together = (picked[:, :1] & picked[:, 1:]).double().mean(0)
     assert float(together.sub(0.01).abs().max()) < 0.01
-    assert len(next(poisson_batches(3, 5, 1, SecretRandom(), CPU))) == 3  # all, where a batch is larger
+    assert len(next(poisson_batches([1] * 3, 5, 1, SecretRandom(), CPU))) == 3  # all, where a batch is larger
+
+
+def test_of_a_group_images_are_drawn_alike_and_of_no_other() -> None:
+    sizes = [3, 1, 5]
+    batches = poisson_batches(sizes, 2, 4, SecretRandom(bytes(32)), CPU)
+    counts = torch.zeros(9)
+    for _ in range(3000):
+        index = next(batches)
+        groups = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])[index].unflatten(0, (-1, 4))
+        assert torch.equal(groups, groups[:, :1].expand(-1, 4))
+        assert len({*groups[:, 0].tolist()}) == len(groups)
+        counts += torch.bincount(index, minlength=9)
+    expected = 3000 * 2 / 3 * 4 / torch.repeat_interleave(torch.tensor(sizes), torch.tensor(sizes))
+    assert float((counts / expected - 1).abs().max()) < 0.1
 
 
 def test_secret_numbers_are_uniform_normal_and_never_the_same() -> None:

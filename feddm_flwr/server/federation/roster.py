@@ -328,9 +328,10 @@ def _say(node: Introduction) -> None:
     classes = " ".join(f"{c}:{n}" for c, n in node.class_counts.items()) or "unknown"
     skipped = f", {node.skipped} skipped" if node.skipped else ""
     sizes = f" of {node.sizes}" if node.sizes else ""
+    groups = f" in {node.groups} groups" if node.groups else ""
     log.info(
-        "node %s: %d images%s, %d held out%s, classes %s",
-        *(node.name, node.images, sizes, node.held_out, skipped, clean(classes, 1000)),
+        "node %s: %d images%s%s, %d held out%s, classes %s",
+        *(node.name, node.images, groups, sizes, node.held_out, skipped, clean(classes, 1000)),
     )
     for what, count in node.remarks.items():
         log.warning("node %s: %s: %d", node.name, what, count)
