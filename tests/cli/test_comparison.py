@@ -95,9 +95,9 @@ def test_a_data_parallel_run_takes_the_steps_of_one_node_on_the_batches_of_all(t
     assert (together.nodes, config.train.local_steps, config.train.batch_size) == (1, 2, 2 * 8)
     assert config.server.ema_decay == parse(cells[0].keys).server.ema_decay  # as many steps
     assert [c.shared for c in cells if c.run == "together"] == ["", together.name]  # one on all images knows no shares
-    for cell in cells[:4]:
+    for cell in (cells[0], together):
         assert not comparison.do(cell, tmp_path, in_process)
-    results = [comparison.result(cell, tmp_path) for cell in cells[:4]]
+    results = [comparison.result(cell, tmp_path) for cell in (cells[0], together)]
     assert len({r["images"] for r in results}) == 1
     (tmp_path / "x.toml").write_text(text.replace("data-parallel = true", "data-parallel = true\ncentralized = true"))
     with pytest.raises(ConfigError, match="'together': centralized and data-parallel are two runs"):

@@ -220,8 +220,8 @@ def test_a_node_cannot_end_a_run_that_counts_nothing() -> None:
 def test_private_training_learns() -> None:
     """With little noise; the loss that nodes tell is of the model that comes of it."""
     c = config(
-        **{**PRIVATE, "privacy__noise_multiplier": 0.2, "train__local_steps": 10, "train__batch_size": 128},
-        num_server_rounds=4,
+        **{**PRIVATE, "privacy__noise_multiplier": 0.2, "train__local_steps": 10, "train__batch_size": 64},
+        num_server_rounds=3,
         train__warmup_steps=0,
     )
     losses = [one.train_loss for one in run(c)]
