@@ -16,9 +16,8 @@ from flwr.clientapp import ClientApp
 
 from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.node import worker
-from feddm_flwr.node.account import Account, check_allowed, untold
-from feddm_flwr.node.canaries import with_canaries
-from feddm_flwr.node.settings import check_state, node_data, node_name, node_state_root, wants_worker
+from feddm_flwr.node.account import Account, allowed_data
+from feddm_flwr.node.settings import check_state, node_name, node_state_root, wants_worker
 from feddm_flwr.protocol.replies import Introduction
 from feddm_flwr.protocol.tasks import LOST, PROBE, REPORT, SPENT, TASK, WEIGHTS_RECORD
 
@@ -50,16 +49,12 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
         ConfigError: it cannot take part in a run of that configuration.
     """
     wants_worker(own)
-    check_allowed(config, own)
     log.info("budget: %s; policy: %s", own.get("dp-epsilon", "none"), own.get("policy", "none"))
     _check_installed(config)
-    with untold(config, own):
-        data = with_canaries(config, name, node_data(config, own))
-    check_allowed(config, own, len(data.train))
-    if config.keeps_state:
+    data = allowed_data(config, own, name)
+    if config.keeps_state or config.privacy.of_images:
         check_state(own)
     if config.privacy.of_images:
-        check_state(own)
         Account(config, own, name, data, node_state_root(own)).check()
     if config.privacy.hides_figures:
         return Introduction(name, len(data.train), len(data.held_out), {}, groups=len(data.groups))

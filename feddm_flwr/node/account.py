@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from feddm_flwr.config import ConfigError, RunConfig, local_steps
 from feddm_flwr.data.node_data import NodeData
-from feddm_flwr.node.settings import NodeConfig
+from feddm_flwr.node.canaries import with_canaries
+from feddm_flwr.node.settings import NodeConfig, node_data
 from feddm_flwr.privacy.accounting import Steps, noise_for
-from feddm_flwr.privacy.ledger import BudgetSpentError, Ledger, Limits, Spent
+from feddm_flwr.privacy.ledger import Ledger, Limits, Spent
 from feddm_flwr.privacy.policy import Policy
 from feddm_flwr.protocol.tasks import TrainTask
 from feddm_flwr.storage.state_folder import RUN_UUID
@@ -22,8 +21,6 @@ log = logging.getLogger(__name__)
 
 _DELTA = 1e-5
 _MOST_STEPS = 10_000_000  # of a run: accounting more takes minutes
-
-
 #: Keys of a node config.
 _KNOWN = {
     *("node-name", "data-path", "state-path", "worker", "dp-epsilon", "dp-delta", "policy"),
@@ -103,17 +100,24 @@ def budget(own: NodeConfig) -> tuple[float, float] | None:
     return float(epsilon), delta
 
 
-@contextmanager
-def untold(config: RunConfig, own: NodeConfig) -> Iterator[None]:
-    """Keeps what an error says of the node's images to its own log, where the run hides figures or the node has a
-    budget."""
+def allowed_data(config: RunConfig, own: NodeConfig, name: str, *, trains: bool = True) -> NodeData:
+    """Returns the images of node `name` for a run that it may take part in, with its canaries where it `trains`. What
+    an error says of them stays in the node's own log, where the run hides figures or the node has a budget.
+
+    Raises:
+        ConfigError: as `check_allowed`, or the images do not go with the run.
+    """
+    check_allowed(config, own)  # before the images are looked at
     try:
-        yield
-    except Exception as error:
-        if isinstance(error, BudgetSpentError) or not (config.privacy.hides_figures or budget(own)):
+        data = node_data(config, own)
+        data = with_canaries(config, name, data) if trains else data
+    except Exception:
+        if not (config.privacy.hides_figures or budget(own)):
             raise
         log.exception("this node's images do not go with the run")
         raise ConfigError("this node cannot do that with its images; its own log says why") from None
+    check_allowed(config, own, len(data.train))
+    return data
 
 
 def check_allowed(config: RunConfig, own: NodeConfig, images: int | None = None) -> None:

@@ -92,7 +92,7 @@ def _final(
         alone, included = candidates(config, name, data)
         objective, _ = build_objectives(config, alone, assets, root, device)
         assert isinstance(objective, Denoising)
-        found = CanaryGuesses(*guesses(objective.mean_losses(network, name).numpy(), included))
+        found = CanaryGuesses(*guesses(objective.mean_losses(network, name).cpu().numpy(), included))
     if config.privacy.hides_figures:
         return FinalReply(None, None, None, found)
     trained, unseen = build_objectives(config, data, assets, root, device)

@@ -29,9 +29,8 @@ from filelock import FileLock
 
 import feddm_flwr
 from feddm_flwr.config import ConfigError, parse
-from feddm_flwr.node.account import Account, check_allowed, untold
-from feddm_flwr.node.canaries import with_canaries
-from feddm_flwr.node.settings import node_data, node_name, node_state_root, wants_worker
+from feddm_flwr.node.account import Account, allowed_data
+from feddm_flwr.node.settings import node_name, node_state_root, wants_worker
 from feddm_flwr.protocol.tasks import REFERENCE, Frames, TrainTask
 
 log = logging.getLogger(__name__)
@@ -100,12 +99,7 @@ def _do_here(job: Job) -> Result:
     from feddm_flwr.node import evaluate, train
 
     config, name, root = parse(job.run_config), node_name(job.node_config), node_state_root(job.node_config)
-    check_allowed(config, job.node_config)
-    with untold(config, job.node_config):
-        data = node_data(config, job.node_config)
-    check_allowed(config, job.node_config, len(data.train))
-    if job.task.get("kind") != REFERENCE:
-        data = with_canaries(config, name, data)
+    data = allowed_data(config, job.node_config, name, trains=job.task.get("kind") != REFERENCE)
     if "kind" in job.task:
         outcome = evaluate.do(config, name, data, root, job.task, job.frames)
     else:

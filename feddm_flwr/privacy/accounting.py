@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from feddm_flwr.config.privacy import LEAST_NOISE
 
 _PRECISION = 1e-3  # of privacy losses; they are rounded up: a coarser one never gives less than is spent
-_NOTHING = 200.0
+_NOTHING = 200.0  # an epsilon that hides nothing
 _PARTS = 1000  # a noise multiplier is found to one of these
 
 
@@ -52,31 +52,26 @@ def epsilon(spent: Iterable[Steps], delta: float) -> float:
 def _epsilon(spent: tuple[Steps, ...], delta: float) -> float:
     if not spent:
         return 0.0
-    renyi, exact = (
-        _library().rdp.RdpAccountant(),
-        _library().pld.PLDAccountant(value_discretization_interval=_PRECISION),
-    )
-    for one in spent:
-        renyi.compose(_event(one))
-    found = float(renyi.get_epsilon(delta))
-    if not found <= _NOTHING:  # which is no privacy; the distributions would fill the memory
+    library = _library()
+    renyi = _composed(library.rdp.RdpAccountant(), spent, delta)
+    if not renyi <= _NOTHING:  # which is no privacy; the distributions would fill the memory
         return math.inf
+    # Of tiny losses, the rounding of the distributions is more.
+    return min(renyi, _composed(library.pld.PLDAccountant(value_discretization_interval=_PRECISION), spent, delta))
+
+
+def _composed(accountant: Any, spent: tuple[Steps, ...], delta: float) -> float:
+    library = _library()
     for one in spent:
-        exact.compose(_event(one))
-    return min(found, float(exact.get_epsilon(delta)))  # of tiny losses, the rounding of the second is more
+        batch = library.PoissonSampledDpEvent(one.sampling, library.GaussianDpEvent(one.noise))
+        accountant.compose(library.SelfComposedDpEvent(batch, one.count))
+    return float(accountant.get_epsilon(delta))
 
 
 @lru_cache(maxsize=256)
 def noise_for(limit: float, delta: float, sampling: float, count: int) -> float:
     """Returns the least noise multiplier, to three decimals, with which so many steps cost at most `limit`."""
-    least, most = round(LEAST_NOISE * _PARTS) - 1, round(LEAST_NOISE * _PARTS)
-    while epsilon([Steps(sampling, most / _PARTS, count)], delta) > limit:
-        least, most = most, 2 * most
-    while most - least > 1:
-        middle = (most + least) // 2
-        enough = epsilon([Steps(sampling, middle / _PARTS, count)], delta) <= limit
-        least, most = (least, middle) if enough else (middle, most)
-    return most / _PARTS
+    return _least_noise(limit, lambda noise: epsilon([Steps(sampling, noise, count)], delta))
 
 
 def epsilon_of_rounds(spent: Iterable[Rounds], delta: float) -> float:
@@ -93,20 +88,18 @@ def epsilon_of_rounds(spent: Iterable[Rounds], delta: float) -> float:
 
 def noise_for_rounds(limit: float, delta: float, nodes: int, asked: int, count: int) -> float:
     """Returns the least noise multiplier, to three decimals, with which so many rounds cost at most `limit`."""
+    return _least_noise(limit, lambda noise: epsilon_of_rounds([Rounds(nodes, asked, noise, count)], delta))
+
+
+def _least_noise(limit: float, cost: Callable[[float], float]) -> float:
+    """Returns the least noise multiplier that costs at most `limit`: more noise costs less."""
     least, most = round(LEAST_NOISE * _PARTS) - 1, round(LEAST_NOISE * _PARTS)
-    while epsilon_of_rounds([Rounds(nodes, asked, most / _PARTS, count)], delta) > limit:
+    while cost(most / _PARTS) > limit:
         least, most = most, 2 * most
     while most - least > 1:
         middle = (most + least) // 2
-        enough = epsilon_of_rounds([Rounds(nodes, asked, middle / _PARTS, count)], delta) <= limit
-        least, most = (least, middle) if enough else (middle, most)
+        least, most = (least, middle) if cost(middle / _PARTS) <= limit else (middle, most)
     return most / _PARTS
-
-
-def _event(steps: Steps) -> Any:
-    library = _library()
-    one = library.PoissonSampledDpEvent(steps.sampling, library.GaussianDpEvent(steps.noise))
-    return library.SelfComposedDpEvent(one, steps.count)
 
 
 def _library() -> Any:

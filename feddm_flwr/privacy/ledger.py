@@ -113,11 +113,10 @@ class Ledger:
                 else:
                     after.append(entry)
             after.append(new)
-            spent = Spent(*_costs(after, run, limits), goes_on=_allowed(after, new, steps, limits))
-            if not (spent.epsilon <= limits.run and spent.epsilon_total <= limits.node):
-                raise BudgetSpentError(_refusal(spent, limits))
+            costs = _affordable(after, run, limits)
+            goes_on = _within(_costs([*after, replace(new, steps=steps)], run, limits), limits)
             self._write(after)
-            return spent
+            return Spent(*costs, goes_on)
 
     def check(self, run: str, steps: Steps, limits: Limits) -> None:
         """Finds out whether steps could be taken.
@@ -125,10 +124,7 @@ class Ledger:
         Raises:
             BudgetSpentError, ConfigError: as `spend`.
         """
-        entries = self.entries()
-        new = Entry(run, steps, "", "")
-        if not _allowed(entries, new, steps, limits):
-            raise BudgetSpentError(_refusal(Spent(*_costs([*entries, new], run, limits), goes_on=False), limits))
+        _affordable([*self.entries(), Entry(run, steps, "", "")], run, limits)
 
     def _write(self, entries: list[Entry]) -> None:
         lines = [
@@ -167,14 +163,21 @@ def _costs(entries: list[Entry], run: str, limits: Limits) -> tuple[float, float
     return own, epsilon([e.steps for e in entries], limits.node_delta)
 
 
-def _allowed(entries: list[Entry], like: Entry, steps: Steps, limits: Limits) -> bool:
-    run, total = _costs([*entries, replace(like, steps=steps)], like.run, limits)
+def _within(costs: tuple[float, float], limits: Limits) -> bool:
+    run, total = costs
     return run <= limits.run and total <= limits.node
 
 
-def _refusal(spent: Spent, limits: Limits) -> str:
-    if spent.epsilon_total > limits.node:
-        return (
-            f"dp-epsilon = {limits.node:g} of this node is spent: another round would make it {spent.epsilon_total:.4g}"
-        )
-    return f"privacy.epsilon = {limits.run:g} is spent at this node: another round would make it {spent.epsilon:.4g}"
+def _affordable(entries: list[Entry], run: str, limits: Limits) -> tuple[float, float]:
+    """Returns what a run and all runs cost.
+
+    Raises:
+        BudgetSpentError: that is more than the limits allow.
+    """
+    own, total = costs = _costs(entries, run, limits)
+    if _within(costs, limits):
+        return costs
+    which, cost = f"privacy.epsilon = {limits.run:g} is spent at this node", own
+    if not total <= limits.node:
+        which, cost = f"dp-epsilon = {limits.node:g} of this node is spent", total
+    raise BudgetSpentError(f"{which}: another round would make it {cost:.4g}")

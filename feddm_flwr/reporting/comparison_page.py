@@ -12,6 +12,7 @@ from feddm_flwr.reporting.page import evaluation_settings, grid_images, render, 
 from feddm_flwr.reporting.records import (
     OF_THE_FOLDER,
     RoundRecord,
+    epsilon_spent,
     grid_files,
     read_config,
     read_rounds,
@@ -80,10 +81,11 @@ def _figures(rows: Sequence[RoundRecord]) -> dict[str, str]:
         ("fid", "FID"),
         ("kid", "KID"),
         ("coverage", "coverage"),
-        ("epsilon", "ε"),
     ):
         if values := [value for row in rows if (value := row.figure(key)) is not None]:
-            found[head] = f"{max(values) if key == 'epsilon' else values[-1]:.4g}"
+            found[head] = f"{values[-1]:.4g}"
+    if (spent := epsilon_spent(rows)) is not None:
+        found["ε"] = f"{spent:.4g}"
     found |= {f"sent {way}": megabytes(total[f"bytes_{way}"]) for way in ("up", "down")}
     return found | {"seconds": f"{sum(r.seconds for r in rows):.0f}"}
 

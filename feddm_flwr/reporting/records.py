@@ -193,6 +193,12 @@ def total_bytes(rounds: Sequence[RoundRecord]) -> dict[str, int]:
     return {key: sum(getattr(r, key) for r in rounds) for key in TRAFFIC}
 
 
+def epsilon_spent(rounds: Sequence[RoundRecord]) -> float | None:
+    """Returns the most that a run has spent of privacy, though who spent it was left out later; None where that does
+    not count."""
+    return max((r.epsilon for r in rounds if r.epsilon is not None), default=None)
+
+
 def simulated_nodes(rounds: Sequence[RoundRecord]) -> int:
     """Returns how many nodes the simulation had whose rounds these are; 0 where none was done."""
     return max((r.connected or r.clients_ok for r in rounds), default=0)

@@ -15,6 +15,7 @@ from feddm_flwr.reporting.records import (
     OF_THE_FOLDER,
     RoundRecord,
     Row,
+    epsilon_spent,
     grid_files,
     read_config,
     read_json,
@@ -88,7 +89,6 @@ def _tiles(
     evaluated = [row.eval_loss for row in rows if row.eval_loss is not None]
     of_images = config.get("privacy.mechanism") == "dp-sgd"
     unit, spender = ("image", "at the node that spent most") if of_images else ("node", "in the model")
-    spendings = [r.epsilon for r in rows if r.epsilon is not None]
     failed = sum(sum(row.failures.values()) for row in rows)
     return [
         (
@@ -115,7 +115,8 @@ def _tiles(
                 f"privacy of each {unit}, δ = {config['privacy.delta']:g}",
                 spender,
             )
-            for spent in spendings and [max(spendings)]
+            for spent in [epsilon_spent(rows)]
+            if spent is not None
         ),
         *((megabytes(sent), who, note) for who, sent, note in traffic_rows(rows, final)),
         (str(failed), "failed replies", f"of {failed + sum(r.clients_ok for r in rows)}"),

@@ -20,6 +20,7 @@ from feddm_flwr.reporting import trackers
 from feddm_flwr.reporting.records import (
     Row,
     as_line,
+    epsilon_spent,
     nest,
     read_metrics,
     read_rounds,
@@ -153,7 +154,7 @@ class RunDirectory:
 
     def epsilon(self) -> float | None:
         """Returns the most that a node has spent of its images' privacy; None where that does not count."""
-        return max((r.epsilon for r in read_rounds(self.path) if r.epsilon is not None), default=None)
+        return epsilon_spent(read_rounds(self.path))
 
     def _track(self, row: Row, number: int) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v) and k != "round"}

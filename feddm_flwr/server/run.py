@@ -89,6 +89,7 @@ def _train(
         _save(run, feddm, kept, writer, row)
         outputs.after_round(feddm)
     if feddm.ended_early:
+        log.warning("%s", feddm.ended_early)
         outputs.after_round(feddm)  # which is the last, as nobody knew
     _durable(run, feddm, writer)
     incomplete = outputs.finish(feddm)

@@ -136,9 +136,9 @@ class FedDM:
             online = {}
         self._begun = True
         self.spent -= self._roster.take_admitted()  # they found that they have some left
-        if not self.round and self._shortage({*online}):
-            raise RunFailedError(self._shortage({*online}))
-        self._too_few = self._shortage({*online}) if self.round else ""
+        self._too_few = self._shortage({*online})
+        if self._too_few and not self.round:
+            raise RunFailedError(self._too_few)
         return {} if self._too_few else {name: i for name, i in online.items() if name not in self.spent}
 
     def checkpoint(self) -> Checkpoint:
@@ -208,7 +208,6 @@ class FedDM:
             for attempt in range(1 + self.config.max_round_retries):
                 online = {} if self._begun and self.is_over else self._wait(grid)
                 if not online or self.is_over:
-                    log.warning("%s", self.ended_early)
                     return
                 chosen = {online[name]: name for name in self._sample(sorted(online), number, attempt)}
                 progress = self._attempt(grid, number, chosen, received)
@@ -224,7 +223,6 @@ class FedDM:
                 log.warning("%s; attempt %d of %d", problem, attempt + 1, 1 + self.config.max_round_retries)
             else:
                 if self.is_over:
-                    log.warning("%s", self.ended_early)
                     return
                 tries = f"gave up after {1 + self.config.max_round_retries} attempts"
                 raise RunFailedError(f"{problem}; {tries}; {progress.why}".removesuffix("; "))

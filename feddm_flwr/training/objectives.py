@@ -99,37 +99,32 @@ class Denoising(Objective):
             prediction: Tensor = network(self._process.at(x0, noise, t), t, classes).sample
         return prediction.float(), self._process.target(x0, noise, t)
 
-    @torch.no_grad()
     def fixed_losses(self, network: nn.Module, limit: int, name: str) -> Tensor:
         """Returns the squared errors of the first `limit` examples, (B,), with noise and timesteps that are the same in
         every round: the timesteps are spread over all, in order, so that few stand for all."""
         size = min(limit, len(self))
-        network.eval()
         random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "held-out loss"))
-        index = torch.arange(size, device=self._device)
+        return self._errors(network, self._process.spread_times(size), random)
+
+    def mean_losses(self, network: nn.Module, name: str) -> Tensor:
+        """Returns the squared error of each example, (N,), float64, as a mean over noise levels that are the same for
+        all, each with one noise."""
+        random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "mean losses"))
+        levels = self._process.spread_times(_LEVELS)
+        return torch.stack([self._errors(network, t.expand(len(self)), random).double() for t in levels]).mean(0)
+
+    @torch.no_grad()
+    def _errors(self, network: nn.Module, times: Tensor, random: torch.Generator) -> Tensor:
+        """Returns the squared errors of as many of the first examples as there are times, (B,)."""
+        network.eval()
+        index = torch.arange(len(times), device=self._device)
         x0 = self._examples.fixed(index)
         noise = torch.randn(x0.shape, generator=random).to(self._device)
-        drawn = (x0, self._process.spread_times(size).to(self._device), noise, self._labels[index])
+        drawn = (x0, times.to(self._device), noise, self._labels[index])
         pieces = zip(
             *(v.split(self._config.train.micro_batch or self._config.train.batch_size) for v in drawn), strict=True
         )
         return torch.cat([_squared_error(*self._predict(network, piece)) for piece in pieces])
-
-    @torch.no_grad()
-    def mean_losses(self, network: nn.Module, name: str) -> Tensor:
-        """Returns the squared error of each example, (N,), float64, as a mean over noise levels that are the same for
-        all, each with one noise."""
-        network.eval()
-        random = torch.Generator().manual_seed(derive_seed(self._config.seed, name, "mean losses"))
-        places = torch.arange(len(self), device=self._device)
-        total = torch.zeros(len(self), dtype=torch.float64)
-        for t in self._process.spread_times(_LEVELS).to(self._device):
-            for index in places.split(self._config.train.micro_batch or self._config.train.batch_size):
-                x0 = self._examples.fixed(index)
-                noise = torch.randn(x0.shape, generator=random).to(self._device)
-                drawn = (x0, t.expand(len(index)), noise, self._labels[index])
-                total[index.cpu()] += _squared_error(*self._predict(network, drawn)).double().cpu()
-        return total / _LEVELS
 
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
         """Returns the mean of these, and that of each tenth of the timesteps."""

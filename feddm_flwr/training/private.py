@@ -2,16 +2,14 @@
 2023, arXiv 2210.09929, algorithm 1).
 
 The gradient of a record, which is an image or a group of them, is the mean over several noise levels (and as many
-images of the group, drawn at random), clipped to a norm. To the sum over a
-batch, in which each record is by chance and by itself, comes Gaussian noise that nobody can foretell. The mean loss is
-one number more that the same noise hides.
+images of the group, drawn at random), clipped to a norm. To the sum over a batch, in which each record is by chance and
+by itself, comes Gaussian noise that nobody can foretell. The mean loss is one number more that the same noise hides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from feddm_flwr.compute.secret_random import SecretRandom
-from feddm_flwr.config.keys import Train
 from feddm_flwr.config.privacy import Privacy
 from feddm_flwr.models.parameters import split_like
 from feddm_flwr.training.objectives import Drawn, Objective
@@ -35,30 +32,22 @@ _OF_LOSS = 0.1  # how much of the clipping norm a loss can change; noise is 0.5 
 class PrivateStep(Step):
     """The steps of one private training."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        t: Train,
-        parameters: list[Tensor],
-        *inputs: Any,
-        privacy: Privacy,
-        noise: float,
-        secret: SecretRandom,
-    ) -> None:
-        """Takes steps with this `noise` multiplier; the other inputs are those of `Step`."""
-        super().__init__(model, objective, replace(t, cuda_graph=False), parameters, *inputs)
-        self._clip_norm, self._draws, self._batch = privacy.clip_norm, privacy.multiplicity, t.batch_size
+    may_record = False
+
+    def __init__(self, *inputs: Any, privacy: Privacy, noise: float, secret: SecretRandom) -> None:
+        """Takes steps with this `noise` multiplier; the `inputs` are those of `Step`."""
+        super().__init__(*inputs)
+        self._clip_norm, self._draws, self._batch = privacy.clip_norm, privacy.multiplicity, self._train.batch_size
         self._noise, self._secret = noise, secret
-        for layer in model.modules():
+        for layer in self._model.modules():
             if isinstance(layer, Attention):
                 layer.set_processor(AttnProcessor())  # vmap takes torch's own, fused, record by record
-        names = {id(p): f"network.{name}" for name, p in model.named_parameters()}
-        self._names = [names[id(p)] for p in parameters]
-        self._loss = _Loss(model, objective)
+        names = {id(p): f"network.{name}" for name, p in self._model.named_parameters()}
+        self._names = [names[id(p)] for p in self._parameters]
+        self._loss = _Loss(self._model, self._objective)
         self._micro = max(1, self._micro // self._draws)  # records, which have a gradient each
-        if not t.micro_batch:
-            self._micro = max(1, min(self._micro, _GRADIENTS // sum(p.numel() for p in parameters)))
+        if not self._train.micro_batch:
+            self._micro = max(1, min(self._micro, _GRADIENTS // sum(p.numel() for p in self._parameters)))
 
     def _accumulate(self, drawn: Drawn) -> Tensor:
         """Leaves the noisy sum over the records, over the mean size of a batch, in the gradients; returns as much of

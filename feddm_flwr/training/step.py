@@ -26,6 +26,8 @@ _ALIKE = 2.0  # the most that norms differ by, for other dropout
 class Step:
     """The steps of one training; they change the parameters in place."""
 
+    may_record = True  # as a CUDA graph: a step neither waits for the GPU nor depends on values
+
     def __init__(
         self,
         model: nn.Module,
@@ -44,7 +46,7 @@ class Step:
         self._micro = t.micro_batch or t.batch_size
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
         # usual stream, whatever the current one is.
-        records = t.cuda_graph and t.optimizer in ("adamw", "muon") and not t.checkpointing
+        records = self.may_record and t.cuda_graph and t.optimizer in ("adamw", "muon") and not t.checkpointing
         self.records = records and self._device.type == "cuda"
         self.optimizers = Optimizers(t, parameters, memory, self.records)
         self._along = [] if along is None else split_like(along, parameters)
