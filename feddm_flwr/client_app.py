@@ -6,20 +6,24 @@ message. An introduction needs neither, and training is handed to a process that
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.node import worker
-from feddm_flwr.node.account import Account, allowed_data
+from feddm_flwr.node.account import Account, allowed_data, check_allowed
+from feddm_flwr.node.secure import SecureNode, identity
 from feddm_flwr.node.settings import check_state, node_name, node_state_root, wants_worker
+from feddm_flwr.privacy.secure_sum import SecureSumError
 from feddm_flwr.protocol.replies import Introduction
-from feddm_flwr.protocol.tasks import LOST, PROBE, REPORT, SPENT, TASK, WEIGHTS_RECORD
+from feddm_flwr.protocol.tasks import LOST, PROBE, PROBLEM, REPORT, SPENT, TASK, WEIGHTS_RECORD, SecureTask
 
 app = ClientApp()
 log = logging.getLogger(__name__)
@@ -54,6 +58,8 @@ def _introduction(name: str, config: RunConfig, own: Mapping[str, object]) -> In
     data = allowed_data(config, own, name)
     if config.keeps_state or config.privacy.of_images:
         check_state(own)
+    if config.privacy.secure_aggregation:
+        identity(own, name)
     if config.privacy.of_images:
         Account(config, own, name, data, node_state_root(own)).check()
     if config.privacy.hides_figures:
@@ -77,6 +83,23 @@ def _check_installed(config: RunConfig) -> None:
             raise ConfigError(f"{setting}: {package} is not installed: pip install 'feddm-flwr[{extra}]'")
 
 
+@app.query("sums")
+def sums(message: Message, context: Context) -> Message:
+    """Answers what the server asks about a secure sum."""
+    try:
+        task, config = SecureTask.from_record(_scalars(message)), parse(context.run_config)
+        check_allowed(config, context.node_config)
+        node = SecureNode(config, context.node_config, node_name(context.node_config), task.run_uuid)
+        report: dict[str, Any] = {"answer": json.dumps(node.answer(task))}
+    except (ConfigError, SecureSumError) as error:
+        log.warning("%s", error)
+        report = {PROBLEM: str(error)}
+    except Exception as error:
+        log.exception("this node cannot answer")
+        report = {PROBLEM: f"{type(error).__name__}; the node's own log says more"}
+    return Message(RecordDict({REPORT: ConfigRecord(report)}), reply_to=message)
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates a model, or sums features of the images, as the message says."""
@@ -89,7 +112,7 @@ def train(message: Message, context: Context) -> Message:
     job = worker.Job(
         run_config=dict(context.run_config),
         node_config=dict(context.node_config),
-        task=dict(message.content.config_records[TASK]),
+        task=_scalars(message),
         frames={key: array.data for key, array in message.content.array_records[WEIGHTS_RECORD].items()},
     )
     report, frames = worker.do(job)
@@ -98,3 +121,8 @@ def train(message: Message, context: Context) -> Message:
         arrays = {name: Array("uint8", (len(frame),), "feddm.frame", frame) for name, frame in frames.items()}
         content[WEIGHTS_RECORD] = ArrayRecord(arrays)
     return Message(content, reply_to=message)
+
+
+def _scalars(message: Message) -> dict[str, Any]:
+    """Returns the task that a message brings."""
+    return dict(message.content.config_records[TASK])

@@ -1,7 +1,8 @@
 """Keys and certificates of a federation: a certificate authority, the SuperLink's certificate, a key per node.
 
 Everything lies in one folder of the administrator's. The CA's key never leaves it; the SuperLink gets
-`ca.crt`, `server.pem` and `server.key`, a node `ca.crt` and its own key.
+`ca.crt`, `server.pem` and `server.key`, a node `ca.crt`, its own
+key, and for secure sums `peers.pub`, which has the public keys of all nodes.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ def make(folder: Path, hosts: list[str], nodes: list[str], days: int) -> list[Pa
             _secret(path, key, serialization.PrivateFormat.OpenSSH),
             _public(path.with_name(f"{node}.pub"), public + f" {node}\n".encode()),
         ]
+    keys = b"".join(path.read_bytes() for path in sorted((folder / "nodes").glob("*.pub")))
+    peers = folder / "peers.pub"
+    if keys and (not peers.exists() or peers.read_bytes() != keys):
+        written.append(_public(peers, keys))
     return written
 
 

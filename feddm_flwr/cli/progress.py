@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from contextlib import suppress
@@ -63,7 +64,8 @@ class Display:
             self._round, self._asked, self._done = said.round, said.asked, 0
         elif isinstance(said, NodeDone):
             self._done = said.done
-            self._loss = self._loss or f"{said.loss:.4f}"
+            if not self._loss and math.isfinite(said.loss):  # of a secure sum only the round's is known
+                self._loss = f"{said.loss:.4f}"
         elif isinstance(said, RoundDone):
             self._loss = f"{said.loss:.4f}"
             self._up += said.up

@@ -5,6 +5,7 @@ from feddm_flwr.config.keys import Codec
 from feddm_flwr.config.names import (
     CODECS,
     FLOW_SCHEDULERS,
+    LEAST_OF_SUM,
     MOST_CLASS_TEXT,
     MOST_CLASSES,
     NODE_NAME,
@@ -12,6 +13,7 @@ from feddm_flwr.config.names import (
     PARTITION_OF,
     SCHEDULERS,
     SPARSE_CODECS,
+    SUM,
     class_name,
     may_be_told,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "CODECS",
     "FLOW_SCHEDULERS",
     "KEYS",
+    "LEAST_OF_SUM",
     "MOST_CLASSES",
     "MOST_CLASS_TEXT",
     "NODE_NAME",
@@ -39,6 +42,7 @@ __all__ = [
     "PARTITION_OF",
     "SCHEDULERS",
     "SPARSE_CODECS",
+    "SUM",
     "Codec",
     "ConfigError",
     "RunConfig",

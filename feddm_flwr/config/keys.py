@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from feddm_flwr.config.fields import PRESET, key
-from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, SCHEDULERS, class_name
+from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, SCHEDULERS, SUM, class_name
 from feddm_flwr.config.presets import MODELS
 
 
@@ -225,7 +225,12 @@ class Train:
 class Codec:
     """How weights travel."""
 
-    uplink: str = key(PRESET, "coding of what nodes send", choices=CODECS, plugin=True)
+    uplink: str = key(
+        PRESET,
+        "coding of what nodes send; `sum`: digits that add up, for privacy.secure-aggregation",
+        choices=(*CODECS, SUM),
+        plugin=True,
+    )
     downlink: str = key(PRESET, "coding of what the server sends", choices=CODECS, plugin=True)
     target: str = key(
         PRESET,
@@ -249,6 +254,9 @@ class Codec:
     )
     topk_share: float = key(0.05, "share of the values that `topk` sends", low=1e-6, high=1)
     topk_bits: int = key(2, "bits of the values that `topk` sends: 2 or 4", low=2, high=4)
+    sum_share: float = key(
+        0.45, "share of the blocks that `sum` sends in a round, each as often as any other", low=0.01, high=1
+    )
     budget_ratio: int = key(82, "times fewer bytes than float32 that `budget` aims at", low=4, high=10_000)
 
     @property

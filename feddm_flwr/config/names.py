@@ -24,6 +24,8 @@ PARTITION_OF = {
 SPARSE_CODECS = frozenset({"topk", "budget"})  # of which most values decode to 0
 #: What `codec.uplink` and `codec.downlink` may be, from the most bytes to the fewest.
 CODECS = ("none", "fp16", "bf16", "int8", "int4", "int3", "int2", "sign", "topk", "budget")
+LEAST_OF_SUM = 3  # nodes, for one to be left out, or not to be seen
+SUM = "sum"  # what `codec.uplink` is where the server learns nothing but sums
 
 
 def class_name(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from feddm_flwr.config import validation
 from feddm_flwr.config.fields import PLUGIN_MARK, PRESET, ConfigError, Scalar, sections
+from feddm_flwr.config.names import LEAST_OF_SUM
 from feddm_flwr.config.plugins import check_there
 from feddm_flwr.config.presets import ARCHITECTURE, decided
 from feddm_flwr.config.run_config import KEYS, RunConfig
@@ -107,8 +108,9 @@ def nodes_asked(config: RunConfig, online: int) -> int:
 
 def least_replies(config: RunConfig, asked: int = 0) -> int:
     """Returns how many good replies a round needs of those that are `asked`, or at the least. Of two, a robust rule has
-    none to leave out."""
-    return config.min_replies or max(3 if config.server.robust else 1, asked // 2 + 1)
+    none to leave out, and the sum tells each the other's."""
+    of_several = config.server.robust or config.privacy.secure_aggregation
+    return config.min_replies or max(LEAST_OF_SUM if of_several else 1, asked // 2 + 1)
 
 
 def local_path(name: str) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from feddm_flwr.config.fields import PRESET, Scalar
-from feddm_flwr.config.names import FLOW_SCHEDULERS, SCHEDULERS
+from feddm_flwr.config.names import FLOW_SCHEDULERS, SCHEDULERS, SUM
 
 _Keys = dict[str, Scalar]
 
@@ -34,6 +34,8 @@ STRATEGIES: dict[str, _Keys] = {
         "server.momentum": 0.5,
     },
 }
+_LEAN = STRATEGIES["feddm-lean"]
+STRATEGIES["feddm-secure"] = _LEAN | {"codec.uplink": SUM, "privacy.secure-aggregation": True}
 #: Of an exponential average.
 EMA_DECAY = 0.999
 #: What each server optimizer decides: plain averaging; DiLoCo's outer step, by our sweep (see
@@ -143,10 +145,15 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
     if optimizer != strategy.get("server.optimizer"):  # its step size is for the optimizer that it chose
         strategy = {key: value for key, value in strategy.items() if not key.startswith("server.")}
     local = chosen("train.optimizer", str(strategy.get("train.optimizer", "adamw")))
-    uplink = chosen("codec.uplink", str(strategy.get("codec.uplink", "none")))
+    secure = raw.get("privacy.secure-aggregation", PRESET)
+    if secure == PRESET:
+        secure = strategy.get("privacy.secure-aggregation", False)
+    coding = {"codec.uplink": SUM} if secure is True else {}
+    uplink = chosen("codec.uplink", str((strategy | coding).get("codec.uplink", "none")))
     # The paper's scheme codes weights; whoever chooses codecs gets what is better.
     own = any(raw.get(key, PRESET) not in (PRESET, "none") for key in ("codec.uplink", "codec.downlink"))
-    target = chosen("codec.target", str(strategy.get("codec.target", "delta" if own else "weights")))
+    weights = strategy.get("codec.target", "delta" if own else "weights")
+    target = chosen("codec.target", "delta" if coding else str(weights))
     feedback = raw.get("codec.error-feedback", PRESET)
     if feedback == PRESET:
         feedback = target == "delta" and uplink != "none"
@@ -165,6 +172,8 @@ def decided(raw: Mapping[str, object]) -> dict[str, Scalar]:
         "server.optimizer": optimizer,
         **SERVER_OPTIMIZERS.get(optimizer, {}),
         **strategy,
+        **coding,
+        "privacy.secure-aggregation": secure is True,
         **MODELS.get(chosen("model.preset", "small"), {}),
         **data,
         "codec.target": target,

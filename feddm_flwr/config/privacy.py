@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from feddm_flwr.config.fields import key
+from feddm_flwr.config.fields import PRESET, key
 
 #: The least noise multiplier: with less, nothing is hidden, and accounting takes hours.
 LEAST_NOISE = 0.2
@@ -43,6 +43,18 @@ class Privacy:
     multiplicity: int = key(
         1, "noise levels that the gradient of an image is the mean of, before it is clipped (DPDM)", low=1
     )
+    secure_aggregation: bool = key(
+        PRESET,
+        "the server learns the sum of the nodes' updates and losses, and nothing of any node but its number of images "
+        "and steps (Bonawitz et al. 2017); codec.uplink is `sum` then (preset: with feddm-secure)",
+    )
+    threshold: float = key(
+        0.5,
+        "with secure-aggregation, more than this share of a round's nodes must stay to its end; 0.67 holds against a "
+        "server that a third of the nodes conspire with",
+        low=0.5,
+        below=1,
+    )
     canaries: int = key(
         0,
         "an audit: images that each node makes up, of which it puts about half among its own; at the end it looks for "
@@ -52,7 +64,8 @@ class Privacy:
     )
     figures: str = key(
         "none",
-        "whether nodes tell what eval.* asks of their images: `none`, or `unprotected`: outside of the promise",
+        "whether nodes tell what eval.* asks of their images: `none`, or `unprotected`: outside of the promise of "
+        "dp-sgd or secure-aggregation",
         choices=("none", "unprotected"),
     )
 
@@ -68,5 +81,10 @@ class Privacy:
 
     @property
     def hides_figures(self) -> bool:
-        """Whether nodes tell nothing of their images but what the promise covers, and their number."""
+        """Whether nodes tell nothing of their images but what a promise covers, and their number."""
+        return (self.of_images or self.secure_aggregation) and self.figures == "none"
+
+    @property
+    def hides_losses(self) -> bool:
+        """Whether this is not even told in a sum."""
         return self.of_images and self.figures == "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, PARTITION_OF, SCHEDULERS, SPARSE_CODECS
+from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, LEAST_OF_SUM, PARTITION_OF, SCHEDULERS, SPARSE_CODECS, SUM
 from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.config.presets import EMA_DECAY
 from feddm_flwr.config.privacy import LEAST_NOISE
@@ -14,12 +14,13 @@ from feddm_flwr.config.run_config import KEYS, RunConfig
 _LEAST_LINEAR = 500  # with as many, 8 % of the signal are left at the end
 _CLIPPED = {"int8", "int4", "int3"}
 _GRIDS = _CLIPPED | {"int2", "sign"}
+_BLOCKS = _GRIDS | {"topk", SUM}
 _RUN_NAME = r"(?!\.)[\w.-]{0,128}"
 
 
 def problems(c: RunConfig) -> Iterator[str]:
     """Yields one line for each combination of keys that cannot work."""
-    for section in (_run, _train, _codecs, _data, _diffusion, _server, _privacy, _without_effect, _models):
+    for section in (_run, _train, _codecs, _data, _diffusion, _server, _privacy, _sums, _without_effect, _models):
         yield from section(c)
 
 
@@ -135,6 +136,8 @@ def _privacy(c: RunConfig) -> Iterator[str]:
     if p.mechanism != "none" and not p.noise_multiplier and not p.epsilon:
         yield f"privacy.noise-multiplier = 0.0, privacy.epsilon = 0.0 with {on}: one of them must be above 0"
     yield from _private_images(c, on) if p.of_images else _private_nodes(c, on) if p.of_nodes else ()
+    if p.hides_figures:
+        yield from _hidden_figures(c)
 
 
 def _private_images(c: RunConfig, on: str) -> Iterator[str]:
@@ -143,8 +146,9 @@ def _private_images(c: RunConfig, on: str) -> Iterator[str]:
             yield f"{key} = true with {on}: must be false; the gradient of each image is found by another way"
     if c.train.max_seconds:
         yield f"train.max-seconds = {c.train.max_seconds:g} with {on}: must be 0; it tells how many images were drawn"
-    if not c.privacy.hides_figures:
-        return
+
+
+def _hidden_figures(c: RunConfig) -> Iterator[str]:
     told = "privacy.figures = 'none'"
     if c.eval.features != "none":
         yield f"eval.features = {c.eval.features!r} with {told}: nodes give no sums of features; must be none"
@@ -171,6 +175,34 @@ def _private_nodes(c: RunConfig, on: str) -> Iterator[str]:
             yield f"{key} = {value!r} with {on}: must be {needed!r}"
     if c.eval.average_by == "loss" or (c.eval.features != "none" and c.eval.average_by == "fid"):
         yield f"eval.average-by = {c.eval.average_by!r} with {on}: the nodes' images would choose; must be 'none'"
+
+
+def _sums(c: RunConfig) -> Iterator[str]:
+    """What the server cannot do, or would learn, where it learns sums only."""
+    p, on = c.privacy, "privacy.secure-aggregation = true"
+    if (c.codec.uplink == SUM) is not p.secure_aggregation:
+        yield (
+            f"codec.uplink = {c.codec.uplink!r} with privacy.secure-aggregation = "
+            f"{str(p.secure_aggregation).lower()}: 'sum' and true go together"
+        )
+    if not p.secure_aggregation:
+        return
+    for key, value, needed in (
+        ("codec.target", c.codec.target, "delta"),
+        ("codec.error-feedback", c.codec.error_feedback, True),
+        ("server.aggregation", c.server.aggregation, "mean"),
+        ("server.norm-limit", c.server.norm_limit, KEYS["server.norm-limit"].default),
+        ("server.clip-norm", c.server.clip_norm, 0.0),
+        ("exchange.parts", c.exchange.parts, "full"),
+        ("train.moments", c.train.moments, "reset"),
+        ("train.control", c.train.control, "none"),
+    ):
+        if value != needed:
+            yield f"{key} = {value!r} with {on}: must be {needed!r}; no update is seen by itself"
+    if p.of_nodes:
+        yield f"privacy.mechanism = 'dp-fedavg' with {on}: the server clips no update that it does not see"
+    if 0 < c.min_replies < LEAST_OF_SUM:
+        yield f"min-replies = {c.min_replies} with {on}: must be 0 or at least 3; of two, each sees the other's"
 
 
 def about_sparse_codecs(c: RunConfig, sparse: Collection[str]) -> Iterator[str]:
@@ -208,9 +240,17 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ),
         ("codec.clip-search", c.codec.clip_search, bool(coded & _CLIPPED), codecs, "int8, int4 or int3"),
         ("codec.stochastic-rounding", c.codec.stochastic_rounding, bool(coded & _GRIDS), codecs, "int8 to sign"),
-        ("codec.block-size", c.codec.block_size, bool(coded & (_GRIDS | {"topk"})), codecs, "int8 to sign, and topk,"),
+        (
+            "codec.block-size",
+            c.codec.block_size,
+            bool(coded & (_GRIDS | {"topk", SUM})),
+            codecs,
+            "int8 to sign, topk and sum",
+        ),
         ("codec.topk-share", c.codec.topk_share, "topk" in coded, codecs, "'topk'"),
         ("codec.topk-bits", c.codec.topk_bits, "topk" in coded, codecs, "'topk'"),
+        ("codec.sum-share", c.codec.sum_share, SUM in coded, codecs, "'sum'"),
+        ("privacy.threshold", c.privacy.threshold, c.privacy.secure_aggregation, "secure-aggregation = false", "true"),
         ("codec.budget-ratio", c.codec.budget_ratio, "budget" in coded, codecs, "'budget'"),
         ("diffusion.schedule", d.schedule, d.prediction != "flow", "diffusion.prediction = 'flow'", "epsilon and v"),
         ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "a rank above 0"),
@@ -224,7 +264,8 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
                     c.privacy.mechanism != "none",
                     "dp-sgd and dp-fedavg",
                 ),
-                (("multiplicity", "figures"), c.privacy.of_images, "'dp-sgd'"),
+                (("multiplicity",), c.privacy.of_images, "'dp-sgd'"),
+                (("figures",), c.privacy.of_images or c.privacy.secure_aggregation, "'dp-sgd', or secure-aggregation,"),
             )
             for name in names
         ),

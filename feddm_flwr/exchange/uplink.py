@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from feddm_flwr.codecs.framing import Frame
-from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.config import SUM, RunConfig, derive_seed
 from feddm_flwr.exchange.channel import channel
 from feddm_flwr.exchange.node_state import NodeState
 from feddm_flwr.exchange.partial import ALL, Split, Subset
+from feddm_flwr.exchange.sums import SumSender
 from feddm_flwr.protocol.tasks import TrainTask
 from feddm_flwr.vector import Vector
 
@@ -34,13 +35,21 @@ class Sent:
 class UplinkSender:
     """A node's end in one round."""
 
-    def __init__(self, config: RunConfig, split: Split, name: str, task: TrainTask, state: NodeState | None) -> None:
-        """Sends as node `name`, whose `state` is kept where there is some."""
+    def __init__(
+        self,
+        config: RunConfig,
+        split: Split,
+        name: str,
+        task: TrainTask,
+        state: NodeState | None,
+        summed: SumSender | None = None,
+    ) -> None:
+        """Sends as node `name`, whose `state` is kept where there is some; `summed` is how it codes for a sum."""
         self._codec, self._split, self._task, self._state = config.codec, split, task, state
         self._part = split.sent[task.part]
         self._residual = "residual" if task.part == ALL else f"residual-{task.part}"
         layout = self._part.layout
-        self._up = channel(self._codec.uplink, self._codec, layout.fingerprint, layout.size)
+        self._up = summed or channel(self._codec.uplink, self._codec, layout.fingerprint, layout.size)
         self._seed = derive_seed(config.seed, name, task.round, "uplink")
 
     def start(self, received: Vector) -> Vector:
@@ -93,12 +102,14 @@ class UplinkReceiver:
         self._target, self._split = c.target, split
         self.parts = tuple(split.sent)  # their names
         self._channels = {
-            name: channel(c.uplink, c, part.layout.fingerprint, part.layout.size) for name, part in split.sent.items()
+            name: channel(c.uplink, c, part.layout.fingerprint, part.layout.size)
+            for name, part in split.sent.items()
+            if c.uplink != SUM  # of which there is no single one to receive
         }
 
     def size(self, part: str) -> int:
         """Returns the number of values of a part."""
-        return self._channels[part].size
+        return self._split.sent[part].layout.size
 
     def update(self, part: str, frame: bytes, number: int, received: Vector) -> Vector:
         """Returns what a node's training changed in round `number`, given what all nodes had `received`.

@@ -24,7 +24,7 @@ _MOST_STEPS = 10_000_000  # of a run: accounting more takes minutes
 #: Keys of a node config.
 _KNOWN = {
     *("node-name", "data-path", "state-path", "worker", "dp-epsilon", "dp-delta", "policy"),
-    *("partition-id", "num-partitions"),
+    *("partition-id", "num-partitions", "secure-key", "secure-peers"),
 }
 
 
@@ -136,7 +136,7 @@ def check_allowed(config: RunConfig, own: NodeConfig, images: int | None = None)
             raise ConfigError(f"policy = {own['policy']!r} in the --node-config is not allowed: must be a TOML file")
         Policy(Path(own["policy"]).expanduser()).check(config, images)
     mine, p = budget(own), config.privacy
-    if mine and not p.hides_figures:
+    if mine and not p.hides_losses:
         wrong = f"privacy.figures = {p.figures!r}" if p.of_images else f"privacy.mechanism = {p.mechanism!r}"
         raise ConfigError(
             f"{wrong}: this node has a budget (dp-epsilon = {mine[0]:g}) and takes part with "

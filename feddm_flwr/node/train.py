@@ -21,6 +21,8 @@ from feddm_flwr.node.account import Account
 from feddm_flwr.node.assets import assets_of
 from feddm_flwr.node.inherited import Own
 from feddm_flwr.node.outcome import Outcome
+from feddm_flwr.node.secure import SecureNode
+from feddm_flwr.node.summed import Summed
 from feddm_flwr.privacy.ledger import BudgetSpentError
 from feddm_flwr.protocol.replies import TrainReply
 from feddm_flwr.protocol.tasks import FRAME, SPENT, Frames, TrainTask
@@ -38,14 +40,17 @@ def do(
     task: TrainTask,
     frames: Frames,
     account: Account | None = None,
+    secure: SecureNode | None = None,
 ) -> Outcome:
     """Does a task of the server's, with its frames, as node `name` whose state is below `root`. With an `account` it is
-    paid for before the first step is taken, whatever becomes of the reply.
+    paid for before the first step is taken, whatever becomes of the reply. As a `secure` node it tells of its update
+    and its losses in a sum only.
 
     Raises:
         ConfigError: the account's ledger is lost or damaged.
         FrameError: a frame is corrupt.
         FloatingPointError: the training diverged.
+        SecureSumError: the node cannot take part in the sum.
     """
     device = prepare_process(config.train)
     nothing = Outcome({"name": name, "round": task.round}, {})
@@ -57,7 +62,8 @@ def do(
     split = split_of(parameters.layout(network), config)
     private = config.privacy.of_images
     state = NodeState(root, task.run_uuid, name, private=private) if config.keeps_state else None
-    uplink = UplinkSender(config, split, name, task, state)
+    summed = Summed(config, split, name, task, frames, secure) if secure else None
+    uplink = UplinkSender(config, split, name, task, state, summed.sender if summed else None)
     try:
         received = DownlinkReceiver(config, split, task, state).receive(frames, parameters.to_vector(network))
     except StateLostError as error:
@@ -66,7 +72,7 @@ def do(
     parameters.load_vector(network.to(device), received)
 
     objective, unseen = build_objectives(config, data, assets, root, device)
-    tells = task.evaluate and config.eval.every > 0 and not config.privacy.hides_figures
+    tells = task.evaluate and config.eval.every > 0 and not config.privacy.hides_losses
     held_out = unseen.held_out(network, config.eval.images if tells else 0, name)
     progress = loop.Progress(task.round, task.steps_before)
     extras = ExtrasChannel(config, split.shared.layout)
@@ -93,5 +99,9 @@ def do(
         state_lost=state is not None and state.lost,
         **asdict(spent) if spent else {},
     )
+    if summed:
+        shared = split.shared.take(received)
+        reply, frame = summed.send(sent.frame, shared, reply, len(data.held_out))
+        return Outcome(reply.to_record(name, task.round), {FRAME: frame})
     beside = ExtrasChannel(config, split.shared.layout, task.round).encode(own.leave(trained), task.round)
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **beside})

@@ -30,6 +30,7 @@ from filelock import FileLock
 import feddm_flwr
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.node.account import Account, allowed_data
+from feddm_flwr.node.secure import SecureNode
 from feddm_flwr.node.settings import node_name, node_state_root, wants_worker
 from feddm_flwr.protocol.tasks import REFERENCE, Frames, TrainTask
 
@@ -104,7 +105,9 @@ def _do_here(job: Job) -> Result:
         outcome = evaluate.do(config, name, data, root, job.task, job.frames)
     else:
         account = Account(config, job.node_config, name, data, root) if config.privacy.of_images else None
-        outcome = train.do(config, name, data, root, TrainTask.from_record(job.task), job.frames, account)
+        task = TrainTask.from_record(job.task)
+        secure = SecureNode(config, job.node_config, name, task.run_uuid) if config.privacy.secure_aggregation else None
+        outcome = train.do(config, name, data, root, task, job.frames, account, secure)
     release_memory()  # of a GPU: other nodes of a simulation, and the server, need it next
     return outcome.report, outcome.frames
 

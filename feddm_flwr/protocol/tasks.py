@@ -14,6 +14,13 @@ TASK, WEIGHTS_RECORD, REPORT, LOST, PROBE, FRAME = "task", "weights", "report", 
 SPENT = "spent"
 #: Kinds of what is asked beside the training.
 REFERENCE, FINAL = "reference", "final"
+#: Stages of a secure sum that are asked for beside the training.
+KEYS, SHARES, OPEN = "keys", "shares", "open"
+SUMS = "query.sums"  # the kind of their messages
+#: What a report has where a node does not answer such a question: why.
+PROBLEM = "problem"
+#: The frame of the expected scales of an update, where nodes send sums.
+SCALES = "scales"
 #: Frames of the final evaluation.
 WEIGHTS, SAMPLES = "weights", "samples"
 #: The frame of a whole shadow, and what coded frames and assets have before their number or kind.
@@ -52,8 +59,26 @@ def asset_frames(frames: Frames) -> dict[str, bytes]:
 
 
 @dataclass(frozen=True)
-class TrainTask:
-    """What the server says of a round; the fields, with - for _, are the keys of its message."""
+class _Task:
+    """What the server asks; the fields, with - for _, are the keys of its message."""
+
+    def to_record(self) -> dict[str, Scalar]:
+        """Returns the task as a record of scalars."""
+        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Scalar]) -> Self:
+        """Reads what `to_record` made.
+
+        Raises:
+            TypeError: a field is missing, or there is another.
+        """
+        return cls(**{key.replace("-", "_"): value for key, value in record.items()})
+
+
+@dataclass(frozen=True)
+class TrainTask(_Task):
+    """What the server says of a round."""
 
     run_uuid: str
     round: int
@@ -67,16 +92,25 @@ class TrainTask:
     assets: str  # JSON: SHA-256 of what the run builds upon, by kind
     shadow: str  # fingerprint of what the nodes are to hold; empty where weights are sent
     private_steps: int = 0  # steps of this node that entered a mean so far, where privacy is accounted for
+    secure: str = ""  # JSON: the session of a secure sum, its nodes, their images, and their sealed shares
 
-    def to_record(self) -> dict[str, Scalar]:
-        """Returns the task as a record of scalars."""
-        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+    def facts(self) -> dict[str, Scalar]:
+        """Returns what is the same of every node that is asked in a round."""
+        return {
+            "run": self.run_uuid,
+            "round": self.round,
+            "steps-before": self.steps_before,
+            "evaluate": self.evaluate,
+            "assets": self.assets,
+        }
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Scalar]) -> Self:
-        """Reads what `to_record` made.
 
-        Raises:
-            TypeError: a field is missing, or there is another.
-        """
-        return cls(**{key.replace("-", "_"): value for key, value in record.items()})  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class SecureTask(_Task):
+    """What the server asks of a node about a secure sum."""
+
+    stage: str
+    run_uuid: str
+    round: int
+    session: str  # which attempt at the round
+    content: str = "{}"  # JSON

@@ -67,9 +67,12 @@ over {rounds} rounds. {_average(width, chosen_by)}
 
 def _privacy(config: Mapping[str, object], epsilon: float | None) -> str:
     """Returns what the model may tell of the images that it was trained on."""
+    sums = "\nThe server learned the sums of the nodes' updates, and no update of a single node (secure aggregation)."
+    if not config.get("privacy.secure-aggregation"):
+        sums = ""
     if epsilon is None:
-        return """No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
-images, and averaged updates can be inverted. Treat the model as you would treat the images."""
+        return f"""No image left a node, but this is not a privacy guarantee: a diffusion model can memorize training
+images, and averaged updates can be inverted. Treat the model as you would treat the images.{sums}"""
     if config["privacy.mechanism"] == "dp-fedavg":
         return f"""Every node is protected by differential privacy (DP-FedAvg): the model is ({epsilon:.3g},
 {config["privacy.delta"]})-private for what one node has in place of another, in this run alone. The server saw every
@@ -79,7 +82,7 @@ node's update, and the figures of the run's report are not covered."""
     )
     return f"""Every training image is protected by differential privacy (DP-SGD at the nodes): the model is
 ({epsilon:.3g}, {config["privacy.delta"]})-private for whether an image was there, at the node that spent most, in this
-run alone.{told} Earlier runs on the same images add to it: each node keeps a ledger."""
+run alone.{told} Earlier runs on the same images add to it: each node keeps a ledger.{sums}"""
 
 
 def _average(width: float | None, chosen_by: str) -> str:

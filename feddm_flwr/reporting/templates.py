@@ -55,7 +55,8 @@ PAGE = (
 <main>
 <h1>{{ name }} <span class="badge {{ status.status }}">{{ status.status }}</span></h1>
 <p class="soft">{{ config.strategy }} · {{ config["data.name"] }} at {{ config["data.image-size"] }}×{{ config["data.image-size"] }}
-{% if status.simulated is not false %} · {{ config["data.partition"] }}{% endif %} · uplink {{ config["codec.uplink"] }}, downlink {{ config["codec.downlink"] }} · seed {{ config.seed }}</p>
+{% if status.simulated is not false %} · {{ config["data.partition"] }}{% endif %} · uplink {{ config["codec.uplink"] }}, downlink {{ config["codec.downlink"] }}
+{% if config["privacy.secure-aggregation"] %} · secure aggregation{% endif %} · seed {{ config.seed }}</p>
 {% if status.reason %}<p class="reason {{ status.status }}">{{ status.reason }}</p>{% endif %}
 <section class="tiles">
 {% for value, label, note in tiles %}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from feddm_flwr.config import RunConfig
+from feddm_flwr.codecs.sums import WORD
+from feddm_flwr.config import LEAST_OF_SUM, SUM, RunConfig, nodes_asked
 from feddm_flwr.exchange.channel import channel
 from feddm_flwr.exchange.extras import ExtrasChannel
 from feddm_flwr.exchange.partial import Split
+from feddm_flwr.exchange.sums import SumGrid, shares_of
 
 _PROBE = 1 << 20  # values that are coded to see how many bytes they take
 
@@ -33,5 +35,8 @@ def _bytes(config: RunConfig, name: str, size: int) -> int:
     """Returns about what `size` values take: those of trained weights are near to normal."""
     count = min(size, _PROBE)
     values = np.random.default_rng(0).standard_normal(count, np.float32) * np.float32(0.05)
+    if name == SUM:
+        nodes = dict.fromkeys(map(str, range(max(LEAST_OF_SUM, nodes_asked(config, config.min_nodes)))), 1)
+        return SumGrid(config, size, 1, shares_of(nodes)).words * WORD // 8
     frame = channel(name, config.codec, "0" * 32, count).encode(values, config.codec.target, 1, 0)
     return len(frame) * size // count

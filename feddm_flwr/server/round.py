@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from statistics import median, pstdev
 from typing import Any
@@ -18,16 +18,20 @@ from feddm_flwr.aggregation.mean import StreamingMean
 from feddm_flwr.aggregation.outliers import Lengths, Outliers
 from feddm_flwr.aggregation.robust import RobustMean
 from feddm_flwr.codecs.framing import Frame, FrameError
-from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, local_steps
+from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, least_replies, local_steps
 from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.exchange.extras import Extras, ExtrasChannel, mean_of_nodes
+from feddm_flwr.exchange.partial import ALL
+from feddm_flwr.exchange.sums import Scales
 from feddm_flwr.exchange.uplink import UplinkReceiver
+from feddm_flwr.privacy.secure_sum import SecureSumError
 from feddm_flwr.protocol.failures import Failure, clean
 from feddm_flwr.protocol.replies import Introduction, TrainReply
 from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, REPORT, SPENT
 from feddm_flwr.reporting.progress import NodeDone
 from feddm_flwr.server.federation.traffic import Traffic, most_bytes
 from feddm_flwr.server.federation.transport import frame_of
+from feddm_flwr.server.secure_round import Opened, SecureRound
 from feddm_flwr.vector import Vector, euclidean_norm
 
 log = logging.getLogger(__name__)
@@ -107,20 +111,25 @@ class RoundInProgress:
         received: Vector,
         outliers: Outliers,
         extras: ExtrasChannel,
+        secure: SecureRound | None = None,
     ) -> None:
         """Begins with no replies. `part` says, for each of the nodes that are asked, what its reply is to cover;
-        `received` are the weights that all of them get; `extras` says what is asked for beside."""
+        `received` are the weights that all of them get; `extras` says what is asked for beside. With `secure` replies
+        are terms of a sum, which `open` learns."""
         self.number, self.part, self.traffic = number, part, Traffic()
         self.outdated: set[str] = set()  # nodes that have other images than they said at their introduction
         self.spent: set[str] = set()  # nodes that have no privacy budget left for another round
         self.why = ""  # the last failure
         self._config, self._nodes, self._receiver, self._received = config, nodes, receiver, received
         self._outliers, self._extras = outliers, extras
+        self._secure = secure
+        self.opened: Opened | None = None
         self._means: list[tuple[str, int, Vector]] = []  # by node: its images and second moments
         total = sum(self._weight(nodes[name]) for name in part)
         self._aggregators = {
             name: _aggregator(config, receiver.size(name), total, receiver.decoder(name, number, received))
             for name in receiver.parts
+            if not secure
         }
         self._beside = {
             name: _aggregator(config, size, total, partial(extras.chunks, name, number=number))
@@ -161,6 +170,8 @@ class RoundInProgress:
             return Failure("malformed", f"{said.steps} steps; {most} are all of the {node.images} images that it had")
         if len(frame) > most_bytes(size):
             return Failure("oversized", f"a frame of {len(frame)} bytes for {size} values")
+        if self._secure:
+            return self._accept_term(self._secure, node, said, frame)
         try:
             extras = self._extras.decode(own, self.number)
             update = self._receiver.update(part, frame, self.number, self._received)
@@ -181,15 +192,58 @@ class RoundInProgress:
                 aggregator.add(extras[kind], node.images, own[kind], 1.0)
         except ValueError as error:
             return Failure("bad-update", str(error))
-        self._accepted.append(_Accepted(node, said, norm, scale))
-        if private and not said.goes_on:
-            self.spent.add(name)
         if MOMENTS in extras:
             self._means.append((name, node.images, extras[MOMENTS]))
+        self._note(_Accepted(node, said, norm, scale), len(frame))
+        return None
+
+    def _accept_term(self, secure: SecureRound, node: Introduction, said: TrainReply, frame: bytes) -> Failure | None:
+        """Adds a node's reply to a sum that is not open yet."""
+        if node.name in self.outdated:
+            return Failure("outdated", "the node has other images than it said")
+        try:
+            secure.add(node.name, frame)
+        except FrameError as error:
+            return Failure("bad-frame", clean(str(error)))
+        self._note(_Accepted(node, said, math.nan, 1.0), len(frame))
+        return None
+
+    def _note(self, accepted: _Accepted, size: int) -> None:
+        """Notes a good reply, whose frame had so many bytes."""
+        name, said = accepted.node.name, accepted.reply
+        self._accepted.append(accepted)
+        if self._config.privacy.of_images and not said.goes_on:
+            self.spent.add(name)
         if said.state_lost:
             log.warning("round=%d node=%s had lost what it had kept and began anew", self.number, name)
-        log.info("%s", NodeDone(self.number, name, self.count, said.train_loss, len(frame)))
-        return None
+        log.info("%s", NodeDone(self.number, name, self.count, math.nan if self._secure else said.train_loss, size))
+
+    def open(self, weights: str) -> None:
+        """Learns the sum of the replies, of nodes that trained from `weights` with this fingerprint. If it cannot be
+        had none of them counts."""
+        assert self._secure
+        for name, failure in self._secure.failures.items():
+            self.fail(name, failure)
+        if self.count < least_replies(self._config, len(self.part)):
+            return
+        try:
+            self.opened = self._secure.open(weights)
+        except SecureSumError as error:
+            self._accepted.clear()
+            self.why = clean(str(error))
+            self.traffic.failures["secure-sum"] += 1
+            log.warning("round=%d: no sum: %s", self.number, self.why)
+
+    def teach(self, scales: Scales) -> None:
+        """Tells what the sum says of the scales of updates."""
+        if self.opened and self._secure:
+            scales.learn(self._secure.grid, self.opened.octaves)
+
+    def fail(self, name: str, failure: Failure) -> None:
+        """Notes that a node gave no good reply, and why."""
+        self.traffic.failures[failure.reason] += 1
+        self.why = f"{name}: {failure.text}"
+        log.warning("round=%d node=%s dropped: %s", self.number, name, failure)
 
     def _weight(self, node: Introduction) -> int:
         """Returns what an update of a node weighs in the mean; where nodes are protected, as much as any."""
@@ -198,6 +252,8 @@ class RoundInProgress:
     def aggregates(self) -> dict[str, tuple[Vector, int]]:
         """Returns the aggregated update of each part, and how many replies are in it; once, for its sums are as large
         as two models, and freed one by one."""
+        if self.opened:
+            return {ALL: (self.opened.mean, self.count)}
         found = {}
         for name in [*self._aggregators]:
             aggregator = self._aggregators.pop(name)
@@ -231,7 +287,7 @@ class RoundInProgress:
     def lengths(self) -> dict[str, Lengths]:
         """Returns the norms and local steps of the accepted updates, by part, as `Outliers.commit` takes them."""
         found: dict[str, Lengths] = {}
-        for a in self._accepted:
+        for a in self._accepted if not self._secure else ():
             found.setdefault(self.part[a.node.name], []).append((a.norm, a.reply.steps))
         return found
 
@@ -264,7 +320,7 @@ class RoundInProgress:
             if math.isfinite(a.reply.epsilon + a.reply.epsilon_total) and self._config.privacy.of_images
         }
         norm = euclidean_norm(delta)
-        return RoundResult(
+        result = RoundResult(
             round=self.number,
             weights=weights,
             train_loss=self._mean(lambda a: a.reply.train_loss),
@@ -296,6 +352,7 @@ class RoundInProgress:
             epsilon=max((spent for spent, _ in epsilons.values()), default=client_level),
             epsilons=epsilons,
         )
+        return replace(result, **asdict(self.opened.figures)) if self.opened else result
 
     def _mean(self, figure: Callable[[_Accepted], float]) -> float:
         """Returns the mean of a figure, weighted by the nodes' images."""
@@ -304,7 +361,7 @@ class RoundInProgress:
     def _drift(self, norm: float) -> float:
         """Returns how far the nodes' updates d_k are from their weighted mean d, over its `norm`:
         sum w_k |d_k - d|^2 = sum w_k |d_k|^2 - |d|^2; NaN where updates are of parts, or weighted otherwise."""
-        if not norm or len({*self._receiver.parts}) > 1 or self._config.server.robust:
+        if not norm or len({*self._receiver.parts}) > 1 or self._config.server.robust or self._secure:
             return math.nan
         return math.sqrt(max(0.0, self._mean(lambda a: (a.norm * a.scale) ** 2) - norm**2)) / norm
 

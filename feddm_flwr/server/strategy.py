@@ -8,39 +8,39 @@ the result does not depend on who answers first.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ArrayRecord, MessageType, RecordDict
+from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.aggregation import averages
 from feddm_flwr.aggregation.outliers import Outliers
 from feddm_flwr.aggregation.server_optimizers import server_optimizer
 from feddm_flwr.config import ConfigError, RunConfig, derive_seed, least_replies, nodes_asked
-from feddm_flwr.exchange.downlink import DownlinkSender
 from feddm_flwr.exchange.extras import Extras, ExtrasChannel
 from feddm_flwr.exchange.partial import Split, assign
+from feddm_flwr.exchange.sums import Scales
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, RunFailedError
 from feddm_flwr.protocol.replies import Introduction
-from feddm_flwr.protocol.tasks import Frames, Scalar, TrainTask, asset_name
+from feddm_flwr.protocol.tasks import SCALES, Frames
 from feddm_flwr.reporting.progress import RoundBegun, RoundDone
 from feddm_flwr.server.client_level import ClientLevel, FixedClip
 from feddm_flwr.server.federation.dispatch import collect
 from feddm_flwr.server.federation.liveness import Probes
 from feddm_flwr.server.federation.roster import Roster
 from feddm_flwr.server.federation.traffic import Traffic
-from feddm_flwr.server.federation.transport import arrays_of, content_of, frame_of
+from feddm_flwr.server.federation.transport import frame_of
+from feddm_flwr.server.outgoing import Outgoing
 from feddm_flwr.server.round import RoundInProgress, RoundResult
+from feddm_flwr.server.secure_round import Courier, SecureRound
 from feddm_flwr.storage.checkpoint import Checkpoint
 from feddm_flwr.vector import Vector, euclidean_norm
 
@@ -60,9 +60,7 @@ class FedDM:
         self.config = config
         s = config.server
         self._split = split
-        self._run_uuid = run_uuid
-        self._assets = {kind: path.read_bytes() for kind, path in (assets or {}).items()}
-        self._fingerprints = {kind: sha256(content).hexdigest() for kind, content in self._assets.items()}
+        self._outgoing = Outgoing(config, initial, split, run_uuid, assets or {})
         self._roster = Roster(config)
         self._begun = False  # whether nodes were heard that this process waited for
         self._client_level = ClientLevel(config.privacy, config.num_server_rounds) if config.privacy.of_nodes else None
@@ -73,17 +71,14 @@ class FedDM:
         self._step_norm = 0.0  # of the last round's step
         self._other = 0  # bytes of what was asked beside the training since the last round
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
-        self._downlink = DownlinkSender(config, initial, split.shared.layout.fingerprint)
         self._receiver = UplinkReceiver(config, split)
         self._extras_channel = ExtrasChannel(config, split.shared.layout)
         self._extras: Extras = {}  # what the nodes' next round begins with beside the weights
         self.never_sent = {*split.sent}  # parts that no node's reply has covered yet
-        self._held: dict[str, int] = {}  # by node: the version of the shadow that it is known to hold
-        self._acked: dict[tuple[str, str], int] = {}  # by node and part: the last round whose reply entered a mean
-        self._durable = self._acked  # the same as of the round before, whose checkpoint is on the disk for sure
-        self._private_steps: dict[str, int] = {}  # by node: its steps that entered a mean, where they are accounted for
         self.spent: set[str] = set()  # nodes whose privacy budget is spent; they still answer questions
         self._too_few = ""  # why the run ended, where that was found out while it waited for nodes
+        sums = config.privacy.secure_aggregation
+        self._scales = Scales(config, len(initial), split.shared.layout.fingerprint) if sums else None
         self._optimizer = server_optimizer(s.optimizer, s.learning_rate, s.momentum)
         self._state = self._optimizer.init(initial)
 
@@ -147,20 +142,15 @@ class FedDM:
         Until it is durable, the next round must not be committed: nodes keep what they need to go back to it or to
         the one before, and no more. That changes the averages in it.
         """
-        tensors = {
-            **{f"optimizer.{name}": value for name, value in self._state.items()},
-            **{f"broadcast.{name}": value for name, value in self._downlink.state().items()},
-        }
-        tensors |= self._extras
-        facts = {
-            "run-uuid": self._run_uuid,
+        tensors = {f"optimizer.{name}": value for name, value in self._state.items()}
+        tensors |= self._outgoing.tensors() | self._extras
+        if self._scales:
+            tensors[SCALES] = self._scales.values
+        facts = self._outgoing.facts() | {
             "steps": self._steps,
             "step-norm": self._step_norm,
-            "held": dict(self._held),
-            "acked": [[*key, number] for key, number in sorted(self._acked.items())],
             "norms": self._outliers.state(),
             "never-sent": sorted(self.never_sent),
-            "private-steps": dict(self._private_steps),
             "spent": sorted(self.spent),
             "client-level": self._client_level.state() if self._client_level else {},
             "nodes": [asdict(node) for node in self.nodes],
@@ -172,22 +162,18 @@ class FedDM:
         facts, tensors = checkpoint.facts, checkpoint.tensors
         self.round, self.weights = checkpoint.round, tensors["weights"]
         self.average = averages.restored(tensors, self.config.server.ema_decay)
-        groups = {
-            group: {name.removeprefix(group): value for name, value in tensors.items() if name.startswith(group)}
-            for group in ("optimizer.", "broadcast.")
-        }
-        self._state = groups["optimizer."]
-        self._downlink.restore(groups["broadcast."])
+        own = "optimizer."
+        self._state = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
+        self._outgoing.restore(tensors, facts)
         self._extras = {name: tensors[name] for name in self._extras_channel.sizes if name in tensors}
-        self._run_uuid, self._steps, self._held = facts["run-uuid"], facts["steps"], facts["held"]
-        self._step_norm = facts.get("step-norm", 0.0)
-        self._acked = {(name, part): number for name, part, number in facts["acked"]}
-        self._durable = self._acked
+        self._steps, self._step_norm = facts["steps"], facts.get("step-norm", 0.0)
         self._outliers.restore(facts["norms"])
         self.never_sent = {*facts["never-sent"]}
-        self._private_steps, self.spent = facts.get("private-steps", {}), {*facts.get("spent", ())}
+        self.spent = {*facts.get("spent", ())}
         if self._client_level:
             self._client_level.restore(facts["client-level"])
+        if self._scales:
+            self._scales.values = tensors[SCALES]
         self._roster.expect([Introduction(**node) for node in facts["nodes"]])
 
     def run(self, grid: Grid, before_step: Callable[[], None] = lambda: None) -> Iterator[RoundResult]:
@@ -204,7 +190,7 @@ class FedDM:
             start = time.monotonic()
             earlier = Traffic()
             # What the nodes will hold: the base of their updates.
-            received = self._downlink.prepare(self.weights, number)
+            received = self._outgoing.prepare(self.weights, number)
             for attempt in range(1 + self.config.max_round_retries):
                 online = {} if self._begun and self.is_over else self._wait(grid)
                 if not online or self.is_over:
@@ -241,27 +227,39 @@ class FedDM:
 
     def _attempt(self, grid: Grid, number: int, chosen: dict[int, str], received: Vector) -> RoundInProgress:
         """Sends the weights to the chosen nodes and takes in what comes back, one reply at a time."""
+        nodes, timeout, traffic = self._roster.nodes, self.config.round_timeout, Traffic()
+        task, probes = self._outgoing.task(number, self._steps), Probes(grid, self._roster.processes)
+        frames = self._extras_channel.encode(self._extras, number) if self._extras else {}
+        secure = None
+        if self._scales:
+            courier = Courier(grid, {name: i for i, name in chosen.items()}, probes, traffic, timeout)
+            secure = SecureRound(self.config, len(received), self._scales, task, courier)
+            secure.begin({name: nodes[name].images for name in chosen.values()})
+            chosen = {i: name for i, name in chosen.items() if name in secure.names}
+            frames |= {SCALES: secure.frame}
         part = assign(self._split, sorted(chosen.values()), self.config, number)
-        nodes, timeout = self._roster.nodes, self.config.round_timeout
         extras = ExtrasChannel(self.config, self._split.shared.layout, number)
-        progress = RoundInProgress(number, self.config, nodes, part, self._receiver, received, self._outliers, extras)
+        progress = RoundInProgress(
+            number, self.config, nodes, part, self._receiver, received, self._outliers, extras, secure
+        )
+        progress.traffic = traffic
         log.info("%s", RoundBegun(number, self.config.num_server_rounds, len(chosen)))
-        content, probes = self._contents(number, part), Probes(grid, self._roster.processes)
+        content = self._outgoing.contents(task, part, frames, secure.said_to if secure else lambda name: "")
         freed = 0  # bytes of replies
         size, beside = len(received), sum(extras.sizes.values())
-        for node_id, reply in collect(grid, chosen, content, progress.traffic, size, timeout, probes, beside=beside):
+        for node_id, reply in collect(grid, chosen, content, traffic, size, timeout, probes, beside=beside):
             name = chosen[node_id]
             failure = reply if isinstance(reply, Failure) else progress.accept(name, reply)
             if failure:
-                progress.traffic.failures[failure.reason] += 1
-                progress.why = f"{name}: {failure.text}"
-                log.warning("round=%d node=%s dropped: %s", number, name, failure)
+                progress.fail(name, failure)
             else:
-                self._held[name] = number
+                self._outgoing.holds(name, number)
             del reply
-            if progress.traffic.up.total() - freed > _GARBAGE:
-                freed = progress.traffic.up.total()
+            if traffic.up.total() - freed > _GARBAGE:
+                freed = traffic.up.total()
                 gc.collect()
+        if secure:
+            progress.open(self._outgoing.weights(received))
         for name in sorted(progress.spent - self.spent):
             if number < self.config.num_server_rounds:
                 log.warning("node=%s has no privacy budget left: the run goes on without it", name)
@@ -269,39 +267,6 @@ class FedDM:
         for name in sorted(progress.outdated - self.spent):
             self._roster.introduce_again(name)
         return progress
-
-    def _contents(self, number: int, part: Mapping[str, str]) -> Callable[[str, bool], RecordDict]:
-        """Returns a function that says what each node is sent in a round; frames that several get are held once."""
-        arrays: dict[tuple[str, ...], ArrayRecord] = {}
-        extras = self._extras_channel.encode(self._extras, number) if self._extras else {}
-        every, last = self.config.eval.every, number == self.config.num_server_rounds
-        evaluate = every > 0 and (last or (number - 1) % every == 0)
-
-        def content(name: str, whole: bool) -> RecordDict:
-            frames = self._downlink.frames(None if whole else self._held.get(name, 0)) | extras
-            if whole or name not in self._held:
-                frames |= {asset_name(kind): content for kind, content in self._assets.items()}
-            kinds = tuple(frames)
-            if kinds not in arrays:
-                arrays[kinds] = arrays_of(frames)
-            own = part[name]
-            task = TrainTask(
-                run_uuid=self._run_uuid,
-                round=number,
-                steps_before=self._steps,
-                evaluate=evaluate,
-                part=own,
-                acked=self._acked.get((name, own), 0),
-                acked_any=max(self._acked.get((name, p), 0) for p in self._split.sent),
-                durable=self._durable.get((name, own), 0),
-                durable_any=max(self._durable.get((name, p), 0) for p in self._split.sent),
-                assets=json.dumps(self._fingerprints),
-                shadow=self._downlink.fingerprint,
-                private_steps=self._private_steps.get(name, 0),
-            )
-            return content_of(arrays[kinds], task.to_record())
-
-        return content
 
     def _commit(
         self, number: int, received: Vector, progress: RoundInProgress, asked: int, online: int, seconds: float
@@ -328,14 +293,12 @@ class FedDM:
         steps = progress.typical_steps()
         self.round, self.weights, self._state = number, weights, state
         self._extras = progress.extras(self._extras)
-        if self.config.privacy.of_images:
-            for name, count in progress.steps().items():
-                self._private_steps[name] = self._private_steps.get(name, 0) + count
+        if self._scales:
+            progress.teach(self._scales)
         self.average.update(weights, self._steps, steps)
         self._steps += steps
         self._outliers.commit(progress.lengths())
-        self._durable = self._acked
-        self._acked = self._acked | progress.acknowledged()
+        self._outgoing.commit(progress.acknowledged(), progress.steps())
         done = progress.result(
             weights=self.weights,
             delta=delta,
@@ -370,14 +333,7 @@ class FedDM:
         online = self._roster.wait(grid, first=not self._begun)
         self._begun = True
         chosen = {i: name for name, i in online.items() if self._roster.nodes[name].images >= least}
-        fingerprints = self._fingerprints | {name: sha256(content).hexdigest() for name, content in assets.items()}
-        task: dict[str, Scalar] = {"kind": kind, "assets": json.dumps(fingerprints)}
-
-        def content(name: str, whole: bool) -> RecordDict:
-            needed = assets if name in self._held and not whole else self._assets | assets
-            sent = {**frames, **{asset_name(key): asset for key, asset in needed.items()}}
-            return content_of(arrays_of(sent), task)
-
+        content = self._outgoing.question(kind, frames, assets)
         traffic, probes = Traffic(), Probes(grid, self._roster.processes)
         timeout = self.config.round_timeout
         for i, reply in collect(grid, chosen, content, traffic, 0, timeout, probes, MessageType.EVALUATE):

@@ -41,11 +41,12 @@ def test_what_is_there_is_kept_and_more_is_added(tmp_path: Path) -> None:
         path: path.read_bytes() for path in (tmp_path / "ca.key", tmp_path / "ca.crt", tmp_path / "nodes" / "north")
     }
     written = make(tmp_path, ["two.example.org"], ["north", "south"], 30)
-    assert {path.name for path in written} == {"server.key", "server.pem", "south", "south.pub"}
+    assert {path.name for path in written} == {"server.key", "server.pem", "south", "south.pub", "peers.pub"}
     assert {path: path.read_bytes() for path in kept} == kept
     for host in ("one.example.org", "two.example.org"):
         verify(tmp_path, tmp_path, host)
     assert make(tmp_path, [], ["north", "south"], 30) == []
+    assert [line.split()[-1] for line in (tmp_path / "peers.pub").read_text().splitlines()] == ["north", "south"]
     (tmp_path / "nodes" / "north.pub").unlink()
     with pytest.raises(ConfigError, match=r"north is there but .*north\.pub is not"):
         make(tmp_path, [], ["north"], 30)

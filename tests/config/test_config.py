@@ -167,7 +167,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ),
         ({"codec__clip_search": True}, "codec.clip-search = true with codec.uplink = 'none', codec.downlink = 'none'"),
         ({"strategy": "feddm-lean", "codec__clip_search": True}, "'int2': acts with int8, int4 or int3 only"),
-        ({"codec__block_size": 128}, "'none': acts with int8 to sign, and topk, only"),
+        ({"codec__block_size": 128}, "'none': acts with int8 to sign, topk and sum only"),
         (
             {"model__lora_targets": "to_q"},
             "with model.lora-rank = 0: acts with a rank above 0 only",

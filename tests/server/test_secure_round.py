@@ -1,0 +1,399 @@
+"""Runs whose server learns sums only: the sum is exact, nothing else is told, and nodes may vanish at any stage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Error, Message
+from local_grid import Handler, LocalGrid, config, feddm, introductions, node, nodes, on_train, run, run_server
+
+from feddm_flwr.cli import certificates
+from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.exchange.sums import Scales, SumGrid, shares_of
+from feddm_flwr.node.secure import SecureNode
+from feddm_flwr.protocol.failures import RunFailedError
+from feddm_flwr.protocol.tasks import KEYS, OPEN, SHARES, SUMS
+from feddm_flwr.reporting.records import read_rounds
+from feddm_flwr.server.federation.roster import Roster
+
+SECURE: dict[str, Any] = {"strategy": "feddm-secure"}
+Words = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Words:
+    """By node: the words that it masked last, before it did."""
+    seen: Words = {}
+    mask = SecureNode.mask
+
+    def spy(self: SecureNode, words: np.ndarray, *rest: Any) -> None:
+        before = words.copy()
+        mask(self, words, *rest)
+        seen[self._name] = before
+
+    monkeypatch.setattr(SecureNode, "mask", spy)
+    return seen
+
+
+@pytest.fixture
+def totals(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, list[str]]]:
+    """What the server decoded, and of which nodes."""
+    seen: list[tuple[np.ndarray, list[str]]] = []
+    decode = SumGrid.decode
+
+    def spy(self: SumGrid, total: np.ndarray, scales: Any, images: Any) -> Any:
+        seen.append((total.copy(), sorted(images)))
+        return decode(self, total, scales, images)
+
+    monkeypatch.setattr(SumGrid, "decode", spy)
+    return seen
+
+
+def stage_of(message: Message) -> str:
+    kind = message.metadata.message_type
+    return str(message.content.config_records["task"]["stage"]) if kind == SUMS else kind
+
+
+def failing_at(handle: Handler, stage: str, times: int = 10**6) -> Handler:
+    """The node, gone at a stage of its first rounds; where it trained before that, what it did is done."""
+    left = [times]
+
+    def fail(message: Message) -> Message | None:
+        reply = handle(message)
+        if stage_of(message) != stage or left[0] == 0:
+            return reply
+        left[0] -= 1
+        return Message(Error(2, "gone"), reply_to=message)
+
+    return fail
+
+
+def changed(handle: Handler, stage: str, change: Callable[[dict[str, Any]], Any]) -> Handler:
+    """The node, to which a server says something else at a stage."""
+
+    def handler(message: Message) -> Message | None:
+        if stage_of(message) == stage:
+            task = dict(message.content.config_records["task"])
+            key = "secure" if stage == "train" else "content"
+            said = json.loads(str(task[key]))
+            task[key] = json.dumps(change(said) or said)
+            message.content.config_records["task"] = ConfigRecord(task)
+        return handle(message)
+
+    return handler
+
+
+def test_the_sum_is_exact_and_all_that_is_told(plain: Words, totals: list[Any]) -> None:
+    c = config(**SECURE, num_server_rounds=1, eval__every=1)
+    reports: list[dict[str, Any]] = []
+
+    def note(message: Message, reply: Message) -> Message:
+        reports.append(dict(reply.content["report"]))
+        return reply
+
+    (done,) = run(c, {i: on_train(h, note) for i, h in nodes(c).items()})
+    (total, names) = totals[0]
+    assert names == sorted(plain)
+    assert total.tolist() == sum(plain.values(), np.zeros(1, np.uint64)).tolist()
+    assert {(r["train-loss"], r["coding-error"], str(r["eval-loss"]), r["eval-levels"]) for r in reports} == {
+        (0.0, 0.0, "nan", "[]")
+    }
+    assert 0.5 < done.train_loss < 2
+    assert 0.5 < done.eval_loss < 2
+    assert len(done.eval_levels) == 10
+    assert 0 < done.coding_error < 1
+    assert done.eval_losses == {}
+    assert math.isnan(done.drift)
+    assert done.bytes_up < done.bytes_up_fp32 / 15
+
+
+def test_the_mean_is_that_of_what_the_nodes_keep_out_of_their_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighted by images, also where they are very unequal."""
+    sent: dict[str, np.ndarray] = {}
+    encode = SumGrid.encode
+
+    def spy(self: SumGrid, vector: Any, scales: Any, name: str) -> Any:
+        words, sent[name] = encode(self, vector, scales, name)
+        return words, sent[name]
+
+    monkeypatch.setattr(SumGrid, "encode", spy)
+    c = config(
+        **SECURE, num_server_rounds=1, data__partition="dirichlet", data__alpha=0.5, server__optimizer="averaging"
+    )
+    server = feddm(c)
+    before = server.weights.copy()
+    (done,) = server.run(LocalGrid(nodes(c)))
+    images = {n.name: n.images for n in server.nodes}
+    assert max(images.values()) > 1.5 * min(images.values())
+    mean = sum(images[name] * sent[name].astype(np.float64) for name in sent) / sum(images.values())
+    assert np.count_nonzero(mean) > 1000
+    assert done.weights - before == pytest.approx(mean, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("stage", [KEYS, SHARES, "train", OPEN])
+@pytest.mark.parametrize("gone", [1, 2])
+def test_nodes_may_vanish_at_any_stage(stage: str, gone: int, plain: Words, totals: list[Any]) -> None:
+    c = config(**SECURE, num_server_rounds=2, min_replies=3)
+    handlers = nodes(c, 5)
+    lost = sorted(handlers)[:gone]
+    names = {f"node-{1000 - i}" for i in lost}
+    done = run(c, {i: failing_at(h, stage) if i in lost else h for i, h in handlers.items()})
+    for one, (_, survivors) in zip(done, totals, strict=True):
+        assert {*survivors} == ({f"node-{k}" for k in range(5)} - (names if stage != OPEN else set()))
+        assert one.clients_ok == len(survivors)
+    last, survivors = totals[-1]
+    assert last.tolist() == sum((plain[name] for name in survivors), np.zeros(1, np.uint64)).tolist()
+
+
+def test_a_run_does_not_depend_on_who_answers_first_nor_on_masks() -> None:
+    c = config(**SECURE)
+    assert run(c)[-1].weights.tobytes() == run(c, backwards=True)[-1].weights.tobytes()
+
+
+@pytest.mark.parametrize("stage", [KEYS, SHARES, "train"])
+def test_a_round_with_too_few_nodes_is_repeated(stage: str, totals: list[Any]) -> None:
+    c = config(**SECURE, num_server_rounds=1, max_round_retries=1)
+    handlers = {i: failing_at(h, stage, times=1) if i < 999 else h for i, h in nodes(c).items()}
+    (done,) = run(c, handlers)
+    assert done.clients_ok == 4
+    assert len(totals) == 1
+
+
+def test_a_sum_that_was_asked_for_is_asked_for_with_the_same_nodes_or_never(totals: list[Any]) -> None:
+    """Node 4 is dropped in the training; then too few open the sum, and all come back: the sum of five less that of
+    four would be node 4's update."""
+    c = config(**SECURE, num_server_rounds=1, max_round_retries=1, min_replies=3)
+    handlers = nodes(c, 5)
+    handlers[996] = failing_at(handlers[996], "train", times=1)
+    for i in (1000, 999):
+        handlers[i] = failing_at(handlers[i], OPEN, times=1)
+    (done,) = run(c, handlers)
+    assert done.clients_ok == 4
+    assert totals[-1][1] == ["node-0", "node-1", "node-2", "node-3"]
+    gone = nodes(c, 5)
+    for i in (1000, 999):
+        gone[i] = failing_at(gone[i], OPEN, times=1)
+    gone[996] = failing_at(failing_at(gone[996], OPEN), KEYS, times=0)
+    left = [3]
+
+    def vanish(message: Message) -> Message | None:
+        if stage_of(message) == KEYS:
+            left[0] -= 1
+        return Message(Error(2, "gone"), reply_to=message) if left[0] < 2 else gone[996](message)
+
+    left[0] = 3
+    with pytest.raises(RunFailedError, match="asked for with node-4, who are not there"):
+        run(c, {**gone, 996: vanish, 997: failing_at(gone[997], OPEN, times=1)})
+
+
+def test_a_resumed_run_has_the_same_bits() -> None:
+    c = config(**SECURE, num_server_rounds=4)
+    whole = run(c)[-1].weights.tobytes()
+    first = feddm(c)
+    rounds = first.run(LocalGrid(nodes(c)))
+    for _ in range(2):
+        next(rounds)
+    second = feddm(c)
+    second.restore(first.checkpoint())
+    assert [*second.run(LocalGrid(nodes(c)))][-1].weights.tobytes() == whole
+    # Killed after the sum of round 3 was asked for, before it was committed.
+    third = feddm(c)
+    third.restore(first.checkpoint())
+    assert [*third.run(LocalGrid(nodes(c)))][-1].weights.tobytes() == whole
+
+
+def test_the_masks_of_a_session_are_used_once() -> None:
+    c = config(**SECURE, num_server_rounds=1, min_replies=3)
+    handlers = nodes(c)
+    answers: list[str] = []
+
+    def twice(message: Message) -> Message | None:
+        reply = handlers[1000](message)
+        if stage_of(message) == "train":
+            with pytest.raises(ValueError, match="masks were used before"):
+                handlers[1000](message)
+            answers.append("refused")
+        return reply
+
+    (done,) = run(c, {**handlers, 1000: twice})
+    assert done.clients_ok == 4
+    assert answers == ["refused"]
+
+
+def other_names(said: Any) -> Any:
+    said["names"] = said["names"][:-1]
+
+
+def other_images(said: Any) -> Any:
+    said["images"]["node-1"] *= 50
+
+
+@pytest.mark.parametrize("change", [other_names, other_images])
+def test_a_server_that_tells_nodes_different_things_learns_nothing(change: Callable[[Any], Any]) -> None:
+    c = config(**SECURE, num_server_rounds=1, min_replies=3)
+    handlers = nodes(c)
+    with pytest.raises(RunFailedError, match=r"secure-sum|not those|did not begin|good reply"):
+        run(c, {i: changed(h, "train", change) if i in (1000, 998) else h for i, h in handlers.items()})
+
+
+def test_survivors_that_are_too_few_or_differ_from_node_to_node_are_not_opened() -> None:
+    c = config(**SECURE, num_server_rounds=1)
+    handlers = nodes(c)
+    with pytest.raises(RunFailedError, match="at least 3 are needed to open it"):
+        run(c, {i: changed(h, OPEN, lambda said: ["node-0", "node-1"]) for i, h in handlers.items()})
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("keys")
+    certificates.make(folder, [], ["north", "south", "east", "west"], 30)
+    return folder
+
+
+def real_nodes(c: RunConfig, keys: Path, **own: Any) -> dict[int, Handler]:
+    """Nodes with keys of their own, which know each other's."""
+    found = {}
+    for i, name in enumerate(("north", "south", "east", "west")):
+        files = {"secure-key": str(keys / "nodes" / name), "secure-peers": str(keys / "peers.pub")}
+        found[1000 - i] = node(c, i, **{"node-name": name, **files, **own})
+    return found
+
+
+def test_a_server_that_swaps_a_key_is_found_out(keys: Path) -> None:
+    c = config(**SECURE, num_server_rounds=1, min_replies=3)
+    assert run(c, real_nodes(c, keys))[0].clients_ok == 4
+
+    def swap(said: Any) -> None:
+        said["north"]["masking"] = said["south"]["masking"]
+
+    handlers = {i: changed(h, SHARES, swap) for i, h in real_nodes(c, keys).items()}
+    with pytest.raises(RunFailedError, match="the key that is said to be north's: its signature"):
+        run(c, handlers)
+
+
+def test_a_node_without_its_own_key_or_the_keys_of_others_takes_no_part(keys: Path, tmp_path: Path) -> None:
+    c = config(**SECURE, wait_timeout=1.0, min_nodes=4)
+    (tmp_path / "peers").write_text("\n".join((keys / "peers.pub").read_text().splitlines()[1:]))
+    for own, why in (
+        ({"secure-key": ""}, "secure-key is missing in the --node-config"),
+        ({"secure-peers": str(keys / "none")}, "cannot be read: No such file"),
+        ({"secure-key": str(keys / "ca.key")}, "cannot be read"),
+        ({"secure-key": str(keys / "nodes" / "north")}, "has not the public key of this node"),
+        ({"secure-peers": str(tmp_path / "peers")}, "has not the public key of this node, east"),
+    ):
+        roster = Roster(c)
+        with pytest.raises((ConfigError, RunFailedError), match=why):
+            roster.wait(LocalGrid(real_nodes(c, keys, **own)), first=True)
+
+
+def test_a_broken_node_that_sends_something_else_spoils_the_sum_and_is_noticed() -> None:
+    c = config(**SECURE, num_server_rounds=1)
+    handlers = nodes(c)
+
+    def spoil(self: Message, reply: Message) -> Message:
+        from feddm_flwr.exchange.sums import read_words, write_words
+
+        frame = reply.content.array_records["weights"]["frame"]
+        layout = feddm(c)._split.shared.layout
+        grid = SumGrid(c, layout.size, 1, shares_of({n.name: n.images for n in introductions(c).values()}))
+        words = read_words(frame.data, layout.fingerprint, 1, grid.words)
+        frame.data = write_words(words + np.uint64(2**63), layout.fingerprint, 1)
+        return reply
+
+    handlers[1000] = on_train(handlers[1000], spoil)
+    with pytest.raises(RunFailedError, match="no sum of packed digits: a node sent something else"):
+        run(c, handlers)
+
+
+def test_nodes_hide_their_classes_and_refuse_questions_unless_the_run_says_so() -> None:
+    hidden = introductions(config(**SECURE))
+    assert all(n.class_counts == {} for n in hidden.values())
+    told = introductions(config(**SECURE, privacy__figures="unprotected"))
+    assert all(n.class_counts for n in told.values())
+    with pytest.raises(ConfigError, match=r"eval\.features"):
+        config(**SECURE, eval__features="random", sample__every=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"strategy": "feddm-lean", "codec__uplink": "sum"}, "'sum' and true go together"),
+        ({**SECURE, "codec__uplink": "int2"}, "'sum' and true go together"),
+        ({**SECURE, "server__aggregation": "median"}, "server.aggregation = 'median' with privacy.secure-aggregation"),
+        ({**SECURE, "server__clip_norm": 2.0}, "server.clip-norm"),
+        ({**SECURE, "server__norm_limit": 3.0}, "server.norm-limit"),
+        ({**SECURE, "exchange__parts": "usplit"}, "exchange.parts"),
+        ({**SECURE, "train__moments": "server"}, "train.moments"),
+        ({**SECURE, "train__control": "scaffold"}, "train.control"),
+        ({**SECURE, "min_replies": 2}, "min-replies = 2"),
+        ({**SECURE, "privacy__threshold": 0.4}, "privacy.threshold"),
+        ({"privacy__threshold": 0.7}, "privacy.threshold = 0.7 with secure-aggregation = false"),
+        ({"codec__sum_share": 0.7}, "codec.sum-share"),
+        ({"strategy": "feddm-vanilla", "privacy__secure_aggregation": True}, "with strategy = 'feddm-vanilla'"),
+        (
+            {
+                **SECURE,
+                "privacy__mechanism": "dp-fedavg",
+                "privacy__noise_multiplier": 1.0,
+                "eval__average_by": "none",
+            },
+            "clips no update",
+        ),
+    ],
+)
+def test_what_cannot_go_with_sums_is_refused_by_name(keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
+        config(**keys)
+
+
+def test_secure_sums_go_with_private_training_with_personal_layers_and_with_other_strategies(tmp_path: Path) -> None:
+    for keys in (
+        {**SECURE, "privacy__mechanism": "dp-sgd", "privacy__noise_multiplier": 1.0},
+        {**SECURE, "exchange__personal": "conv_in.*"},
+        {"strategy": "feddm-quant", "privacy__secure_aggregation": True},
+        {**SECURE, "codec__downlink": "none", "fraction_train": 0.75},
+    ):
+        c = config(**keys, num_server_rounds=2, out_dir=str(tmp_path), run_name=f"r{len([*tmp_path.iterdir()])}")
+        run_server(c, nodes(c))
+        rows = read_rounds(tmp_path / c.run_name)
+        assert [row.clients_failed for row in rows] == [0, 0]
+        if not c.exchange.personal:
+            assert "(secure aggregation)" in (tmp_path / c.run_name / "model" / "README.md").read_text()
+
+
+def test_every_block_is_sent_as_often_as_any_other_and_scales_are_learnt() -> None:
+    c = config(**SECURE, codec__sum_share=0.3)
+    counts = np.zeros(-(-100_000 // 256), int)
+    for number in range(1, 101):
+        grid = SumGrid(c, 100_000, number, shares_of({"a": 10, "b": 20, "c": 30}))
+        counts[grid.sent] += 1
+        assert abs(len(grid.sent) / len(counts) - 0.3) < 0.1
+    assert {*counts} <= {29, 30, 31}
+    scales = Scales(c, 100_000, "0" * 32)
+    random = np.random.default_rng(0)
+    vector = (random.standard_normal(100_000) * np.repeat(10.0 ** random.uniform(-6, 2, 391), 256)[:100_000]).astype(
+        np.float32
+    )
+    for number in range(1, 20):
+        grid = SumGrid(c, 100_000, number, shares_of({"a": 10, "b": 10, "c": 10}))
+        _, expected = scales.frame(grid, number)
+        words, decoded = grid.encode(vector, expected, "a")
+        from feddm_flwr.exchange.sums import Figures
+
+        words = grid.with_figures(words, Figures(1.0, 0.0, math.nan, []), 10, 0)
+        mean, octaves, figures = grid.decode(words + words + words, expected, {"a": 10, "b": 10, "c": 10})
+        assert np.allclose(mean, decoded, rtol=1e-5, atol=0)
+        scales.learn(grid, octaves)
+    sent = np.zeros(len(vector), bool)
+    for block in grid.sent:
+        sent[256 * block : 256 * (block + 1)] = True
+    lost = np.linalg.norm((vector - decoded)[sent]) / np.linalg.norm(vector[sent])
+    assert lost < 0.5  # of ternary digits the least is 0.44
+    assert figures.train_loss == pytest.approx(1.0)
+    assert math.isnan(figures.eval_loss)
