@@ -21,7 +21,7 @@ class RunConfig:
         "feddm-vanilla",
         "`feddm-vanilla` averages, `feddm-prox` adds a proximal term, `feddm-quant` exchanges 8-bit weights (these "
         "three are the paper's), `feddm-lean` ternary differences both ways, of steps by Muon, `feddm-slow-link` even "
-        "fewer bytes up",
+        "fewer bytes up, `feddm-secure` is feddm-lean with privacy.secure-aggregation",
         choices=(*STRATEGIES,),
     )
     stage: str = key(

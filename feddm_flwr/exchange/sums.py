@@ -52,27 +52,29 @@ class Figures:
     eval_levels: list[float]  # the same; empty where not told
 
 
-_FIGURES = 4 + NOISE_LEVELS
+_FIGURES = 5 + NOISE_LEVELS
 
 
 def _figure_words(figures: Figures, images: int, held_out: int) -> Words:
+    levels = figures.eval_levels
     evaluated = held_out if math.isfinite(figures.eval_loss) else 0
-    levels = figures.eval_levels if evaluated and figures.eval_levels else [0.0] * NOISE_LEVELS
+    apart = evaluated if levels and all(map(math.isfinite, levels)) else 0  # few images are not of every level
     values = [
         figures.train_loss * images,
         figures.coding_error * images,
         figures.eval_loss * evaluated if evaluated else 0.0,
         evaluated,
-        *(level * evaluated for level in levels),
+        apart,
+        *((level * apart for level in levels) if apart else [0.0] * NOISE_LEVELS),
     ]
     most = _MOST * max(images, held_out, 1)
     return np.array([round(min(max(v, 0.0), most) * (1 << _FRACTION)) for v in values], np.uint64)
 
 
 def _figures(words: Words, images: int) -> Figures:
-    trained, lost, evaluated, count, *levels = (int(word) / (1 << _FRACTION) for word in words)
-    told = [level / count for level in levels] if count and any(levels) else []
-    return Figures(trained / images, lost / images, evaluated / count if count else math.nan, told)
+    trained, lost, loss, evaluated, apart, *levels = (int(word) / (1 << _FRACTION) for word in words)
+    told = [level / apart for level in levels] if apart else []
+    return Figures(trained / images, lost / images, loss / evaluated if evaluated else math.nan, told)
 
 
 @dataclass(frozen=True)

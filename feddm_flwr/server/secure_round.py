@@ -101,11 +101,12 @@ class SecureRound:
         self._sealed: dict[str, dict[str, str]] = {}  # by node: the shares that it gave, by receiver
         self._added: set[str] = set()
 
-    def begin(self, images: Mapping[str, int]) -> None:
-        """Has the nodes with these numbers of images exchange keys and shares."""
-        keys = dict(self._ask(KEYS, dict.fromkeys(images, "{}")))
+    def begin(self, names: list[str], images: Mapping[str, int]) -> None:
+        """Has the nodes of that name exchange keys and shares; `images` are those of all that are online."""
+        keys = dict(self._ask(KEYS, dict.fromkeys(names, "{}")))
         if opened := {name for said in keys.values() for name in map(str, said.get("opened", ()))}:
             # The sum of this round was asked for before: by this server, or before it was started anew.
+            keys |= self._ask(KEYS, dict.fromkeys(sorted((opened & {*images}) - {*names}), "{}"))
             keys = {name: said for name, said in keys.items() if name in opened}
             if missing := sorted(opened - {*keys}):
                 why = f"the sum of round {self._task.round} was asked for with {', '.join(missing)}, who are not there"
@@ -117,7 +118,7 @@ class SecureRound:
         }
         sealed = dict(self._ask(SHARES, dict.fromkeys(self._nodes, json.dumps(self._nodes))))
         needed = max(threshold(len(self._nodes), self._config.privacy.threshold), LEAST_OF_SUM)
-        if len(sealed) < max(needed, least_replies(self._config, len(images))):
+        if len(sealed) < max(needed, least_replies(self._config, len(names))):
             return
         self._sealed = {
             name: {other: str(said.get(other)) for other in sealed if other != name}

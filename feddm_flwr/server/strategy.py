@@ -195,8 +195,8 @@ class FedDM:
                 online = {} if self._begun and self.is_over else self._wait(grid)
                 if not online or self.is_over:
                     return
-                chosen = {online[name]: name for name in self._sample(sorted(online), number, attempt)}
-                progress = self._attempt(grid, number, chosen, received)
+                chosen = self._sample(sorted(online), number, attempt)
+                progress = self._attempt(grid, number, online, chosen, received)
                 earlier.add(progress.traffic)
                 needed = least_replies(self.config, len(chosen))
                 if progress.count >= needed:
@@ -225,19 +225,23 @@ class FedDM:
         chosen = np.random.default_rng(seed).permutation(len(names))[:count]
         return sorted(names[i] for i in chosen)
 
-    def _attempt(self, grid: Grid, number: int, chosen: dict[int, str], received: Vector) -> RoundInProgress:
-        """Sends the weights to the chosen nodes and takes in what comes back, one reply at a time."""
+    def _attempt(
+        self, grid: Grid, number: int, online: dict[str, int], names: list[str], received: Vector
+    ) -> RoundInProgress:
+        """Sends the weights to nodes, by name, of those that are online, and takes in what comes back, one reply at a
+        time."""
         nodes, timeout, traffic = self._roster.nodes, self.config.round_timeout, Traffic()
         task, probes = self._outgoing.task(number, self._steps), Probes(grid, self._roster.processes)
         frames = self._extras_channel.encode(self._extras, number) if self._extras else {}
         secure = None
         if self._scales:
-            courier = Courier(grid, {name: i for i, name in chosen.items()}, probes, traffic, timeout)
-            secure = SecureRound(self.config, len(received), self._scales, task, courier)
-            secure.begin({name: nodes[name].images for name in chosen.values()})
-            chosen = {i: name for i, name in chosen.items() if name in secure.names}
+            secure = SecureRound(
+                self.config, len(received), self._scales, task, Courier(grid, online, probes, traffic, timeout)
+            )
+            secure.begin(names, {name: nodes[name].images for name in online})
+            names = secure.names
             frames |= {SCALES: secure.frame}
-        part = assign(self._split, sorted(chosen.values()), self.config, number)
+        chosen, part = {online[name]: name for name in names}, assign(self._split, names, self.config, number)
         extras = ExtrasChannel(self.config, self._split.shared.layout, number)
         progress = RoundInProgress(
             number, self.config, nodes, part, self._receiver, received, self._outliers, extras, secure

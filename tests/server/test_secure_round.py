@@ -15,7 +15,7 @@ from local_grid import Handler, LocalGrid, config, feddm, introductions, node, n
 
 from feddm_flwr.cli import certificates
 from feddm_flwr.config import ConfigError, RunConfig
-from feddm_flwr.exchange.sums import Scales, SumGrid, shares_of
+from feddm_flwr.exchange.sums import Figures, Scales, SumGrid, shares_of
 from feddm_flwr.node.secure import SecureNode
 from feddm_flwr.protocol.failures import RunFailedError
 from feddm_flwr.protocol.tasks import KEYS, OPEN, SHARES, SUMS
@@ -190,6 +190,18 @@ def test_a_sum_that_was_asked_for_is_asked_for_with_the_same_nodes_or_never(tota
     left[0] = 3
     with pytest.raises(RunFailedError, match="asked for with node-4, who are not there"):
         run(c, {**gone, 996: vanish, 997: failing_at(gone[997], OPEN, times=1)})
+
+
+def test_a_repeated_round_of_some_nodes_asks_those_that_it_asked_before(totals: list[Any]) -> None:
+    c = config(**SECURE, num_server_rounds=1, max_round_retries=1, fraction_train=0.5)
+    handlers = nodes(c, 8)
+    first = sorted(feddm(c)._sample(sorted(f"node-{i}" for i in range(8)), 1, 0))
+    assert first != sorted(feddm(c)._sample(sorted(f"node-{i}" for i in range(8)), 1, 1))
+    for name in first[:2]:
+        handlers[1000 - int(name[-1])] = failing_at(handlers[1000 - int(name[-1])], OPEN, times=1)
+    (done,) = run(c, handlers)
+    assert totals[-1][1] == first
+    assert done.clients_ok == 4
 
 
 def test_a_resumed_run_has_the_same_bits() -> None:
@@ -384,8 +396,6 @@ def test_every_block_is_sent_as_often_as_any_other_and_scales_are_learnt() -> No
         grid = SumGrid(c, 100_000, number, shares_of({"a": 10, "b": 10, "c": 10}))
         _, expected = scales.frame(grid, number)
         words, decoded = grid.encode(vector, expected, "a")
-        from feddm_flwr.exchange.sums import Figures
-
         words = grid.with_figures(words, Figures(1.0, 0.0, math.nan, []), 10, 0)
         mean, octaves, figures = grid.decode(words + words + words, expected, {"a": 10, "b": 10, "c": 10})
         assert np.allclose(mean, decoded, rtol=1e-5, atol=0)
@@ -397,3 +407,23 @@ def test_every_block_is_sent_as_often_as_any_other_and_scales_are_learnt() -> No
     assert lost < 0.5  # of ternary digits the least is 0.44
     assert figures.train_loss == pytest.approx(1.0)
     assert math.isnan(figures.eval_loss)
+
+
+def test_figures_are_means_of_the_nodes_that_have_them() -> None:
+    """One has no held-out images, another so few that some levels have none."""
+    levels = [float(level) for level in range(10)]
+    nodes = {"a": (30, 4, Figures(1.0, 0.5, 0.3, levels)), "b": (10, 1, Figures(2.0, 0.1, 0.8, [math.nan] * 10))}
+    nodes["c"] = (10, 0, Figures(3.0, 0.0, math.nan, []))
+    images = {name: node[0] for name, node in nodes.items()}
+    grid = SumGrid(config(**SECURE), 1000, 1, shares_of(images))
+    expected = np.full(len(grid.sent), 1.0, np.float32)
+    zeros = {name: grid.encode(np.zeros(1000, np.float32), expected, name)[0] for name in nodes}
+    total = np.zeros(grid.words, np.uint64)
+    for name, (count, held_out, figures) in nodes.items():
+        total += grid.with_figures(zeros[name], figures, count, held_out)
+    mean, _, found = grid.decode(total, expected, images)
+    assert not mean.any()
+    assert found.train_loss == pytest.approx((30 * 1 + 10 * 2 + 10 * 3) / 50, abs=1e-5)
+    assert found.coding_error == pytest.approx((30 * 0.5 + 10 * 0.1) / 50, abs=1e-5)
+    assert found.eval_loss == pytest.approx((4 * 0.3 + 0.8) / 5, abs=1e-5)
+    assert found.eval_levels == pytest.approx(levels, abs=1e-5)

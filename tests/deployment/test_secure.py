@@ -1,0 +1,73 @@
+"""Secure sums between real SuperNodes with keys of their own, which are killed between any two messages of a round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from federation import Federation, wait
+
+SITES = ("north", "south", "east", "west", "centre")
+SECURE = {"strategy": "feddm-secure", "min_nodes": 5, "min_replies": 3, "round_timeout": 120}
+
+
+def own(federation: Federation, site: str, peers: Path | None = None) -> str:
+    return f'secure-key="{federation.keys / "nodes" / site}" secure-peers="{peers or federation.keys / "peers.pub"}"'
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    one = Federation(tmp_path_factory.mktemp("federation"), SITES)
+    for site in SITES:
+        one.kill(site)
+        one.start_node(site, own=own(one, site))
+    yield one
+    one.close()
+
+
+def stage(federation: Federation, site: str) -> tuple[int, str]:
+    """The round and stage that a node's memory of its last session is at."""
+    files = sorted((federation.folder / f"{site}-state").glob(f"*/{site}/secure.json"), key=lambda f: f.stat().st_mtime)
+    memory = json.loads(files[-1].read_text()) if files else {"session": {}}
+    number = memory["session"].get("round", max(map(int, memory.get("opened", {})), default=0))
+    return number, str(memory["session"].get("stage", ""))
+
+
+def test_nodes_are_killed_between_any_two_messages_and_every_sum_is_opened(federation: Federation) -> None:
+    """One after its keys, one after its shares, two after they masked, one after it told of masks; all come back."""
+    name = "killed"
+    run = federation.start_run(run_name=name, num_server_rounds=6, **SECURE)
+    for number, at, sites in (
+        (1, "keys", ("north",)),
+        (2, "shares", ("south",)),
+        (3, "masked", ("east", "west")),
+        (4, "opened", ("centre",)),
+    ):
+        for site in sites:
+            wait(lambda site=site, want=(number, at): stage(federation, site) >= want, f"{site} at {at} of {number}")  # type: ignore[misc]
+            federation.crash(site)
+    said, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, said
+    rows = federation.rows(name)
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert min(row["clients_ok"] for row in rows) >= 3
+    assert min(row["clients_ok"] for row in rows) < 5  # somebody was missed
+    assert all(0 < row["train_loss"] < 3 for row in rows)
+    assert all("eval_loss" not in node for row in rows for node in row["nodes"].values())
+
+
+def test_a_key_that_is_not_the_one_a_node_knows_is_found_out(federation: Federation) -> None:
+    """What a server would do that wants to read north's shares: the others' lists have another key for it."""
+    lines = (federation.keys / "peers.pub").read_text().splitlines()
+    keys = {line.split()[-1]: line.rpartition(" ")[0] for line in lines}
+    swapped = federation.folder / "swapped.pub"
+    swapped.write_text("\n".join(f"{keys['south' if site == 'north' else site]} {site}" for site in keys))
+    for site in SITES[1:]:
+        federation.kill(site)
+        federation.start_node(site, own=own(federation, site, swapped))
+    code, said = federation.run(run_name="swapped", num_server_rounds=1, max_round_retries=0, **SECURE)
+    assert code != 0
+    assert "the key that is said to be north's: its signature is not of the key that this node knows" in said
+    assert federation.rows("swapped") == []
