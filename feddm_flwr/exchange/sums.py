@@ -24,7 +24,7 @@ from torch import Tensor
 from feddm_flwr.codecs import framing
 from feddm_flwr.codecs.floating import BFloat16
 from feddm_flwr.codecs.sums import Words, pack, unpack, words_of
-from feddm_flwr.config import NOISE_LEVELS, RunConfig, derive_seed
+from feddm_flwr.config import NOISE_LEVELS, RunConfig, derive_seed, flatten
 from feddm_flwr.exchange.channel import Channel
 from feddm_flwr.protocol.tasks import TrainTask
 from feddm_flwr.vector import Vector
@@ -211,10 +211,10 @@ def _steps_channel(layout: str, size: int) -> Channel:
     return Channel(BFloat16(), f"{layout}/{_STEPS}", size)
 
 
-def facts_of(task: TrainTask, weights: str, frame: bytes) -> dict[str, Any]:
-    """Returns what the digits of a round go by, the same of every node: what was asked, the fingerprint of the weights
-    that training begins with, and the frame of the scales."""
-    return task.facts() | {"weights": weights, "scales": sha256(frame).hexdigest()}
+def facts_of(config: RunConfig, task: TrainTask, weights: str, frame: bytes) -> dict[str, Any]:
+    """Returns what the digits of a round go by, the same of every node: the configuration, what was asked, the
+    fingerprint of the weights that training begins with, and the frame of the scales."""
+    return task.facts() | {"config": flatten(config), "weights": weights, "scales": sha256(frame).hexdigest()}
 
 
 def write_words(words: Words, layout: str, number: int) -> bytes:

@@ -22,6 +22,7 @@ from feddm_flwr.config import LEAST_OF_SUM, ConfigError, RunConfig, least_replie
 from feddm_flwr.exchange.node_state import NodeState
 from feddm_flwr.node.settings import NodeConfig, node_state_root
 from feddm_flwr.privacy.secure_sum import (
+    SECRET,
     Public,
     SecureSumError,
     Words,
@@ -135,20 +136,21 @@ class SecureNode:
             if len(nodes) < len(names) or self._name not in nodes or {*sealed} != others:
                 raise SecureSumError("nodes that this session did not begin with")
             self._check_count(len(names), self._needed(session))
-            if task.round != session["round"]:
-                raise SecureSumError(f"a session of round {session['round']}")
+            if _training(task) != session["training"]:
+                raise SecureSumError(f"a session of round {session['training']}")
             if said["images"].get(self._name) != images or {*said["images"]} != {*names}:
                 raise SecureSumError("numbers of images that are not those of the nodes")
             facts = {"session": said["session"], "nodes": nodes, "images": said["images"], **about}
-            session |= {"stage": "masked", "names": names, "sealed": sealed}
+            shares = {name: self._unsealed(session, name, sealed[name]).hex() for name in sorted(others)}
+            session |= {"stage": "masked", "shares": shares | {self._name: session.pop("kept")}}
             mask = context(facts)
             publics = {name: bytes.fromhex(nodes[name]["masking"]) for name in others}
             words += own_mask(bytes.fromhex(session["own"]), mask, len(words))
             add_pairwise_masks(words, self._name, bytes.fromhex(session["masking"]), publics, mask)
 
     def _keys(self, memory: dict[str, Any], task: SecureTask) -> dict[str, Any]:
-        rounds = [int(number) for number in memory[_OPENED]]
-        if task.round <= max(rounds, default=0) - _REMEMBERED:
+        last = max((int(training.partition("/")[0]) for training in memory[_OPENED]), default=0)
+        if task.round <= last - _REMEMBERED:
             raise SecureSumError(f"round {task.round} is long over")
         session = memory["session"]
         if session.get("id") != task.session:
@@ -158,7 +160,7 @@ class SecureNode:
                 "sealing": new_key().hex(),
                 "masking": new_key().hex(),
                 "own": new_key().hex(),
-                "round": task.round,
+                "training": _training(task),
             }
         public = Public(*(public_key(bytes.fromhex(session[kind])) for kind in ("sealing", "masking")))
         signature = sign(self._identity.key, public.signed(task.session, self._name)) if self._identity else b""
@@ -166,7 +168,7 @@ class SecureNode:
             "sealing": public.sealing.hex(),
             "masking": public.masking.hex(),
             "signature": signature.hex(),
-            _OPENED: memory[_OPENED].get(str(task.round), []),
+            _OPENED: memory[_OPENED].get(_training(task), []),
         }
 
     def _share(self, session: dict[str, Any], nodes: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -208,29 +210,31 @@ class SecureNode:
         if session["stage"] == _OPENED and session["survivors"] == survivors:
             found: dict[str, Any] = session["told"]
             return found
-        names = {*session.get("names", ())}
-        if session["stage"] != "masked" or not {self._name} <= {*survivors} <= names:
+        shares: dict[str, str] = session.get("shares", {})
+        chosen = {*survivors}
+        if session["stage"] != "masked" or not {self._name} <= chosen <= {*shares}:
             raise SecureSumError("this session is not at its end, or was opened for others")
-        before = memory[_OPENED].get(str(session["round"]))
-        if before not in (None, sorted(survivors)):
-            raise SecureSumError(f"the sum of round {session['round']} was opened with other nodes: {before}")
-        if len(survivors) < (least := max(self._needed(session), LEAST_OF_SUM, self._config.min_replies)):
-            raise SecureSumError(f"a sum of {len(survivors)} nodes; at least {least} are needed to open it")
-        sealing, told = bytes.fromhex(session["sealing"]), {}
-        for name in sorted(names):
-            if name == self._name:
-                both = bytes.fromhex(session["kept"])
-            else:
-                public = bytes.fromhex(session["nodes"][name]["sealing"])
-                sealed = base64.b64decode(session["sealed"][name])
-                both = unseal(sealing, public, session["id"], name, self._name, sealed)
-            half = len(both) // 2
-            told[name] = (both[:half] if name in survivors else both[half:]).hex()
-        rounds = memory[_OPENED] | {str(session["round"]): sorted(survivors)}
-        newest = sorted(rounds, key=int)[-_REMEMBERED:]
-        memory[_OPENED] = {number: rounds[number] for number in newest}
+        training = session["training"]
+        before = memory[_OPENED].get(training)
+        if before not in (None, sorted(chosen)):
+            raise SecureSumError(f"the sum of round {training} was opened with other nodes: {', '.join(before)}")
+        if len(chosen) < (least := max(self._needed(session), LEAST_OF_SUM, self._config.min_replies)):
+            raise SecureSumError(f"a sum of {len(chosen)} nodes; at least {least} are needed to open it")
+        half = 2 * SECRET  # hex digits
+        told = {name: share[:half] if name in chosen else share[half:] for name, share in shares.items()}
+        rounds = memory[_OPENED] | {training: sorted(chosen)}
+        memory[_OPENED] = dict([*rounds.items()][-_REMEMBERED:])
         memory["session"] = {"id": session["id"], "stage": _OPENED, "survivors": survivors, "told": told}
         return told
+
+    def _unsealed(self, session: Mapping[str, Any], name: str, sealed: str) -> bytes:
+        """Returns another's shares of its two secrets.
+
+        Raises:
+            SecureSumError: they are none.
+        """
+        private, public = (bytes.fromhex(key) for key in (session["sealing"], session["nodes"][name]["sealing"]))
+        return unseal(private, public, session["id"], name, self._name, base64.b64decode(sealed))
 
     def _needed(self, session: Mapping[str, Any]) -> int:
         """Returns how many nodes open the sum of a session."""
@@ -270,3 +274,8 @@ def _session(memory: Mapping[str, Any], wanted: str) -> dict[str, Any]:
 
 def _text(content: bytes) -> str:
     return base64.b64encode(content).decode()
+
+
+def _training(task: TrainTask | SecureTask) -> str:
+    """Returns what tells a round's training from that of other rounds, and from those that were drawn anew."""
+    return f"{task.round}/{task.repeat}"

@@ -29,7 +29,7 @@ class Summed:
         Raises:
             FrameError: the frame of the scales is corrupt.
         """
-        self._task, self._secure, self._scales = task, secure, frames[SCALES]
+        self._config, self._task, self._secure, self._scales = config, task, secure, frames[SCALES]
         layout = split.sent[ALL].layout
         self._layout = layout.fingerprint
         images = json.loads(task.secure)["images"]
@@ -50,6 +50,6 @@ class Summed:
         loss = math.nan if reply.eval_loss is None else reply.eval_loss
         figures = Figures(reply.train_loss, reply.coding_error, loss, reply.eval_levels)
         words = self._grid.with_figures(np.frombuffer(coded, np.uint64), figures, reply.images, held_out)
-        facts = facts_of(self._task, self._task.shadow or fingerprint(received), self._scales)
+        facts = facts_of(self._config, self._task, self._task.shadow or fingerprint(received), self._scales)
         self._secure.mask(words, self._task, reply.images, facts)
         return told, write_words(words, self._layout, self._task.round)

@@ -74,7 +74,7 @@ def do(
     objective, unseen = build_objectives(config, data, assets, root, device)
     tells = task.evaluate and config.eval.every > 0 and not config.privacy.hides_losses
     held_out = unseen.held_out(network, config.eval.images if tells else 0, name)
-    progress = loop.Progress(task.round, task.steps_before)
+    progress = loop.Progress(task.round, task.steps_before, task.repeat)
     extras = ExtrasChannel(config, split.shared.layout)
     own = Own(config, split, task, state, extras.decode(frames, task.round))
     inherited = own.inherited(parameters.layout(network), received, uplink.start(received))

@@ -92,6 +92,7 @@ class TrainTask(_Task):
     assets: str  # JSON: SHA-256 of what the run builds upon, by kind
     shadow: str  # fingerprint of what the nodes are to hold; empty where weights are sent
     private_steps: int = 0  # steps of this node that entered a mean so far, where privacy is accounted for
+    repeat: int = 0  # how often the round's training was drawn anew, after a sum that could not be had
     secure: str = ""  # JSON: the session of a secure sum, its nodes, their images, and their sealed shares
 
     def facts(self) -> dict[str, Scalar]:
@@ -102,6 +103,7 @@ class TrainTask(_Task):
             "steps-before": self.steps_before,
             "evaluate": self.evaluate,
             "assets": self.assets,
+            "repeat": self.repeat,
         }
 
 
@@ -112,5 +114,6 @@ class SecureTask(_Task):
     stage: str
     run_uuid: str
     round: int
-    session: str  # which attempt at the round
+    repeat: int  # as in `TrainTask`
+    session: str  # which attempt
     content: str = "{}"  # JSON

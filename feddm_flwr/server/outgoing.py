@@ -70,8 +70,9 @@ class Outgoing:
         """
         return self._downlink.prepare(weights, number)
 
-    def task(self, number: int, steps: int) -> TrainTask:
-        """Returns what every node is asked in a round, after so many local steps, without what is its own."""
+    def task(self, number: int, steps: int, repeat: int) -> TrainTask:
+        """Returns what every node is asked in a round, after so many local steps, without what is its own; `repeat` is
+        how often its training was drawn anew."""
         every, last = self._config.eval.every, number == self._config.num_server_rounds
         return TrainTask(
             run_uuid=self.run_uuid,
@@ -85,6 +86,7 @@ class Outgoing:
             durable_any=0,
             assets=json.dumps(self._fingerprints),
             shadow=self._downlink.fingerprint,
+            repeat=repeat,
         )
 
     def weights(self, received: Vector) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from statistics import median, pstdev
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, REPORT, SPENT
 from feddm_flwr.reporting.progress import NodeDone
 from feddm_flwr.server.federation.traffic import Traffic, most_bytes
 from feddm_flwr.server.federation.transport import frame_of
+from feddm_flwr.server.means import spread, weighted, weighted_levels
 from feddm_flwr.server.secure_round import Opened, SecureRound
 from feddm_flwr.vector import Vector, euclidean_norm
 
@@ -137,6 +138,11 @@ class RoundInProgress:
             if name != MOMENTS  # which are small, and whose median is another rule's
         }
         self._accepted: list[_Accepted] = []
+
+    @property
+    def is_told(self) -> bool:
+        """Whether another attempt at the round must not be made of the same training, see `secure_round`."""
+        return bool(self._secure and self._secure.is_told)
 
     @property
     def count(self) -> int:
@@ -329,7 +335,7 @@ class RoundInProgress:
                 (a.node.name, a.reply.eval_levels, a.node.held_out) for a in evaluated if a.reply.eval_levels
             ),
             eval_losses=dict(sorted(losses.items())),
-            eval_spread=_spread([losses[a.node.name] for a in evaluated if a.node.held_out >= NOISE_LEVELS]),
+            eval_spread=spread([losses[a.node.name] for a in evaluated if a.node.held_out >= NOISE_LEVELS]),
             connected=connected,
             clients_ok=self.count,
             clients_failed=asked - self.count,
@@ -364,26 +370,6 @@ class RoundInProgress:
         if not norm or len({*self._receiver.parts}) > 1 or self._config.server.robust or self._secure:
             return math.nan
         return math.sqrt(max(0.0, self._mean(lambda a: (a.norm * a.scale) ** 2) - norm**2)) / norm
-
-
-def weighted(values: Iterable[tuple[str, float, int]]) -> float:
-    """Returns the mean weighted by the third entry, summed in order of name so that its bits are fixed; NaN of none."""
-    ordered = sorted(values)
-    return sum(v * w for _, v, w in ordered) / sum(w for _, _, w in ordered) if ordered else math.nan
-
-
-def weighted_levels(values: Iterable[tuple[str, list[float], int]]) -> list[float]:
-    """Returns the same of lists of equal length, place by place."""
-    ordered = [*values]
-    return [
-        weighted((name, levels[i], w) for name, levels, w in ordered) for i in range(NOISE_LEVELS if ordered else 0)
-    ]
-
-
-def _spread(losses: list[float]) -> float:
-    """Returns the standard deviation of the nodes' held-out losses; one of fewer images than noise levels is of some
-    levels only."""
-    return pstdev(losses) if losses else math.nan
 
 
 def _aggregator(config: RunConfig, size: int, total: int, decode: Callable[[Frame], Iterator[Vector]]) -> Aggregator:

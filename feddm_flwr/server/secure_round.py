@@ -2,8 +2,9 @@
 cannot read, and takes the masks off the sum.
 
 A round has four messages to each node: keys, shares, the training, and the opening of the sum. Nodes may vanish between
-any two. What is told at the opening depends on who is left, and each node tells it once. So a round whose sum was asked
-for with some nodes is repeated with these or not at all: two sums that differ by a node would be that node's update.
+any two. What is told at the opening depends on who is left, and each node tells it once. So a training whose sum was
+asked for with some nodes is asked for again with these or not at all: two sums that differ by a node would be that
+node's update. Where that cannot be the round's training is drawn anew.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class SecureRound:
         self._nodes: dict[str, dict[str, str]] = {}  # public keys and signatures of all that shares were split among
         self._sealed: dict[str, dict[str, str]] = {}  # by node: the shares that it gave, by receiver
         self._added: set[str] = set()
+        self.is_told = False  # whether nodes told, or may tell, of a sum of this training that cannot be had any more
 
     def begin(self, names: list[str], images: Mapping[str, int]) -> None:
         """Has the nodes of that name exchange keys and shares; `images` are those of all that are online."""
@@ -111,6 +113,7 @@ class SecureRound:
             if missing := sorted(opened - {*keys}):
                 why = f"the sum of round {self._task.round} was asked for with {', '.join(missing)}, who are not there"
                 self.failures |= dict.fromkeys(keys, Failure("secure-sum", clean(why)))
+                self.is_told = True
                 return
         self._nodes = {
             name: {kind: str(said.get(kind)) for kind in ("sealing", "masking", "signature")}
@@ -159,7 +162,7 @@ class SecureRound:
         needed = threshold(len(self._nodes), self._config.privacy.threshold)
         shares: dict[str, dict[str, bytes]] = {name: {} for name in self._sealed}
         asked = dict.fromkeys(survivors, json.dumps(survivors))
-        answered = 0
+        answered, self.is_told = 0, True
         for name, said in self._ask(OPEN, asked):
             with_bytes = {other: _bytes(said.get(other)) for other in shares}
             for other, share in with_bytes.items():
@@ -190,13 +193,16 @@ class SecureRound:
         nodes = {name: self._nodes[name] for name in self._sealed}
         return context(
             {"session": self._session, "nodes": nodes, "images": self._images}
-            | facts_of(self._task, weights, self.frame)
+            | facts_of(self._config, self._task, weights, self.frame)
         )
 
     def _ask(self, stage: str, contents: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields the answers of a stage as they come; those who give none are among the failures then."""
-        run, number = self._task.run_uuid, self._task.round
-        tasks = {name: SecureTask(stage, run, number, self._session, content) for name, content in contents.items()}
+        t, session = self._task, self._session
+        tasks = {
+            name: SecureTask(stage, t.run_uuid, t.round, t.repeat, session, content)
+            for name, content in contents.items()
+        }
         for name, said in self._courier.ask(tasks):
             if isinstance(said, Failure):
                 self.failures[name] = said

@@ -30,7 +30,7 @@ from feddm_flwr.exchange.sums import Scales
 from feddm_flwr.exchange.uplink import UplinkReceiver
 from feddm_flwr.protocol.failures import Failure, RunFailedError
 from feddm_flwr.protocol.replies import Introduction
-from feddm_flwr.protocol.tasks import SCALES, Frames
+from feddm_flwr.protocol.tasks import SCALES, Frames, TrainTask
 from feddm_flwr.reporting.progress import RoundBegun, RoundDone
 from feddm_flwr.server.client_level import ClientLevel, FixedClip
 from feddm_flwr.server.federation.dispatch import collect
@@ -191,12 +191,14 @@ class FedDM:
             earlier = Traffic()
             # What the nodes will hold: the base of their updates.
             received = self._outgoing.prepare(self.weights, number)
+            repeat = 0
             for attempt in range(1 + self.config.max_round_retries):
                 online = {} if self._begun and self.is_over else self._wait(grid)
                 if not online or self.is_over:
                     return
                 chosen = self._sample(sorted(online), number, attempt)
-                progress = self._attempt(grid, number, online, chosen, received)
+                task = self._outgoing.task(number, self._steps, repeat)
+                progress = self._attempt(grid, task, online, chosen, received)
                 earlier.add(progress.traffic)
                 needed = least_replies(self.config, len(chosen))
                 if progress.count >= needed:
@@ -206,6 +208,7 @@ class FedDM:
                     f"round {number}: {progress.count} of {len(chosen)} nodes gave a good reply, "
                     f"{needed} are needed ({reasons})"
                 )
+                repeat += progress.is_told
                 log.warning("%s; attempt %d of %d", problem, attempt + 1, 1 + self.config.max_round_retries)
             else:
                 if self.is_over:
@@ -226,12 +229,12 @@ class FedDM:
         return sorted(names[i] for i in chosen)
 
     def _attempt(
-        self, grid: Grid, number: int, online: dict[str, int], names: list[str], received: Vector
+        self, grid: Grid, task: TrainTask, online: dict[str, int], names: list[str], received: Vector
     ) -> RoundInProgress:
         """Sends the weights to nodes, by name, of those that are online, and takes in what comes back, one reply at a
         time."""
-        nodes, timeout, traffic = self._roster.nodes, self.config.round_timeout, Traffic()
-        task, probes = self._outgoing.task(number, self._steps), Probes(grid, self._roster.processes)
+        number, nodes, timeout, traffic = task.round, self._roster.nodes, self.config.round_timeout, Traffic()
+        probes = Probes(grid, self._roster.processes)
         frames = self._extras_channel.encode(self._extras, number) if self._extras else {}
         secure = None
         if self._scales:

@@ -31,6 +31,12 @@ class Progress:
 
     round: int  # counted from 1
     steps_before: int  # local steps in all earlier rounds
+    repeat: int = 0  # how often the round's training was drawn anew
+
+    @property
+    def drawn(self) -> str:
+        """What the seeds of the round derive from."""
+        return f"{self.round}/{self.repeat}" if self.repeat else str(self.round)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def train(
     else:
         take_step = Step(*inputs)
         batches = _batches(len(objective), t.batch_size, random)
-        random.manual_seed(derive_seed(config.seed, name, progress.round, "train"))
+        random.manual_seed(derive_seed(config.seed, name, progress.drawn, "train"))
     total, done = torch.zeros((), device=device), 0
     deadline = time.monotonic() + (t.max_seconds or math.inf)
     with _seeded_dropout(config, name, progress, device), side_stream(device, take_step.records):
@@ -141,5 +147,5 @@ def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Te
 def _seeded_dropout(config: RunConfig, name: str, progress: Progress, device: torch.device) -> Iterator[None]:
     """Seeds the global generator for the round, which dropout draws from, and restores it after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(config.seed, name, progress.round, "dropout"))
+        torch.manual_seed(derive_seed(config.seed, name, progress.drawn, "dropout"))
         yield

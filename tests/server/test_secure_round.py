@@ -17,6 +17,7 @@ from feddm_flwr.cli import certificates
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.exchange.sums import Figures, Scales, SumGrid, shares_of
 from feddm_flwr.node.secure import SecureNode
+from feddm_flwr.privacy.secure_sum import SecureSumError
 from feddm_flwr.protocol.failures import RunFailedError
 from feddm_flwr.protocol.tasks import KEYS, OPEN, SHARES, SUMS
 from feddm_flwr.reporting.records import read_rounds
@@ -84,7 +85,10 @@ def changed(handle: Handler, stage: str, change: Callable[[dict[str, Any]], Any]
             said = json.loads(str(task[key]))
             task[key] = json.dumps(change(said) or said)
             message.content.config_records["task"] = ConfigRecord(task)
-        return handle(message)
+        try:
+            return handle(message)
+        except SecureSumError as error:
+            return Message(Error(2, str(error)), reply_to=message)
 
     return handler
 
@@ -165,43 +169,46 @@ def test_a_round_with_too_few_nodes_is_repeated(stage: str, totals: list[Any]) -
     assert len(totals) == 1
 
 
-def test_a_sum_that_was_asked_for_is_asked_for_with_the_same_nodes_or_never(totals: list[Any]) -> None:
+def test_a_training_whose_sum_was_asked_for_is_never_summed_over_others(plain: Words, totals: list[Any]) -> None:
     """Node 4 is dropped in the training; then too few open the sum, and all come back: the sum of five less that of
-    four would be node 4's update."""
+    four would be node 4's update. So what they train is another."""
     c = config(**SECURE, num_server_rounds=1, max_round_retries=1, min_replies=3)
     handlers = nodes(c, 5)
     handlers[996] = failing_at(handlers[996], "train", times=1)
-    for i in (1000, 999):
-        handlers[i] = failing_at(handlers[i], OPEN, times=1)
-    (done,) = run(c, handlers)
-    assert done.clients_ok == 4
-    assert totals[-1][1] == ["node-0", "node-1", "node-2", "node-3"]
-    gone = nodes(c, 5)
-    for i in (1000, 999):
-        gone[i] = failing_at(gone[i], OPEN, times=1)
-    gone[996] = failing_at(failing_at(gone[996], OPEN), KEYS, times=0)
-    left = [3]
+    first: Words = {}
 
-    def vanish(message: Message) -> Message | None:
-        if stage_of(message) == KEYS:
-            left[0] -= 1
-        return Message(Error(2, "gone"), reply_to=message) if left[0] < 2 else gone[996](message)
+    def open_late(message: Message) -> Message | None:
+        if stage_of(message) == OPEN and not first:
+            first.update(plain)
+            return Message(Error(2, "gone"), reply_to=message)
+        return handlers[999](message)
 
-    left[0] = 3
-    with pytest.raises(RunFailedError, match="asked for with node-4, who are not there"):
-        run(c, {**gone, 996: vanish, 997: failing_at(gone[997], OPEN, times=1)})
+    handlers[1000] = failing_at(handlers[1000], OPEN, times=1)
+    (done,) = run(c, {**handlers, 999: open_late})
+    assert done.clients_ok == 5
+    assert len(totals) == 1
+    assert all(plain[name].tolist() != first[name].tolist() for name in first)
 
 
-def test_a_repeated_round_of_some_nodes_asks_those_that_it_asked_before(totals: list[Any]) -> None:
+def test_after_a_restart_a_sum_is_of_the_same_nodes_while_they_are_there(totals: list[Any]) -> None:
     c = config(**SECURE, num_server_rounds=1, max_round_retries=1, fraction_train=0.5)
+    first = feddm(c)
+    (one,) = first.run(LocalGrid(nodes(c, 8)))
+    asked = totals[-1][1]
+    again = feddm(c)
+    again.restore(first_checkpoint := feddm(c).checkpoint())
+    again._outgoing.run_uuid = first._outgoing.run_uuid
+    (same,) = again.run(LocalGrid({**nodes(c, 8)}))
+    assert totals[-1][1] == asked
+    assert same.weights.tobytes() == one.weights.tobytes()
+    third = feddm(c)
+    third.restore(first_checkpoint)
+    third._outgoing.run_uuid = first._outgoing.run_uuid
     handlers = nodes(c, 8)
-    first = sorted(feddm(c)._sample(sorted(f"node-{i}" for i in range(8)), 1, 0))
-    assert first != sorted(feddm(c)._sample(sorted(f"node-{i}" for i in range(8)), 1, 1))
-    for name in first[:2]:
-        handlers[1000 - int(name[-1])] = failing_at(handlers[1000 - int(name[-1])], OPEN, times=1)
-    (done,) = run(c, handlers)
-    assert totals[-1][1] == first
-    assert done.clients_ok == 4
+    del handlers[1000 - int(asked[0][-1])]
+    (other,) = third.run(LocalGrid(handlers))
+    assert asked[0] not in totals[-1][1]
+    assert other.weights.tobytes() != one.weights.tobytes()
 
 
 def test_a_resumed_run_has_the_same_bits() -> None:
@@ -257,8 +264,34 @@ def test_a_server_that_tells_nodes_different_things_learns_nothing(change: Calla
 def test_survivors_that_are_too_few_or_differ_from_node_to_node_are_not_opened() -> None:
     c = config(**SECURE, num_server_rounds=1)
     handlers = nodes(c)
-    with pytest.raises(RunFailedError, match="at least 3 are needed to open it"):
-        run(c, {i: changed(h, OPEN, lambda said: ["node-0", "node-1"]) for i, h in handlers.items()})
+    for survivors, why in (
+        (["node-0", "node-1"], "at least 3 are needed to open it"),
+        (["node-0", "node-0", "node-0", "node-1"], "at least 3 are needed to open it"),
+        (["node-1", "node-2", "node-9"], "opened for others"),
+    ):
+        with pytest.raises(RunFailedError, match=why):
+            run(c, {i: changed(h, OPEN, lambda said, s=survivors: s) for i, h in handlers.items()})
+
+
+def test_shares_that_are_not_the_senders_are_noticed_before_anything_leaves() -> None:
+    """As of one whose keys of before a server had signed for again: it has not the secrets behind them."""
+    c = config(**SECURE, num_server_rounds=1)
+    handlers = nodes(c)
+
+    def other(said: Any) -> None:
+        said["sealed"]["node-1"] = said["sealed"]["node-2"]
+
+    handlers[1000] = changed(handlers[1000], "train", other)
+    (done,) = run(c, handlers)
+    assert done.clients_ok == 3
+
+
+def test_nodes_whose_runs_are_not_configured_alike_have_no_sum() -> None:
+    """A server could tell all but one to train with a learning rate of nothing."""
+    c = config(**SECURE, num_server_rounds=1)
+    handlers = nodes(c) | {1000: node(config(**SECURE, num_server_rounds=1, train__learning_rate=1e-9), 0)}
+    with pytest.raises(RunFailedError, match="no sum of packed digits"):
+        run(c, handlers)
 
 
 @pytest.fixture(scope="module")
