@@ -43,7 +43,7 @@ def measure(size: int, nodes: int, times: int) -> dict[str, float]:
     """Seconds and bytes of one node's part and of the server's, for a model of so many values."""
     config = parse({"strategy": "feddm-secure"})
     names = [f"node-{i}" for i in range(nodes)]
-    grid = SumGrid(config, size, 2, shares_of(dict.fromkeys(names, 100)))
+    grid = SumGrid(config, size, 2, shares_of(config, dict.fromkeys(names, 100)))
     vector = np.random.default_rng(0).standard_normal(size, np.float32) * np.float32(1e-3)
     scales = np.full(len(grid.sent), 8e-4, np.float32)
     words, _ = grid.encode(vector, scales, names[0])

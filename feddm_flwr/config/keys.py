@@ -292,6 +292,11 @@ class Server:
         choices=("mean", "trimmed-mean", "median"),
         plugin=True,
     )
+    weights: str = key(
+        "images",
+        "what an update weighs in the mean: its node's number of `images`, or all `equal`",
+        choices=("images", "equal"),
+    )
     trim_share: float = key(
         0.2, "share of the values that trimmed-mean drops at either end, at least one of three", above=0, below=0.5
     )

@@ -269,6 +269,7 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
             )
             for name in names
         ),
+        ("server.weights", c.server.weights, c.server.aggregation == "mean", rule, "'mean'"),
         ("server.trim-share", c.server.trim_share, c.server.aggregation == "trimmed-mean", rule, "'trimmed-mean'"),
     ):
         if not acts and given != KEYS[name].default:

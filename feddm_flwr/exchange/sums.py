@@ -85,10 +85,11 @@ class Share:
     largest: int  # digit
 
 
-def shares_of(images: Mapping[str, int]) -> dict[str, Share]:
-    """Returns the shares of nodes with so many images."""
-    mean = sum(images.values()) / len(images)
-    return {name: Share(count / mean, min(max(1, round(count / mean)), _LARGEST)) for name, count in images.items()}
+def shares_of(config: RunConfig, images: Mapping[str, int]) -> dict[str, Share]:
+    """Returns the shares of nodes with so many images, by `server.weights`."""
+    weights = dict.fromkeys(images, 1) if config.server.weights == "equal" else images
+    mean = sum(weights.values()) / len(weights)
+    return {name: Share(count / mean, min(max(1, round(count / mean)), _LARGEST)) for name, count in weights.items()}
 
 
 class SumGrid:

@@ -34,7 +34,7 @@ class Summed:
         self._layout = layout.fingerprint
         images = json.loads(task.secure)["images"]
         self._images = images[name]
-        self._grid = SumGrid(config, layout.size, task.round, shares_of(images))
+        self._grid = SumGrid(config, layout.size, task.round, shares_of(config, images))
         self.sender = SumSender(self._grid, scales_in(frames[SCALES], self._grid, task.round, self._layout), name)
 
     def send(self, coded: bytes, received: Vector, reply: TrainReply, held_out: int) -> tuple[TrainReply, bytes]:

@@ -37,6 +37,6 @@ def _bytes(config: RunConfig, name: str, size: int) -> int:
     values = np.random.default_rng(0).standard_normal(count, np.float32) * np.float32(0.05)
     if name == SUM:
         nodes = dict.fromkeys(map(str, range(max(LEAST_OF_SUM, nodes_asked(config, config.min_nodes)))), 1)
-        return SumGrid(config, size, 1, shares_of(nodes)).words * WORD // 8
+        return SumGrid(config, size, 1, shares_of(config, nodes)).words * WORD // 8
     frame = channel(name, config.codec, "0" * 32, count).encode(values, config.codec.target, 1, 0)
     return len(frame) * size // count

@@ -125,7 +125,7 @@ class RoundInProgress:
         self._outliers, self._extras = outliers, extras
         self._secure = secure
         self.opened: Opened | None = None
-        self._means: list[tuple[str, int, Vector]] = []  # by node: its images and second moments
+        self._means: list[tuple[str, int, Vector]] = []  # by node: what it weighs, and its second moments
         total = sum(self._weight(nodes[name]) for name in part)
         self._aggregators = {
             name: _aggregator(config, receiver.size(name), total, receiver.decoder(name, number, received))
@@ -195,11 +195,11 @@ class RoundInProgress:
                 aggregator.check(extras[kind])
             self._aggregators[part].add(update, self._weight(node), frame, scale)
             for kind, aggregator in self._beside.items():
-                aggregator.add(extras[kind], node.images, own[kind], 1.0)
+                aggregator.add(extras[kind], self._weight(node), own[kind], 1.0)
         except ValueError as error:
             return Failure("bad-update", str(error))
         if MOMENTS in extras:
-            self._means.append((name, node.images, extras[MOMENTS]))
+            self._means.append((name, self._weight(node), extras[MOMENTS]))
         self._note(_Accepted(node, said, norm, scale), len(frame))
         return None
 
@@ -253,7 +253,7 @@ class RoundInProgress:
 
     def _weight(self, node: Introduction) -> int:
         """Returns what an update of a node weighs in the mean; where nodes are protected, as much as any."""
-        return 1 if self._config.privacy.of_nodes else node.images
+        return 1 if self._config.privacy.of_nodes or self._config.server.weights == "equal" else node.images
 
     def aggregates(self) -> dict[str, tuple[Vector, int]]:
         """Returns the aggregated update of each part, and how many replies are in it; once, for its sums are as large
@@ -274,7 +274,7 @@ class RoundInProgress:
             found[MOMENTS] = mean_of_nodes(self._means, robust=self._config.server.robust)
         if CONTROL in found:  # nodes tell how theirs changed; those of others stay as they are
             # What a node claims to have counts nothing under a robust rule.
-            count = (lambda node: 1) if self._config.server.robust else (lambda node: node.images)
+            count = (lambda node: 1) if self._config.server.robust else self._weight
             share = sum(count(a.node) for a in self._accepted) / sum(map(count, self._nodes.values()))
             control = before.get(CONTROL, np.float32(0)) + np.float32(share) * found[CONTROL]
             # A mean of clipped gradients is no longer than they are, whatever the nodes say.
@@ -367,7 +367,8 @@ class RoundInProgress:
     def _drift(self, norm: float) -> float:
         """Returns how far the nodes' updates d_k are from their weighted mean d, over its `norm`:
         sum w_k |d_k - d|^2 = sum w_k |d_k|^2 - |d|^2; NaN where updates are of parts, or weighted otherwise."""
-        if not norm or len({*self._receiver.parts}) > 1 or self._config.server.robust or self._secure:
+        alike = self._config.server.robust or self._config.server.weights == "equal"
+        if not norm or len({*self._receiver.parts}) > 1 or alike or self._secure:
             return math.nan
         return math.sqrt(max(0.0, self._mean(lambda a: (a.norm * a.scale) ** 2) - norm**2)) / norm
 

@@ -128,7 +128,7 @@ class SecureRound:
             for name, said in sorted(sealed.items())
         }
         self._images = {name: images[name] for name in self._sealed}
-        self.grid = SumGrid(self._config, self._size, self._task.round, shares_of(self._images))
+        self.grid = SumGrid(self._config, self._size, self._task.round, shares_of(self._config, self._images))
         self.frame, self._expected = self._scales.frame(self.grid, self._task.round)
         self._total: Words = np.zeros(self.grid.words, np.uint64)
 

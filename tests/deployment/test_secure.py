@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from federation import Federation, wait
 
 SITES = ("north", "south", "east", "west", "centre")
+STAGES = ("none", "keys", "shares", "masked", "opened")
 SECURE = {"strategy": "feddm-secure", "min_nodes": 5, "min_replies": 3, "round_timeout": 120}
 
 
@@ -27,12 +29,17 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     one.close()
 
 
-def stage(federation: Federation, site: str) -> tuple[int, str]:
-    """The round and stage that a node's memory of its last session is at."""
+def stage(federation: Federation, site: str) -> tuple[int, int]:
+    """The round that a node's memory of sums is at, and how far it is in it."""
     files = sorted((federation.folder / f"{site}-state").glob(f"*/{site}/secure.json"), key=lambda f: f.stat().st_mtime)
-    memory = json.loads(files[-1].read_text()) if files else {"session": {}}
-    number = memory["session"].get("round", max(map(int, memory.get("opened", {})), default=0))
-    return number, str(memory["session"].get("stage", ""))
+    memory = json.loads(files[-1].read_text()) if files else {"session": {}, "opened": {}}
+    session = memory["session"]
+    training = session.get("training", ["0/0", *memory["opened"]][-1])
+    return int(training.partition("/")[0]), STAGES.index(session.get("stage", "none"))
+
+
+def is_at(federation: Federation, site: str, goal: tuple[int, int]) -> bool:
+    return stage(federation, site) >= goal
 
 
 def test_nodes_are_killed_between_any_two_messages_and_every_sum_is_opened(federation: Federation) -> None:
@@ -46,7 +53,8 @@ def test_nodes_are_killed_between_any_two_messages_and_every_sum_is_opened(feder
         (4, "opened", ("centre",)),
     ):
         for site in sites:
-            wait(lambda site=site, want=(number, at): stage(federation, site) >= want, f"{site} at {at} of {number}")  # type: ignore[misc]
+            goal = number, STAGES.index(at)
+            wait(partial(is_at, federation, site, goal), f"{site} at {at} of round {number}")
             federation.crash(site)
     said, _ = run.communicate(timeout=900)
     assert run.returncode == 0, said

@@ -117,8 +117,11 @@ def test_the_sum_is_exact_and_all_that_is_told(plain: Words, totals: list[Any]) 
     assert done.bytes_up < done.bytes_up_fp32 / 15
 
 
-def test_the_mean_is_that_of_what_the_nodes_keep_out_of_their_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weighted by images, also where they are very unequal."""
+@pytest.mark.parametrize("weights", ["images", "equal"])
+def test_the_mean_is_that_of_what_the_nodes_keep_out_of_their_residuals(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they have very unequal numbers of images."""
     sent: dict[str, np.ndarray] = {}
     encode = SumGrid.encode
 
@@ -128,14 +131,20 @@ def test_the_mean_is_that_of_what_the_nodes_keep_out_of_their_residuals(monkeypa
 
     monkeypatch.setattr(SumGrid, "encode", spy)
     c = config(
-        **SECURE, num_server_rounds=1, data__partition="dirichlet", data__alpha=0.5, server__optimizer="averaging"
+        **SECURE,
+        num_server_rounds=1,
+        data__partition="dirichlet",
+        data__alpha=0.5,
+        server__optimizer="averaging",
+        server__weights=weights,
     )
     server = feddm(c)
     before = server.weights.copy()
     (done,) = server.run(LocalGrid(nodes(c)))
     images = {n.name: n.images for n in server.nodes}
     assert max(images.values()) > 1.5 * min(images.values())
-    mean = sum(images[name] * sent[name].astype(np.float64) for name in sent) / sum(images.values())
+    count = images if weights == "images" else dict.fromkeys(images, 1)
+    mean = sum(count[name] * sent[name].astype(np.float64) for name in sent) / sum(count.values())
     assert np.count_nonzero(mean) > 1000
     assert done.weights - before == pytest.approx(mean, rel=1e-4, abs=1e-7)
 
@@ -346,7 +355,7 @@ def test_a_broken_node_that_sends_something_else_spoils_the_sum_and_is_noticed()
 
         frame = reply.content.array_records["weights"]["frame"]
         layout = feddm(c)._split.shared.layout
-        grid = SumGrid(c, layout.size, 1, shares_of({n.name: n.images for n in introductions(c).values()}))
+        grid = SumGrid(c, layout.size, 1, shares_of(c, {n.name: n.images for n in introductions(c).values()}))
         words = read_words(frame.data, layout.fingerprint, 1, grid.words)
         frame.data = write_words(words + np.uint64(2**63), layout.fingerprint, 1)
         return reply
@@ -416,7 +425,7 @@ def test_every_block_is_sent_as_often_as_any_other_and_scales_are_learnt() -> No
     c = config(**SECURE, codec__sum_share=0.3)
     counts = np.zeros(-(-100_000 // 256), int)
     for number in range(1, 101):
-        grid = SumGrid(c, 100_000, number, shares_of({"a": 10, "b": 20, "c": 30}))
+        grid = SumGrid(c, 100_000, number, shares_of(c, {"a": 10, "b": 20, "c": 30}))
         counts[grid.sent] += 1
         assert abs(len(grid.sent) / len(counts) - 0.3) < 0.1
     assert {*counts} <= {29, 30, 31}
@@ -426,7 +435,7 @@ def test_every_block_is_sent_as_often_as_any_other_and_scales_are_learnt() -> No
         np.float32
     )
     for number in range(1, 20):
-        grid = SumGrid(c, 100_000, number, shares_of({"a": 10, "b": 10, "c": 10}))
+        grid = SumGrid(c, 100_000, number, shares_of(c, {"a": 10, "b": 10, "c": 10}))
         _, expected = scales.frame(grid, number)
         words, decoded = grid.encode(vector, expected, "a")
         words = grid.with_figures(words, Figures(1.0, 0.0, math.nan, []), 10, 0)
@@ -448,7 +457,7 @@ def test_figures_are_means_of_the_nodes_that_have_them() -> None:
     nodes = {"a": (30, 4, Figures(1.0, 0.5, 0.3, levels)), "b": (10, 1, Figures(2.0, 0.1, 0.8, [math.nan] * 10))}
     nodes["c"] = (10, 0, Figures(3.0, 0.0, math.nan, []))
     images = {name: node[0] for name, node in nodes.items()}
-    grid = SumGrid(config(**SECURE), 1000, 1, shares_of(images))
+    grid = SumGrid(c := config(**SECURE), 1000, 1, shares_of(c, images))
     expected = np.full(len(grid.sent), 1.0, np.float32)
     zeros = {name: grid.encode(np.zeros(1000, np.float32), expected, name)[0] for name in nodes}
     total = np.zeros(grid.words, np.uint64)

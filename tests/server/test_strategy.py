@@ -44,16 +44,16 @@ def frames(c: RunConfig) -> tuple[list[RoundResult], list[tuple[str, bytes]]]:
     return run(c, {i: on_train(h, record) for i, h in nodes(c).items()}), sent
 
 
-@pytest.mark.parametrize("strategy", ["feddm-vanilla", "feddm-quant"])
-def test_under_averaging_the_model_is_the_mean_of_what_the_nodes_sent(strategy: str) -> None:
-    c = config(strategy=strategy, num_server_rounds=1)
+@pytest.mark.parametrize(("strategy", "weights"), [("feddm-vanilla", "equal"), ("feddm-quant", "images")])
+def test_under_averaging_the_model_is_the_mean_of_what_the_nodes_sent(strategy: str, weights: str) -> None:
+    c = config(strategy=strategy, num_server_rounds=1, data__partition="dirichlet", server__weights=weights)
     (done,), sent = frames(c)
     server = feddm(c)
     images = {node.name: node.images for node in introductions(c).values()}
     mean = np.average(
         [server._receiver._channels["all"].decode(frame, "weights", 1).astype(np.float64) for _, frame in sorted(sent)],
         axis=0,
-        weights=[images[name] for name, _ in sorted(sent)],
+        weights=[images[name] if weights == "images" else 1 for name, _ in sorted(sent)],
     )
     np.testing.assert_allclose(done.weights, mean, rtol=1e-5, atol=1e-7)
     assert done.clients_ok == 4
