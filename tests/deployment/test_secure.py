@@ -43,25 +43,18 @@ def is_at(federation: Federation, site: str, goal: tuple[int, int]) -> bool:
 
 
 def test_nodes_are_killed_between_any_two_messages_and_every_sum_is_opened(federation: Federation) -> None:
-    """One after its keys, one after its shares, two after they masked, one after it told of masks; all come back."""
+    """In one round a node after its keys, in the next one after its shares and one after it masked; all come back."""
     name = "killed"
-    run = federation.start_run(run_name=name, num_server_rounds=6, **SECURE)
-    for number, at, sites in (
-        (1, "keys", ("north",)),
-        (2, "shares", ("south",)),
-        (3, "masked", ("east", "west")),
-        (4, "opened", ("centre",)),
-    ):
-        for site in sites:
-            goal = number, STAGES.index(at)
-            wait(partial(is_at, federation, site, goal), f"{site} at {at} of round {number}")
-            federation.crash(site)
+    run = federation.start_run(run_name=name, num_server_rounds=3, **SECURE)
+    for number, at, site in ((1, "keys", "north"), (2, "shares", "south"), (2, "masked", "east")):
+        goal = number, STAGES.index(at)
+        wait(partial(is_at, federation, site, goal), f"{site} at {at} of round {number}")
+        federation.crash(site)
     said, _ = run.communicate(timeout=900)
     assert run.returncode == 0, said
     rows = federation.rows(name)
-    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert min(row["clients_ok"] for row in rows) >= 3
-    assert min(row["clients_ok"] for row in rows) < 5  # somebody was missed
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert 3 <= min(row["clients_ok"] for row in rows) < 5  # somebody was missed
     assert all(0 < row["train_loss"] < 3 for row in rows)
     assert all("eval_loss" not in node for row in rows for node in row["nodes"].values())
 
