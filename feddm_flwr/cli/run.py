@@ -160,7 +160,11 @@ def _check_simulation(config: RunConfig, nodes: int, folder: Path) -> None:
     if config.min_nodes > nodes:
         raise ConfigError(f"min-nodes = {config.min_nodes} is not allowed: must be at most --num-supernodes = {nodes}")
     if (least := least_replies(config)) > (asked := nodes_asked(config, nodes)):
-        rule = f"min-replies = {least}" if config.min_replies else f"server.aggregation = {config.server.aggregation!r}"
+        rule = f"server.aggregation = {config.server.aggregation!r}"
+        if config.min_replies:
+            rule = f"min-replies = {least}"
+        elif config.privacy.secure_aggregation:
+            rule = "privacy.secure-aggregation = true"
         raise ConfigError(
             f"{rule} is not allowed: a round needs {least} replies and asks {asked} nodes "
             f"(fraction-train = {config.fraction_train} of --num-supernodes = {nodes})"

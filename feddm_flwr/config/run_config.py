@@ -39,7 +39,8 @@ class RunConfig:
     min_nodes: int = key(2, "nodes that must be connected before a round starts", low=1)
     min_replies: int = key(
         0,
-        "good replies that a round needs; 0: from more than half of those asked, and three under a robust rule",
+        "good replies that a round needs; 0: from more than half of those asked, and three under a robust rule or with "
+        "secure-aggregation",
         low=0,
     )
     max_round_retries: int = key(2, "times a round with too few good replies is repeated", low=0)

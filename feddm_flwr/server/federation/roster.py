@@ -202,6 +202,7 @@ class Roster:
             f"{len(view.online)} usable nodes of {len(view.ids)} connected, {self.needed} are needed "
             f"(min-nodes = {self.config.min_nodes}, min-replies = {self.config.min_replies}, "
             f"server.aggregation = {self.config.server.aggregation!r}, "
+            f"privacy.secure-aggregation = {str(self.config.privacy.secure_aggregation).lower()}, "
             f"wait-timeout = {self.config.wait_timeout:g} s)"
             + (f"; {silent} have not answered" if silent else "")
             + "".join(f"; left out: {r}" for r in reasons)
