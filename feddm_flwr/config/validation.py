@@ -47,10 +47,10 @@ def _train(c: RunConfig) -> Iterator[str]:
 
 def _codecs(c: RunConfig) -> Iterator[str]:
     if c.strategy == "feddm-vanilla" and (c.codec.uplink, c.codec.downlink) != ("none", "none"):
-        other = "feddm-secure" if c.codec.uplink == SUM else "feddm-quant"
+        sums = "" if c.codec.uplink != SUM else "; with privacy.secure-aggregation = true use feddm-secure"
         yield (
             f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r} with "
-            f"strategy = 'feddm-vanilla': both must be none, or use {other}"
+            f"strategy = 'feddm-vanilla': both must be none, or use feddm-quant{sums}"
         )
     if c.codec.error_feedback and (c.codec.target == "weights" or c.codec.uplink == "none"):
         yield (
