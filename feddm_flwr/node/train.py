@@ -75,7 +75,7 @@ def do(
     tells = task.evaluate and config.eval.every > 0 and not config.privacy.hides_losses
     held_out = unseen.held_out(network, config.eval.images if tells else 0, name)
     progress = loop.Progress(task.round, task.steps_before, task.repeat)
-    extras = ExtrasChannel(config, split.shared.layout)
+    extras = ExtrasChannel(config, split.shared.layout, down=True)
     own = Own(config, split, task, state, extras.decode(frames, task.round))
     inherited = own.inherited(parameters.layout(network), received, uplink.start(received))
     try:
@@ -103,5 +103,5 @@ def do(
         shared = split.shared.take(received)
         reply, frame = summed.send(sent.frame, shared, reply, len(data.held_out))
         return Outcome(reply.to_record(name, task.round), {FRAME: frame})
-    beside = ExtrasChannel(config, split.shared.layout, task.round).encode(own.leave(trained), task.round)
+    beside = own.leave(trained, ExtrasChannel(config, split.shared.layout, task.round))
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **beside})
