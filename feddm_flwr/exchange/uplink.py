@@ -72,8 +72,9 @@ class UplinkSender:
         self._split.shared.put(shared, vector)
         return vector
 
-    def send(self, trained: Tensor, received: Vector) -> Sent:
-        """Codes the part of the trained weights that is to be sent, or its difference to what was received."""
+    def send(self, trained: Tensor, received: Vector, seal: Callable[[bytes, float], bytes] | None = None) -> Sent:
+        """Codes the part of the trained weights that is to be sent, or its difference to what was received; `seal`
+        makes a frame of what is coded and of how much that lost, before anything is kept."""
         target, task = self._codec.target, self._task
         wanted = trained if target == "weights" else trained - torch.from_numpy(received).to(trained.device)
         if self._split.personal.layout.names or len(self._split.sent) > 1:
@@ -81,6 +82,10 @@ class UplinkSender:
         frame, decoded = self._up.code(wanted, target, task.round, self._seed)
         meant = wanted.cpu().numpy()
         left = meant - decoded
+        norm = float(np.linalg.norm(meant.astype(np.float64)))
+        error = float(np.linalg.norm(left.astype(np.float64))) / norm if norm else 0.0
+        if seal:
+            frame = seal(frame, error)
         if self._codec.error_feedback:
             assert self._state
             self._state.write(self._residual, task.round, left, self._part.layout, (task.acked, task.durable))
@@ -89,8 +94,7 @@ class UplinkSender:
             values = self._split.personal.take(trained.cpu().numpy())
             still = (task.acked_any, task.durable_any)
             self._state.write("personal", task.round, values, self._split.personal.layout, still)
-        norm = float(np.linalg.norm(meant.astype(np.float64)))
-        return Sent(frame, float(np.linalg.norm(left.astype(np.float64))) / norm if norm else 0.0)
+        return Sent(frame, error)
 
 
 class UplinkReceiver:

@@ -6,7 +6,6 @@ What it must not forget between messages, or do twice, is in a file that only it
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from filelock import FileLock
 
-from feddm_flwr.config import LEAST_OF_SUM, ConfigError, RunConfig, least_replies, nodes_asked
+from feddm_flwr.config import LEAST_OF_SUM, ConfigError, RunConfig, nodes_asked
 from feddm_flwr.exchange.node_state import NodeState
 from feddm_flwr.node.settings import NodeConfig, node_state_root
 from feddm_flwr.privacy.secure_sum import (
@@ -27,18 +26,22 @@ from feddm_flwr.privacy.secure_sum import (
     SecureSumError,
     Words,
     add_pairwise_masks,
+    check_key,
     check_signature,
     context,
+    from_hex,
+    is_tag,
     new_key,
     own_mask,
     public_key,
     seal,
     sign,
     split,
+    tag,
     threshold,
     unseal,
 )
-from feddm_flwr.protocol.tasks import KEYS, SHARES, SecureTask, TrainTask
+from feddm_flwr.protocol.tasks import CONFIRM, KEYS, REFUSED, SHARES, SecureTask, TrainTask
 from feddm_flwr.storage.atomic import whole_file
 
 _REMEMBERED = 100  # rounds whose sums were opened
@@ -102,7 +105,7 @@ class SecureNode:
             ConfigError: as `identity`.
             ValueError, OSError: as `NodeState`.
         """
-        self._config, self._name, self._identity = config, name, identity(own, name)
+        self._config, self._name, self._run, self._identity = config, name, run, identity(own, name)
         private = config.privacy.of_images
         self._path = NodeState(node_state_root(own), run, name, private=private).path / "secure.json"
 
@@ -117,41 +120,55 @@ class SecureNode:
             if task.stage == KEYS:
                 return self._keys(memory, task)
             session = _session(memory, task.session)
-            return self._share(session, said) if task.stage == SHARES else self._open(memory, session, said)
+            if task.stage == SHARES:
+                return self._share(session, said)
+            return self._confirm(session, said) if task.stage == CONFIRM else self._open(memory, session, said)
 
-    def mask(self, words: Words, task: TrainTask, images: int, about: Mapping[str, Any]) -> None:
+    def images(self, task: TrainTask) -> object:
+        """Returns how many images the server says that this node trains on."""
+        return json.loads(task.secure)["images"].get(self._name)
+
+    def opened(self, number: int) -> int:
+        """Returns the number of a round if this node told of masks in it, else 0: what it kept in a round may be what
+        the server made it to be, if the sum was of nobody else."""
+        with self._memory() as memory:
+            rounds = {training.partition("/")[0] for training in memory[_OPENED]}
+        return number if str(number) in rounds else 0
+
+    def check(self, task: TrainTask) -> dict[str, str]:
+        """Returns the shares that the others gave this node, by name, with its own, before it trains for their sum.
+
+        Raises:
+            SecureSumError: the session is another, was used, or its nodes are not those that it began with.
+        """
+        with self._memory() as memory:
+            return self._shares(memory, task)
+
+    def mask(self, words: Words, task: TrainTask, about: Mapping[str, Any]) -> None:
         """Adds this node's masks to its words, in place, once for a session; `about` is what the training went by.
 
         Raises:
-            SecureSumError: the session is another, was used, or its participants are not those that it began with.
+            SecureSumError: as `check`.
         """
-        said = json.loads(task.secure)
         with self._memory() as memory:
-            session = _session(memory, said["session"])
-            if session["stage"] != SHARES:
-                raise SecureSumError("this session's masks were used before, or are not there yet")
-            names, sealed = said["names"], said["sealed"]
-            nodes = {name: session["nodes"][name] for name in names if name in session["nodes"]}
-            others = {*names} - {self._name}
-            if len(nodes) < len(names) or self._name not in nodes or {*sealed} != others:
-                raise SecureSumError("nodes that this session did not begin with")
-            self._check_count(len(names), self._needed(session))
-            if _training(task) != session["training"]:
-                raise SecureSumError(f"a session of round {session['training']}")
-            if said["images"].get(self._name) != images or {*said["images"]} != {*names}:
-                raise SecureSumError("numbers of images that are not those of the nodes")
-            facts = {"session": said["session"], "nodes": nodes, "images": said["images"], **about}
-            shares = {name: self._unsealed(session, name, sealed[name]).hex() for name in sorted(others)}
-            session |= {"stage": "masked", "shares": shares | {self._name: session.pop("kept")}}
-            mask = context(facts)
-            publics = {name: bytes.fromhex(nodes[name]["masking"]) for name in others}
+            shares, session = self._shares(memory, task), memory["session"]
+            nodes, images = session["nodes"], json.loads(task.secure)["images"]
+            # What this node started with is its own, but a sum of it is told of once.
+            trained = context({**about, "acked": [task.acked, task.acked_any]}).hex()
+            if trained != memory[_OPENED].get(session["training"], {}).get("trained", trained):
+                raise SecureSumError(f"a sum of round {session['training']} was told of that was of other weights")
+            mask = context({"session": session["id"], "nodes": nodes, "images": images, **about})
+            session |= {"stage": "masked", "shares": shares, "trained": trained, "about": mask.hex()}
+            publics = {name: bytes.fromhex(nodes[name]["masking"]) for name in shares if name != self._name}
             words += own_mask(bytes.fromhex(session["own"]), mask, len(words))
             add_pairwise_masks(words, self._name, bytes.fromhex(session["masking"]), publics, mask)
 
     def _keys(self, memory: dict[str, Any], task: SecureTask) -> dict[str, Any]:
-        last = max((int(training.partition("/")[0]) for training in memory[_OPENED]), default=0)
-        if task.round <= last - _REMEMBERED:
-            raise SecureSumError(f"round {task.round} is long over")
+        training, last = _training(task), max(map(_round, memory[_OPENED]), default=0)
+        if not (max(0, last - _REMEMBERED) < task.round <= self._config.num_server_rounds):
+            raise SecureSumError(f"round {task.round} is over, or none of this run's")
+        if not 0 <= task.repeat <= self._config.max_round_retries:
+            raise SecureSumError(f"round {task.round} was repeated {task.repeat} times")
         session = memory["session"]
         if session.get("id") != task.session:
             session = memory["session"] = {
@@ -160,19 +177,23 @@ class SecureNode:
                 "sealing": new_key().hex(),
                 "masking": new_key().hex(),
                 "own": new_key().hex(),
-                "training": _training(task),
+                "training": training,
             }
         public = Public(*(public_key(bytes.fromhex(session[kind])) for kind in ("sealing", "masking")))
-        signature = sign(self._identity.key, public.signed(task.session, self._name)) if self._identity else b""
+        content = public.signed(self._signed(session), self._name)
         return {
             "sealing": public.sealing.hex(),
             "masking": public.masking.hex(),
-            "signature": signature.hex(),
-            _OPENED: memory[_OPENED].get(_training(task), []),
+            "signature": sign(self._identity.key, content).hex() if self._identity else "",
+            _OPENED: memory[_OPENED].get(training, {}).get("names", []),
         }
 
+    def _signed(self, session: Mapping[str, Any]) -> str:
+        """Returns what a signature is about, beside keys."""
+        return f"{self._run} {session['training']} {session['id']}"
+
     def _share(self, session: dict[str, Any], nodes: dict[str, dict[str, str]]) -> dict[str, Any]:
-        """Returns the shares of this node's two secrets, sealed for each of the other nodes."""
+        """Returns the shares of this node's two secrets, sealed for each of the other nodes; or whom it refuses."""
         if session["stage"] == SHARES and session["nodes"] == nodes:  # it is asked again
             found: dict[str, Any] = session["sent"]
             return found
@@ -183,72 +204,117 @@ class SecureNode:
         own = nodes.get(self._name, {})
         if (own.get("sealing"), own.get("masking")) != (public_key(sealing).hex(), public_key(masking).hex()):
             raise SecureSumError("this node's own keys were changed on their way")
-        for name, said in nodes.items():
-            public = Public(*(bytes.fromhex(said[kind]) for kind in ("sealing", "masking", "signature")))
-            if self._identity:
-                if name not in self._identity.others:
-                    raise SecureSumError(f"{name} is not among this node's secure-peers")
-                try:
-                    check_signature(self._identity.others[name], public.signature, public.signed(session["id"], name))
-                except SecureSumError as error:
-                    raise SecureSumError(f"the key that is said to be {name}'s: {error}") from None
-        session["nodes"] = nodes
-        needed = self._needed(session)
+        refused = {name: why for name, said in nodes.items() if (why := self._wrong_with(session, name, said))}
+        if refused:
+            return {REFUSED: refused}
+        needed = threshold(len(nodes), self._config.privacy.threshold)
         of_own = split(bytes.fromhex(session["own"]), [*nodes], needed)
         of_masking = split(masking, [*nodes], needed)
-        both = {name: of_own[name] + of_masking[name] for name in nodes}
+        both, about = {name: of_own[name] + of_masking[name] for name in nodes}, _about(session["id"], nodes)
         sent = {
-            name: _text(seal(sealing, bytes.fromhex(said["sealing"]), session["id"], self._name, name, both[name]))
+            name: seal(sealing, bytes.fromhex(said["sealing"]), about, self._name, name, both[name]).hex()
             for name, said in nodes.items()
             if name != self._name
         }
-        session |= {"stage": SHARES, "kept": both[self._name].hex(), "sent": sent}
+        session |= {"stage": SHARES, "nodes": nodes, "kept": both[self._name].hex(), "sent": sent}
         return sent
 
-    def _open(self, memory: dict[str, Any], session: dict[str, Any], survivors: list[str]) -> dict[str, Any]:
-        """Returns this node's shares of the own masks of those who are in the sum, and of the keys of the others."""
-        if session["stage"] == _OPENED and session["survivors"] == survivors:
+    def _wrong_with(self, session: Mapping[str, Any], name: str, said: Mapping[str, str]) -> str:
+        """Returns what is wrong with the keys that are said to be a node's; "" if nothing is."""
+        try:
+            public = Public(*(bytes.fromhex(said[kind]) for kind in ("sealing", "masking", "signature")))
+            check_key(bytes.fromhex(session["sealing"]), public.sealing)
+            check_key(bytes.fromhex(session["masking"]), public.masking)
+            if self._identity and name not in self._identity.others:
+                return "it is not among this node's secure-peers"
+            if self._identity:
+                content = public.signed(self._signed(session), name)
+                check_signature(self._identity.others[name], public.signature, content)
+        except (SecureSumError, ValueError, KeyError, TypeError) as error:
+            return str(error)
+        return ""
+
+    def _shares(self, memory: Mapping[str, Any], task: TrainTask) -> dict[str, str]:
+        said = json.loads(task.secure)
+        session = _session(memory, said["session"])
+        if session["stage"] != SHARES:
+            raise SecureSumError("this session's masks were used before, or are not there yet")
+        if _training(task) != session["training"]:
+            raise SecureSumError(f"a session of round {session['training']}")
+        nodes, names, sealed = session["nodes"], [*said["images"]], said["sealed"]
+        if not {self._name} <= {*names} <= {*nodes} or {*sealed} != {*names} - {self._name}:
+            raise SecureSumError("nodes that this session did not begin with")
+        if sorted(names) != memory[_OPENED].get(session["training"], {}).get("names", sorted(names)):
+            raise SecureSumError(f"a sum of round {session['training']} was told of that was of other nodes")
+        self._check_count(len(names), self._needed(session))
+        private, about = bytes.fromhex(session["sealing"]), _about(session["id"], nodes)
+        shares = {self._name: str(session["kept"])}
+        for name in sorted(sealed):
+            public = bytes.fromhex(nodes[name]["sealing"])
+            shares[name] = unseal(private, public, about, name, self._name, from_hex(sealed[name])).hex()
+        return shares
+
+    def _confirm(self, session: dict[str, Any], survivors: list[str]) -> dict[str, Any]:
+        """Returns tags by which the others know that this node was told the same: what was asked, and who is left."""
+        if session["stage"] == CONFIRM and session["survivors"] == survivors:
+            found: dict[str, Any] = session["tags"]
+            return found
+        chosen = {*survivors}
+        if session["stage"] != "masked" or not {self._name} <= chosen <= {*session["shares"]}:
+            raise SecureSumError("this session is not at its end, or is told of to others")
+        self._check_count(len(chosen), self._needed(session))
+        private, content = bytes.fromhex(session["sealing"]), self._agreed(session, survivors)
+        tags = {
+            name: tag(private, bytes.fromhex(session["nodes"][name]["sealing"]), self._name, name, content).hex()
+            for name in sorted(chosen - {self._name})
+        }
+        session |= {"stage": CONFIRM, "survivors": survivors, "tags": tags}
+        return tags
+
+    def _open(self, memory: dict[str, Any], session: dict[str, Any], tags: dict[str, str]) -> dict[str, Any]:
+        """Returns this node's shares of the own masks of those who are in the sum, and of the keys of the others, once
+        enough of those show that they were told the same (Bonawitz et al. 2017, the consistency check)."""
+        if session["stage"] == _OPENED:  # it is asked again
             found: dict[str, Any] = session["told"]
             return found
-        shares: dict[str, str] = session.get("shares", {})
-        chosen = {*survivors}
-        if session["stage"] != "masked" or not {self._name} <= chosen <= {*shares}:
-            raise SecureSumError("this session is not at its end, or was opened for others")
-        training = session["training"]
-        before = memory[_OPENED].get(training)
-        if before not in (None, sorted(chosen)):
-            raise SecureSumError(f"the sum of round {training} was opened with other nodes: {', '.join(before)}")
-        if len(chosen) < (least := max(self._needed(session), LEAST_OF_SUM, self._config.min_replies)):
-            raise SecureSumError(f"a sum of {len(chosen)} nodes; at least {least} are needed to open it")
+        if session["stage"] != CONFIRM:
+            raise SecureSumError("this session is not at its end")
+        survivors, shares, training = session["survivors"], session["shares"], session["training"]
+        private, content = bytes.fromhex(session["sealing"]), self._agreed(session, survivors)
+        publics = {name: bytes.fromhex(session["nodes"][name]["sealing"]) for name in {*survivors} - {self._name}}
+        agreeing = 1 + sum(
+            is_tag(from_hex(tags.get(name)), private, public, name, self._name, content)
+            for name, public in publics.items()
+        )
+        if agreeing < (needed := self._needed(session)):
+            raise SecureSumError(f"{agreeing} nodes were told the same; at least {needed} are needed")
         half = 2 * SECRET  # hex digits
-        told = {name: share[:half] if name in chosen else share[half:] for name, share in shares.items()}
-        rounds = memory[_OPENED] | {training: sorted(chosen)}
-        memory[_OPENED] = dict([*rounds.items()][-_REMEMBERED:])
-        memory["session"] = {"id": session["id"], "stage": _OPENED, "survivors": survivors, "told": told}
+        told = {name: share[:half] if name in survivors else share[half:] for name, share in shares.items()}
+        last = max(_round(training), *map(_round, memory[_OPENED]), 0)
+        memory[_OPENED] = {
+            **{old: found for old, found in memory[_OPENED].items() if _round(old) > last - _REMEMBERED},
+            training: {"names": sorted(survivors), "trained": session["trained"]},
+        }
+        memory["session"] = {"id": session["id"], "stage": _OPENED, "told": told}
         return told
 
-    def _unsealed(self, session: Mapping[str, Any], name: str, sealed: str) -> bytes:
-        """Returns another's shares of its two secrets.
-
-        Raises:
-            SecureSumError: they are none.
-        """
-        private, public = (bytes.fromhex(key) for key in (session["sealing"], session["nodes"][name]["sealing"]))
-        return unseal(private, public, session["id"], name, self._name, base64.b64decode(sealed))
+    def _agreed(self, session: Mapping[str, Any], survivors: list[str]) -> bytes:
+        """Returns what nodes must agree on before masks are told of."""
+        return json.dumps([session["about"], sorted(survivors)]).encode()
 
     def _needed(self, session: Mapping[str, Any]) -> int:
         """Returns how many nodes open the sum of a session."""
         return threshold(len(session["nodes"]), self._config.privacy.threshold)
 
-    def _check_count(self, count: int, least: int = LEAST_OF_SUM) -> None:
+    def _check_count(self, count: int, least: int = 0) -> None:
         """Finds out whether so many nodes are enough for a sum, by the run's own configuration, whatever the server
         says.
 
         Raises:
             SecureSumError: they are not.
         """
-        asked = nodes_asked(self._config, self._config.min_nodes)
-        least = max(least, LEAST_OF_SUM, least_replies(self._config, asked))
+        half = nodes_asked(self._config, self._config.min_nodes) // 2 + 1
+        least = max(least, LEAST_OF_SUM, half, self._config.min_replies)
         if count < least:
             raise SecureSumError(f"a sum of {count} nodes; at least {least} are needed")
 
@@ -272,10 +338,16 @@ def _session(memory: Mapping[str, Any], wanted: str) -> dict[str, Any]:
     return found
 
 
-def _text(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
 def _training(task: TrainTask | SecureTask) -> str:
     """Returns what tells a round's training from that of other rounds, and from those that were drawn anew."""
     return f"{task.round}/{task.repeat}"
+
+
+def _round(training: str) -> int:
+    return int(training.partition("/")[0])
+
+
+def _about(session: str, nodes: Mapping[str, Any]) -> str:
+    """Returns what shares are sealed for: a node that was shown other nodes, or other keys of theirs, cannot read
+    them."""
+    return f"{session} {context(nodes).hex()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,14 +62,19 @@ def do(
     split = split_of(parameters.layout(network), config)
     private = config.privacy.of_images
     state = NodeState(root, task.run_uuid, name, private=private) if config.keeps_state else None
-    summed = Summed(config, split, name, task, frames, secure) if secure else None
-    uplink = UplinkSender(config, split, name, task, state, summed.sender if summed else None)
     try:
         received = DownlinkReceiver(config, split, task, state).receive(frames, parameters.to_vector(network))
     except StateLostError as error:
         log.warning("%s", error)  # the server sends the whole of it
         return nothing
     parameters.load_vector(network.to(device), received)
+    summed, base = None, task
+    if secure:
+        if secure.images(task) != len(data.train):  # the server asks anew what this node has
+            return Outcome(TrainReply(len(data.train), 1, 0.0, None).to_record(name, task.round), {FRAME: b"outdated"})
+        summed = Summed(config, split, name, task, frames, secure, received, data)
+        base = replace(task, acked=secure.opened(task.acked))
+    uplink = UplinkSender(config, split, name, base, state, summed.sender if summed else None)
 
     objective, unseen = build_objectives(config, data, assets, root, device)
     tells = task.evaluate and config.eval.every > 0 and not config.privacy.hides_losses
@@ -85,7 +90,8 @@ def do(
         return Outcome(nothing.report | {SPENT: str(error)}, {})
     noise = account.noise if account else 0.0
     trained = loop.train(network, objective, config, name, progress, device, inherited, noise, data.groups)
-    sent = uplink.send(parameters.flat(network), received)
+    seal = partial(summed.frame, figures=(trained.loss, held_out)) if summed else None
+    sent = uplink.send(parameters.flat(network), received, seal)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")
         state.replace_folder("pipeline", "personal", task.round, fill)
@@ -99,9 +105,8 @@ def do(
         state_lost=state is not None and state.lost,
         **asdict(spent) if spent else {},
     )
-    if summed:
-        shared = split.shared.take(received)
-        reply, frame = summed.send(sent.frame, shared, reply, len(data.held_out))
-        return Outcome(reply.to_record(name, task.round), {FRAME: frame})
+    if summed:  # the rest is in the sum
+        reply = replace(reply, train_loss=0.0, coding_error=0.0, eval_loss=None, eval_levels=[])
+        return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame})
     beside = own.leave(trained, ExtrasChannel(config, split.shared.layout, task.round))
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **beside})

@@ -11,6 +11,7 @@ whose masks do not cancel.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ Words = NDArray[np.uint64]
 
 SECRET = 32  # bytes of every key and secret
 _SIGNED = "feddm secure aggregation 1"
+SEALED = 2 * SECRET + 16  # bytes of two sealed shares
 _HALF = SECRET // 2  # which is what the library shares at a time
 
 
@@ -48,7 +50,7 @@ class Public:
     signature: bytes = b""  # of both, by the node's own key; empty in a simulation
 
     def signed(self, session: str, name: str) -> bytes:
-        """Returns what is signed."""
+        """Returns what is signed; `session` also says of which run and training."""
         return json.dumps([_SIGNED, session, name, self.sealing.hex(), self.masking.hex()]).encode()
 
 
@@ -105,13 +107,22 @@ def join(shares: Mapping[str, bytes], names: list[str], needed: int) -> bytes:
     return b"".join(Shamir.combine(part, False) for part in parts)
 
 
-def seal(private: bytes, public: bytes, session: str, sender: str, receiver: str, content: bytes) -> bytes:
-    """Returns a content that only the receiver can read, and nobody else can have written."""
+def from_hex(text: object) -> bytes:
+    """Returns the bytes that another says in hexadecimal digits; none where it says something else."""
+    try:
+        return bytes.fromhex(text) if isinstance(text, str) else b""
+    except ValueError:
+        return b""
+
+
+def seal(private: bytes, public: bytes, about: str, sender: str, receiver: str, content: bytes) -> bytes:
+    """Returns a content that only the receiver can read, if `about` is the same for it, and nobody else can have
+    written."""
     key = _agreed(private, public, b"seal")
-    return AESGCM(key).encrypt(_nonce(sender), content, _label(session, sender, receiver))
+    return AESGCM(key).encrypt(_nonce(sender), content, _label(about, sender, receiver))
 
 
-def unseal(private: bytes, public: bytes, session: str, sender: str, receiver: str, sealed: bytes) -> bytes:
+def unseal(private: bytes, public: bytes, about: str, sender: str, receiver: str, sealed: bytes) -> bytes:
     """Returns the inverse of `seal`.
 
     Raises:
@@ -119,7 +130,7 @@ def unseal(private: bytes, public: bytes, session: str, sender: str, receiver: s
     """
     key = _agreed(private, public, b"seal")
     try:
-        return AESGCM(key).decrypt(_nonce(sender), sealed, _label(session, sender, receiver))
+        return AESGCM(key).decrypt(_nonce(sender), sealed, _label(about, sender, receiver))
     except (InvalidTag, ValueError):
         raise SecureSumError(f"what is said to be of {sender} cannot be opened") from None
 
@@ -129,8 +140,8 @@ def _nonce(sender: str) -> bytes:
     return hashlib.sha256(sender.encode()).digest()[:12]
 
 
-def _label(session: str, sender: str, receiver: str) -> bytes:
-    return json.dumps([session, sender, receiver]).encode()
+def _label(about: str, sender: str, receiver: str) -> bytes:
+    return json.dumps([about, sender, receiver]).encode()
 
 
 def _agreed(private: bytes, public: bytes, use: bytes) -> bytes:
@@ -161,13 +172,27 @@ def own_mask(secret: bytes, about: bytes, count: int) -> Words:
     return _stream(_derived(secret, b"own" + about), count)
 
 
-def add_pairwise_masks(
-    words: Words, name: str, private: bytes, others: Mapping[str, bytes], about: bytes, *, remove: bool = False
-) -> None:
-    """Adds the masks that a node has with the others, by the public keys of these, in place; or removes them."""
+def add_pairwise_masks(words: Words, name: str, private: bytes, others: Mapping[str, bytes], about: bytes) -> None:
+    """Adds the masks that a node has with the others, by the public keys of these, in place."""
     for other, public in others.items():
         mask = _stream(_agreed(private, public, b"pair" + about), len(words))
-        if (name < other) is remove:
-            words -= mask
-        else:
+        if name < other:
             words += mask
+        else:
+            words -= mask
+
+
+def check_key(private: bytes, public: bytes) -> None:
+    """Raises a SecureSumError where a public key is none that a key can be agreed on with."""
+    _agreed(private, public, b"check")
+
+
+def tag(private: bytes, public: bytes, sender: str, receiver: str, content: bytes) -> bytes:
+    """Returns what shows the receiver, and nobody else, that a content is the sender's."""
+    key = _agreed(private, public, b"tag")
+    return hmac.digest(key, json.dumps([sender, receiver]).encode() + content, "sha256")
+
+
+def is_tag(found: bytes, private: bytes, public: bytes, sender: str, receiver: str, content: bytes) -> bool:
+    """Tells whether it is the `tag` that the sender makes; the keys are the receiver's own and the sender's public."""
+    return hmac.compare_digest(found, tag(private, public, sender, receiver, content))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Self
 
 Scalar = str | int | float | bool
@@ -15,10 +15,12 @@ SPENT = "spent"
 #: Kinds of what is asked beside the training.
 REFERENCE, FINAL = "reference", "final"
 #: Stages of a secure sum that are asked for beside the training.
-KEYS, SHARES, OPEN = "keys", "shares", "open"
+KEYS, SHARES, CONFIRM, OPEN = "keys", "shares", "confirm", "open"
 SUMS = "query.sums"  # the kind of their messages
 #: What a report has where a node does not answer such a question: why.
 PROBLEM = "problem"
+#: What an answer has in place of shares: nodes whose keys are wrong, and why.
+REFUSED = "refused"
 #: The frame of the expected scales of an update, where nodes send sums.
 SCALES = "scales"
 #: Frames of the final evaluation.
@@ -71,9 +73,13 @@ class _Task:
         """Reads what `to_record` made.
 
         Raises:
-            TypeError: a field is missing, or there is another.
+            TypeError: a field is missing, is of another type, or there is another.
         """
-        return cls(**{key.replace("-", "_"): value for key, value in record.items()})
+        found = cls(**{key.replace("-", "_"): value for key, value in record.items()})
+        for field in fields(found):
+            if type(getattr(found, field.name)).__name__ != field.type:
+                raise TypeError(f"{field.name} must be of type {field.type}")
+        return found
 
 
 @dataclass(frozen=True)

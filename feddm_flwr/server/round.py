@@ -18,7 +18,7 @@ from feddm_flwr.aggregation.mean import StreamingMean
 from feddm_flwr.aggregation.outliers import Lengths, Outliers
 from feddm_flwr.aggregation.robust import RobustMean
 from feddm_flwr.codecs.framing import Frame, FrameError
-from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, least_replies, local_steps
+from feddm_flwr.config import NOISE_LEVELS, RunConfig, expanded, local_steps
 from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.exchange.extras import Extras, ExtrasChannel, mean_of_nodes
 from feddm_flwr.exchange.partial import ALL
@@ -230,7 +230,7 @@ class RoundInProgress:
         assert self._secure
         for name, failure in self._secure.failures.items():
             self.fail(name, failure)
-        if self.count < least_replies(self._config, len(self.part)):
+        if self.count < self._secure.needed:
             return
         try:
             self.opened = self._secure.open(weights)
