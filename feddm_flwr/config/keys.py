@@ -199,9 +199,8 @@ class Train:
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", above=0)
     control: str = key(
         "none",
-        "`scaffold`: control variates (Karimireddy et al. 2020) take from each node's gradients what is its own: for "
-        "nodes with unlike images; as many bytes again up, in 4 bits down where codec.downlink is set, and a file as "
-        "large as the model on each node",
+        "`scaffold`: control variates (Karimireddy et al. 2020) take from each node's gradients what is its own; for "
+        "small models: as many float32 bytes again each way, and a file as large as the model on each node",
         choices=("none", "scaffold"),
     )
     mu: float = key(PRESET, "weight of the proximal term mu/2 * ||w - w_t||^2", low=0)

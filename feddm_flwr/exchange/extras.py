@@ -4,10 +4,8 @@ A node's optimizer begins every round without memory. Second moments of AdamW ar
 channel of each parameter, some kilobytes (after FedAdamW, arXiv 2510.27486, whose blocks are larger). Muon's momentum
 is as large as the model and travels in ternary values, with a scale for each block: it is made orthogonal before it
 moves a weight, so that its direction is what counts. A control variate (Karimireddy et al. 2020, arXiv 1910.06378) is
-a mean of gradients; a node sends how its own has changed. Where updates are coded that is ternary, too, and the node
-goes on with what the server has made of it: what coding loses is in the next change by itself. The server's is in 4
-bits then, rounded at random, so that no value of it is always 0. All are of the shared parameters only: what stays on a
-node does so with its moments.
+a mean of gradients, in float32; a node sends how its own has changed. All are of the shared parameters only: what stays
+on a node does so with its moments.
 """
 
 from __future__ import annotations
@@ -16,11 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from feddm_flwr.codecs.base import Codec
 from feddm_flwr.codecs.floating import BFloat16, Identity
 from feddm_flwr.codecs.framing import Frame
-from feddm_flwr.codecs.grid import Int2, Int4
-from feddm_flwr.config import RunConfig, derive_seed
+from feddm_flwr.codecs.grid import Int2
+from feddm_flwr.config import RunConfig
 from feddm_flwr.exchange.channel import Channel, FrameError
 from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, MOMENTUM
 from feddm_flwr.vector import Layout, Vector, euclidean_norm
@@ -43,16 +40,11 @@ def has_momentum(shape: tuple[int, ...]) -> bool:
 
 
 class ExtrasChannel:
-    """Both ends of one way."""
+    """Both ends of both ways."""
 
-    def __init__(self, config: RunConfig, layout: Layout, after: int = 0, *, down: bool = False) -> None:
-        """Carries what the configuration asks for, of the parameters of a layout, from the nodes or `down` to them;
-        `after` the last round of a run that cannot go on, nothing."""
-        self._seed = config.seed
-        if down:
-            control: Codec = Identity() if config.codec.downlink == "none" else Int4(stochastic=1)
-        else:
-            control = Identity() if config.codec.uplink == "none" else Int2()
+    def __init__(self, config: RunConfig, layout: Layout, after: int = 0) -> None:
+        """Carries what the configuration asks for, of the parameters of a layout; `after` the last round of a run that
+        cannot go on, nothing."""
         by_muon = config.train.optimizer == "muon"
         self._most = _SLACK * config.train.max_grad_norm
         means = sum(channels(shape) for shape in layout.shapes if not (by_muon and has_momentum(shape)))
@@ -63,7 +55,7 @@ class ExtrasChannel:
         for name, codec, size in (
             (MOMENTS, BFloat16(), means if averages else 0),
             (MOMENTUM, Int2(), momentum if averages else 0),
-            (CONTROL, control, layout.size if config.train.control == "scaffold" and not ends else 0),
+            (CONTROL, Identity(), layout.size if config.train.control == "scaffold" and not ends else 0),
         ):
             if size:
                 self._channels[name] = Channel(codec, f"{layout.fingerprint}/{name}", size)
@@ -84,17 +76,7 @@ class ExtrasChannel:
         Raises:
             ValueError: a value is not finite.
         """
-        return self.code(extras, number)[0]
-
-    def code(self, extras: Extras, number: int) -> tuple[dict[str, bytes], Extras]:
-        """Returns the same, and what `decode` makes of them.
-
-        Raises:
-            ValueError: as `encode`.
-        """
-        seed = derive_seed(self._seed, "extras", number)
-        coded = {name: channel.code(extras[name], name, number, seed) for name, channel in self._channels.items()}
-        return {name: frame for name, (frame, _) in coded.items()}, {name: made for name, (_, made) in coded.items()}
+        return {name: channel.encode(extras[name], name, number) for name, channel in self._channels.items()}
 
     def decode(self, frames: Mapping[str, bytes], number: int) -> Extras:
         """Returns what is in the frames of round `number`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from feddm_flwr.config import RunConfig
-from feddm_flwr.exchange.extras import Extras, ExtrasChannel
+from feddm_flwr.exchange.extras import Extras
 from feddm_flwr.exchange.node_state import NodeState
 from feddm_flwr.exchange.partial import Split
 from feddm_flwr.protocol.tasks import CONTROL, MOMENTS, MOMENTUM, TrainTask
@@ -36,21 +36,16 @@ class Own:
         last_step = self._last_step(received) if t.alignment else None
         return Inherited(start, memory, last_step, self._correction(received) if t.control == "scaffold" else None)
 
-    def leave(self, trained: Trained, via: ExtrasChannel) -> dict[str, bytes]:
-        """Keeps what the node's next round begins with; returns the frames of what the server is told beside the
-        update."""
+    def leave(self, trained: Trained) -> Extras:
+        """Keeps what the node's next round begins with; returns what the server is told beside the update."""
         told, t = dict(trained.moments or {}), self._config.train
         if t.moments == "node":
             self._keep("optimizer", kept := told.pop(MOMENTS), Kept.layout((len(kept) - 1) // 2))
-        own = self._control
-        if own is not None and trained.control is not None:
+        if self._control is not None and trained.control is not None:
             now = self._split.shared.take(trained.control)
-            told[CONTROL] = now - own if self._told else np.zeros_like(now)
-        frames, made = via.code(told, self._task.round)
-        if own is not None and CONTROL in told:
-            coded = self._told and via.codecs.get(CONTROL, "none") != "none"
-            self._keep("control", own + made[CONTROL] if coded else now, self._split.shared.layout)
-        return frames
+            self._keep("control", now, self._split.shared.layout)
+            told[CONTROL] = now - self._control if self._told else np.zeros_like(now)
+        return told
 
     def _correction(self, received: Vector) -> Vector:
         """Returns how far the server's control variate is from this node's; 0 for personal parameters."""

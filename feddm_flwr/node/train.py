@@ -80,7 +80,7 @@ def do(
     tells = task.evaluate and config.eval.every > 0 and not config.privacy.hides_losses
     held_out = unseen.held_out(network, config.eval.images if tells else 0, name)
     progress = loop.Progress(task.round, task.steps_before, task.repeat)
-    extras = ExtrasChannel(config, split.shared.layout, down=True)
+    extras = ExtrasChannel(config, split.shared.layout)
     own = Own(config, split, task, state, extras.decode(frames, task.round))
     inherited = own.inherited(parameters.layout(network), received, uplink.start(received))
     try:
@@ -108,5 +108,5 @@ def do(
     if summed:  # the rest is in the sum
         reply = replace(reply, train_loss=0.0, coding_error=0.0, eval_loss=None, eval_levels=[])
         return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame})
-    beside = own.leave(trained, ExtrasChannel(config, split.shared.layout, task.round))
+    beside = ExtrasChannel(config, split.shared.layout, task.round).encode(own.leave(trained), task.round)
     return Outcome(reply.to_record(name, task.round), {FRAME: sent.frame, **beside})

@@ -22,9 +22,9 @@ def text(config: RunConfig, split: Split, frozen: int) -> str:
     sent = max(part.layout.size for part in split.sent.values())
     up, down = _bytes(config, c.uplink, sent), _bytes(config, c.downlink, split.shared.layout.size)
     trained = split.shared.layout.size + split.personal.layout.size
-    ways = (ExtrasChannel(config, split.shared.layout, down=down) for down in (False, True))
-    beside = [sum(_bytes(config, via.codecs[name], size) for name, size in via.sizes.items()) for via in ways]
-    up, down = up + beside[0], down + beside[1]
+    via = ExtrasChannel(config, split.shared.layout)
+    beside = sum(_bytes(config, via.codecs[name], size) for name, size in via.sizes.items())
+    up, down = up + beside, down + beside
     averages = {"adamw8bit": 2, "muon": 4, "sgd": 0}.get(config.train.optimizer, 8)
     controlled = 8 if config.train.control != "none" else 0
     memory = trained * (8 + averages + controlled + (4 if config.train.mu else 0)) + 4 * frozen

@@ -72,7 +72,7 @@ class FedDM:
         self._other = 0  # bytes of what was asked beside the training since the last round
         self._steps = 0  # local steps so far, by the weighted mean of the nodes
         self._receiver = UplinkReceiver(config, split)
-        self._extras_channel = ExtrasChannel(config, split.shared.layout, down=True)
+        self._extras_channel = ExtrasChannel(config, split.shared.layout)
         self._extras: Extras = {}  # what the nodes' next round begins with beside the weights
         self.never_sent = {*split.sent}  # parts that no node's reply has covered yet
         self.spent: set[str] = set()  # nodes whose privacy budget is spent; they still answer questions
