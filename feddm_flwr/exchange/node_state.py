@@ -19,7 +19,7 @@ from pathlib import Path
 from feddm_flwr.exchange.channel import Channel, FrameError, exact
 from feddm_flwr.protocol.tasks import SHADOW
 from feddm_flwr.storage.atomic import forget_unfinished, whole_file, whole_folder
-from feddm_flwr.storage.state_folder import RUN_UUID, forget_old
+from feddm_flwr.storage.state_folder import node_folder
 from feddm_flwr.vector import Layout, Vector
 
 log = logging.getLogger(__name__)
@@ -39,18 +39,11 @@ class NodeState:
         differential privacy kept is of no use to one without, and the other way round.
 
         Raises:
-            ValueError: `run` is not a run-uuid (it is the server's word, and becomes a path).
-            OSError: the folder cannot be made.
+            ValueError, OSError: as `node_folder`.
         """
-        if not re.fullmatch(RUN_UUID, run):
-            raise ValueError(f"run-uuid = {run!r} is not 32 hex digits")
+        self.path = node_folder(root, run, node)
         self._run, self.owner = root / run, f"{run}/{node}{'/private' if private else ''}"
         self.lost = False  # whether what this node had kept was gone
-        self.path = self._run / node
-        if not self.path.is_dir():
-            self._run.mkdir(mode=0o700, parents=True, exist_ok=True)  # a model tells of the images
-            self.path.mkdir(exist_ok=True)
-            forget_old(root, run)
         for folder in (self._run, self.path):
             forget_unfinished(folder, _UNFINISHED_AFTER)
 

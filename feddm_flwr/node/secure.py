@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from filelock import FileLock
 
 from feddm_flwr.config import LEAST_OF_SUM, ConfigError, RunConfig, nodes_asked
-from feddm_flwr.exchange.node_state import NodeState
 from feddm_flwr.node.settings import NodeConfig, node_state_root
 from feddm_flwr.privacy.secure_sum import (
     SECRET,
@@ -43,6 +42,7 @@ from feddm_flwr.privacy.secure_sum import (
 )
 from feddm_flwr.protocol.tasks import CONFIRM, KEYS, REFUSED, SHARES, SecureTask, TrainTask
 from feddm_flwr.storage.atomic import whole_file
+from feddm_flwr.storage.state_folder import node_folder
 
 _REMEMBERED = 100  # rounds whose sums were opened
 _OPENED = "opened"
@@ -103,11 +103,10 @@ class SecureNode:
 
         Raises:
             ConfigError: as `identity`.
-            ValueError, OSError: as `NodeState`.
+            ValueError, OSError: as `node_folder`.
         """
         self._config, self._name, self._run, self._identity = config, name, run, identity(own, name)
-        private = config.privacy.of_images
-        self._path = NodeState(node_state_root(own), run, name, private=private).path / "secure.json"
+        self._path = node_folder(node_state_root(own), run, name) / "secure.json"
 
     def answer(self, task: SecureTask) -> dict[str, Any]:
         """Returns the answer to a question about a sum.

@@ -45,6 +45,23 @@ def check_writable(root: Path) -> None:
         pass
 
 
+def node_folder(root: Path, run: str, node: str) -> Path:
+    """Makes and returns the folder of a node in a run; removes what runs left that nobody touched for two weeks.
+
+    Raises:
+        ValueError: `run` is not a run-uuid (it is the server's word, and becomes a path).
+        OSError: the folder cannot be made.
+    """
+    if not re.fullmatch(RUN_UUID, run):
+        raise ValueError(f"run-uuid = {run!r} is not 32 hex digits")
+    path = root / run / node
+    if not path.is_dir():
+        (root / run).mkdir(mode=0o700, parents=True, exist_ok=True)  # a model tells of the images
+        path.mkdir(exist_ok=True)
+        forget_old(root, run)
+    return path
+
+
 def forget_run(root: Path, run: str) -> None:
     """Removes what the nodes of this machine kept of a run that is over."""
     shutil.rmtree(root / run, ignore_errors=True)

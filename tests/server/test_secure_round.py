@@ -150,8 +150,9 @@ def test_the_mean_is_that_of_what_the_nodes_keep_out_of_their_residuals(
     assert done.weights - before == pytest.approx(mean, rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("stage", [KEYS, SHARES, "train", CONFIRM, OPEN])
-@pytest.mark.parametrize("gone", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "gone"), [(KEYS, 2), (SHARES, 2), ("train", 1), ("train", 2), (CONFIRM, 2), (OPEN, 2)]
+)
 def test_nodes_may_vanish_at_any_stage(stage: str, gone: int, plain: Words, totals: list[Any]) -> None:
     c = config(**SECURE, num_server_rounds=2, min_replies=3)
     handlers = nodes(c, 5)
@@ -222,7 +223,7 @@ def test_after_a_restart_a_sum_is_of_the_same_nodes_while_they_are_there(totals:
 
 
 def test_a_resumed_run_has_the_same_bits() -> None:
-    c = config(**SECURE, num_server_rounds=4)
+    c = config(**SECURE, num_server_rounds=3)
     whole = run(c)[-1].weights.tobytes()
     first = feddm(c)
     rounds = first.run(LocalGrid(nodes(c)))
@@ -231,10 +232,6 @@ def test_a_resumed_run_has_the_same_bits() -> None:
     second = feddm(c)
     second.restore(first.checkpoint())
     assert [*second.run(LocalGrid(nodes(c)))][-1].weights.tobytes() == whole
-    # Killed after the sum of round 3 was asked for, before it was committed.
-    third = feddm(c)
-    third.restore(first.checkpoint())
-    assert [*third.run(LocalGrid(nodes(c)))][-1].weights.tobytes() == whole
 
 
 def test_the_masks_of_a_session_are_used_once() -> None:
@@ -317,8 +314,8 @@ def test_a_repeat_that_is_none_is_refused(value: Any) -> None:
         run(c, {i: (lambda m, h=h: other(m, h)) for i, h in nodes(c).items()})
 
 
-@pytest.mark.parametrize("opened", [5, None, ["ghost"], [["node-0"]], {"node-0": 1}])
-@pytest.mark.parametrize("answers", [{KEYS}, {KEYS, SHARES}, {CONFIRM}, {OPEN}])
+@pytest.mark.parametrize("opened", [None, ["ghost"], {"node-0": 1}])
+@pytest.mark.parametrize("answers", [{KEYS, SHARES}, {CONFIRM, OPEN}])
 def test_a_node_that_answers_nonsense_costs_its_reply(opened: Any, answers: set[str]) -> None:
     c = config(**SECURE, num_server_rounds=1)
     handlers = nodes(c)
@@ -472,7 +469,8 @@ def test_secure_sums_go_with_private_training_with_personal_layers_and_with_othe
         {"strategy": "feddm-quant", "privacy__secure_aggregation": True},
         {**SECURE, "codec__downlink": "none", "fraction_train": 0.75},
     ):
-        c = config(**keys, num_server_rounds=2, out_dir=str(tmp_path), run_name=f"r{len([*tmp_path.iterdir()])}")
+        own = {"out_dir": str(tmp_path), "run_name": f"r{len([*tmp_path.iterdir()])}"}
+        c = config(**keys, **own, num_server_rounds=2, sample__count=2, sample__steps=2)
         run_server(c, nodes(c))
         rows = read_rounds(tmp_path / c.run_name)
         assert [row.clients_failed for row in rows] == [0, 0]
