@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
+#: Of 64 bits, which are added modulo 2^64: what secure sums are of.
+Words = NDArray[np.uint64]
 
 #: Values that are worked on at a time: temporaries that stay in the cache are twice as fast as larger ones.
 PIECE = 1 << 15

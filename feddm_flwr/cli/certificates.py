@@ -1,8 +1,8 @@
 """Keys and certificates of a federation: a certificate authority, the SuperLink's certificate, a key per node.
 
 Everything lies in one folder of the administrator's. The CA's key never leaves it; the SuperLink gets
-`ca.crt`, `server.pem` and `server.key`, a node `ca.crt`, its own
-key, and for secure sums `peers.pub`, which has the public keys of all nodes.
+`ca.crt`, `server.pem` and `server.key`, a node `ca.crt`, its own key, and for secure
+sums `peers.pub`, which has the public keys of all nodes.
 """
 
 from __future__ import annotations

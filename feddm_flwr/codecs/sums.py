@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Words = NDArray[np.uint64]
+from feddm_flwr.vector import Words
+
 WORD = 64  # bits
 
 

@@ -34,8 +34,7 @@ STRATEGIES: dict[str, _Keys] = {
         "server.momentum": 0.5,
     },
 }
-_LEAN = STRATEGIES["feddm-lean"]
-STRATEGIES["feddm-secure"] = _LEAN | {"codec.uplink": SUM, "privacy.secure-aggregation": True}
+STRATEGIES["feddm-secure"] = STRATEGIES["feddm-lean"] | {"codec.uplink": SUM, "privacy.secure-aggregation": True}
 #: Of an exponential average.
 EMA_DECAY = 0.999
 #: What each server optimizer decides: plain averaging; DiLoCo's outer step, by our sweep (see

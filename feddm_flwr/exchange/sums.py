@@ -23,11 +23,11 @@ from torch import Tensor
 
 from feddm_flwr.codecs import framing
 from feddm_flwr.codecs.floating import BFloat16
-from feddm_flwr.codecs.sums import Words, pack, unpack, words_of
+from feddm_flwr.codecs.sums import pack, unpack, words_of
 from feddm_flwr.config import NOISE_LEVELS, RunConfig, derive_seed, flatten
 from feddm_flwr.exchange.channel import Channel
 from feddm_flwr.protocol.tasks import TrainTask
-from feddm_flwr.vector import Vector
+from feddm_flwr.vector import Vector, Words
 
 #: A step over the mean magnitude of a block. Values above the mean are not 0, as with `int2`: 1.75 times the mean is
 #: the mean of those, of normally distributed values.
@@ -234,13 +234,8 @@ def read_words(frame: bytes, layout: str, number: int, size: int) -> Words:
     header, offset = framing.read_header(frame)
     if header != (wanted := framing.Header("sum", "sum", layout, number, size, {})):
         raise framing.FrameError(f"the frame is {header}, not {wanted}")
-    words = np.empty(size, np.uint64)
-    start = 0
-    for (plane,) in framing.read_chunks(frame, offset, size, lambda count: [8 * count]):
-        piece = np.frombuffer(plane, "<u8") if len(plane) % 8 == 0 else np.empty(0)
-        if start + len(piece) > size:
-            raise framing.FrameError("too many words")
-        words[start : (start := start + len(piece))] = piece
-    if start < size:
-        raise framing.FrameError(f"{start} words, not {size}")
-    return words
+    chunks = framing.read_chunks(frame, offset, size, lambda count: [8 * count])
+    content = b"".join(plane for (plane,) in chunks)
+    if len(content) != 8 * size:
+        raise framing.FrameError(f"{len(content)} bytes do not hold {size} words")
+    return np.frombuffer(content, "<u8")

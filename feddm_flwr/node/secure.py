@@ -23,7 +23,6 @@ from feddm_flwr.privacy.secure_sum import (
     SECRET,
     Public,
     SecureSumError,
-    Words,
     add_pairwise_masks,
     check_key,
     check_signature,
@@ -40,12 +39,12 @@ from feddm_flwr.privacy.secure_sum import (
     threshold,
     unseal,
 )
-from feddm_flwr.protocol.tasks import CONFIRM, KEYS, REFUSED, SHARES, SecureTask, TrainTask
+from feddm_flwr.protocol.tasks import CONFIRM, KEYS, OPENED, REFUSED, SHARES, SecureTask, TrainTask
 from feddm_flwr.storage.atomic import whole_file
 from feddm_flwr.storage.state_folder import node_folder
+from feddm_flwr.vector import Words
 
 _REMEMBERED = 100  # rounds whose sums were opened
-_OPENED = "opened"
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,7 @@ class SecureNode:
         """Returns the number of a round if this node told of masks in it, else 0: what it kept in a round may be what
         the server made it to be, if the sum was of nobody else."""
         with self._memory() as memory:
-            rounds = {training.partition("/")[0] for training in memory[_OPENED]}
-        return number if str(number) in rounds else 0
+            return number if number in map(_round, memory[OPENED]) else 0
 
     def check(self, task: TrainTask) -> dict[str, str]:
         """Returns the shares that the others gave this node, by name, with its own, before it trains for their sum.
@@ -154,7 +152,7 @@ class SecureNode:
             nodes, images = session["nodes"], json.loads(task.secure)["images"]
             # What this node started with is its own, but a sum of it is told of once.
             trained = context({**about, "acked": [task.acked, task.acked_any]}).hex()
-            if trained != memory[_OPENED].get(session["training"], {}).get("trained", trained):
+            if trained != memory[OPENED].get(session["training"], {}).get("trained", trained):
                 raise SecureSumError(f"a sum of round {session['training']} was told of that was of other weights")
             mask = context({"session": session["id"], "nodes": nodes, "images": images, **about})
             session |= {"stage": "masked", "shares": shares, "trained": trained, "about": mask.hex()}
@@ -163,7 +161,7 @@ class SecureNode:
             add_pairwise_masks(words, self._name, bytes.fromhex(session["masking"]), publics, mask)
 
     def _keys(self, memory: dict[str, Any], task: SecureTask) -> dict[str, Any]:
-        training, last = _training(task), max(map(_round, memory[_OPENED]), default=0)
+        training, last = _training(task), max(map(_round, memory[OPENED]), default=0)
         if not (max(0, last - _REMEMBERED) < task.round <= self._config.num_server_rounds):
             raise SecureSumError(f"round {task.round} is over, or none of this run's")
         if not 0 <= task.repeat <= self._config.max_round_retries:
@@ -184,7 +182,7 @@ class SecureNode:
             "sealing": public.sealing.hex(),
             "masking": public.masking.hex(),
             "signature": sign(self._identity.key, content).hex() if self._identity else "",
-            _OPENED: memory[_OPENED].get(training, {}).get("names", []),
+            OPENED: memory[OPENED].get(training, {}).get("names", []),
         }
 
     def _signed(self, session: Mapping[str, Any]) -> str:
@@ -243,7 +241,7 @@ class SecureNode:
         nodes, names, sealed = session["nodes"], [*said["images"]], said["sealed"]
         if not {self._name} <= {*names} <= {*nodes} or {*sealed} != {*names} - {self._name}:
             raise SecureSumError("nodes that this session did not begin with")
-        if sorted(names) != memory[_OPENED].get(session["training"], {}).get("names", sorted(names)):
+        if sorted(names) != memory[OPENED].get(session["training"], {}).get("names", sorted(names)):
             raise SecureSumError(f"a sum of round {session['training']} was told of that was of other nodes")
         self._check_count(len(names), self._needed(session))
         private, about = bytes.fromhex(session["sealing"]), _about(session["id"], nodes)
@@ -273,7 +271,7 @@ class SecureNode:
     def _open(self, memory: dict[str, Any], session: dict[str, Any], tags: dict[str, str]) -> dict[str, Any]:
         """Returns this node's shares of the own masks of those who are in the sum, and of the keys of the others, once
         enough of those show that they were told the same (Bonawitz et al. 2017, the consistency check)."""
-        if session["stage"] == _OPENED:  # it is asked again
+        if session["stage"] == OPENED:  # it is asked again
             found: dict[str, Any] = session["told"]
             return found
         if session["stage"] != CONFIRM:
@@ -289,12 +287,12 @@ class SecureNode:
             raise SecureSumError(f"{agreeing} nodes were told the same; at least {needed} are needed")
         half = 2 * SECRET  # hex digits
         told = {name: share[:half] if name in survivors else share[half:] for name, share in shares.items()}
-        last = max(_round(training), *map(_round, memory[_OPENED]), 0)
-        memory[_OPENED] = {
-            **{old: found for old, found in memory[_OPENED].items() if _round(old) > last - _REMEMBERED},
+        last = max(_round(training), *map(_round, memory[OPENED]), 0)
+        memory[OPENED] = {
+            **{old: found for old, found in memory[OPENED].items() if _round(old) > last - _REMEMBERED},
             training: {"names": sorted(survivors), "trained": session["trained"]},
         }
-        memory["session"] = {"id": session["id"], "stage": _OPENED, "told": told}
+        memory["session"] = {"id": session["id"], "stage": OPENED, "told": told}
         return told
 
     def _agreed(self, session: Mapping[str, Any], survivors: list[str]) -> bytes:
@@ -321,7 +319,7 @@ class SecureNode:
     def _memory(self) -> Iterator[dict[str, Any]]:
         """Yields what is remembered; changes are durable when the block ends without an error."""
         with FileLock(f"{self._path}.lock"):
-            fresh: dict[str, Any] = {_OPENED: {}, "session": {}}
+            fresh: dict[str, Any] = {OPENED: {}, "session": {}}
             memory = json.loads(self._path.read_text()) if self._path.exists() else fresh
             before = json.dumps(memory)
             yield memory

@@ -27,9 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from numpy.typing import NDArray
 
-Words = NDArray[np.uint64]
+from feddm_flwr.vector import Words
 
 SECRET = 32  # bytes of every key and secret
 _SIGNED = "feddm secure aggregation 1"

@@ -21,6 +21,8 @@ SUMS = "query.sums"  # the kind of their messages
 PROBLEM = "problem"
 #: What an answer has in place of shares: nodes whose keys are wrong, and why.
 REFUSED = "refused"
+#: What an answer with keys says of sums of the same training that the node told of masks for: whose.
+OPENED = "opened"
 #: The frame of the expected scales of an update, where nodes send sums.
 SCALES = "scales"
 #: Frames of the final evaluation.

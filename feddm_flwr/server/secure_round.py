@@ -22,13 +22,12 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from feddm_flwr.config import LEAST_OF_SUM, RunConfig, least_replies
+from feddm_flwr.config import RunConfig, least_replies
 from feddm_flwr.exchange.sums import Figures, Scales, SumGrid, facts_of, read_words, shares_of
 from feddm_flwr.privacy.secure_sum import (
     SEALED,
     SECRET,
     SecureSumError,
-    Words,
     add_pairwise_masks,
     context,
     from_hex,
@@ -38,12 +37,24 @@ from feddm_flwr.privacy.secure_sum import (
     threshold,
 )
 from feddm_flwr.protocol.failures import Failure, clean
-from feddm_flwr.protocol.tasks import CONFIRM, KEYS, OPEN, PROBLEM, REFUSED, REPORT, SHARES, SUMS, SecureTask, TrainTask
+from feddm_flwr.protocol.tasks import (
+    CONFIRM,
+    KEYS,
+    OPEN,
+    OPENED,
+    PROBLEM,
+    REFUSED,
+    REPORT,
+    SHARES,
+    SUMS,
+    SecureTask,
+    TrainTask,
+)
 from feddm_flwr.server.federation.dispatch import collect
 from feddm_flwr.server.federation.liveness import Probes
 from feddm_flwr.server.federation.traffic import Traffic
 from feddm_flwr.server.federation.transport import arrays_of, content_of
-from feddm_flwr.vector import Vector
+from feddm_flwr.vector import Vector, Words
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +121,7 @@ class SecureRound:
 
     def begin(self, names: list[str], images: Mapping[str, int]) -> None:
         """Has the nodes of that name exchange keys and shares; `images` are those of all that are online."""
-        self.needed = self.needed or max(LEAST_OF_SUM, least_replies(self._config, len(names)))
+        self.needed = self.needed or least_replies(self._config, len(names))
         self._session = uuid.uuid4().hex
         answers = self._keys(names, images)
         self._nodes = {name: keys for name, said in sorted(answers.items()) if (keys := self._checked(name, said))}
@@ -123,7 +134,7 @@ class SecureRound:
         sealed = {name: said for name, said in sorted(sealed.items()) if self._are_shares(name, said)}
         if len(sealed) < max(self.needed, threshold(len(self._nodes), self._config.privacy.threshold)):
             return
-        self._sealed = {name: {other: str(sealed[name][other]) for other in sealed if other != name} for name in sealed}
+        self._sealed = {name: {other: sealed[name][other] for other in sealed if other != name} for name in sealed}
         self._images = {name: images[name] for name in sealed}
         self.grid = SumGrid(self._config, self._size, self._task.round, shares_of(self._config, self._images))
         self.frame, self._expected = self._scales.frame(self.grid, self._task.round)
@@ -258,5 +269,5 @@ class SecureRound:
 
 def _claim(said: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the nodes of whom a sum was told of, by a node's answer; none where none was."""
-    names = said.get("opened")
+    names = said.get(OPENED)
     return tuple(sorted({name for name in names if isinstance(name, str)})) if isinstance(names, list) else ()

@@ -15,7 +15,6 @@ from feddm_flwr.codecs.sums import pack, per_word, unpack, words_of
 from feddm_flwr.privacy.secure_sum import (
     Public,
     SecureSumError,
-    Words,
     add_pairwise_masks,
     check_signature,
     context,
@@ -29,6 +28,7 @@ from feddm_flwr.privacy.secure_sum import (
     threshold,
     unseal,
 )
+from feddm_flwr.vector import Words
 
 ABOUT = context({"round": 1})
 
