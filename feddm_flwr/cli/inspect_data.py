@@ -14,7 +14,8 @@ import numpy as np
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.presets import DATASETS
-from feddm_flwr.data.images import Decoded, is_asked_for, listed
+from feddm_flwr.data.images import Decoded, listed
+from feddm_flwr.data.intensities import asked_range
 from feddm_flwr.data.node_data import load_all, partitions
 from feddm_flwr.data.remarks import remarks_on
 from feddm_flwr.data.sources import open_named
@@ -111,7 +112,7 @@ def _values(data: Data, found: Decoded) -> list[str]:
         f"beyond which {share:.1%} are clipped"
     ]
     fits = next((2**bits - 1 for bits in _DEPTHS if values.high < 2**bits), None)
-    if fits and values.low >= 0 and fits < data.white and not is_asked_for(data):
+    if fits and values.low >= 0 and fits < data.white and not asked_range(data):
         lines.append(f"  data.white={fits} would fit: the largest value is {values.high:g}")
     return lines
 

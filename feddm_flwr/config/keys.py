@@ -48,8 +48,8 @@ class Data:
     natural_column: str = key("", "column whose values are the nodes in the natural partition (patient, site, writer)")
     group_column: str = key(
         "",
-        "column that says which images belong together (a patient's), or `folder`: those of one folder do. They are "
-        "held out together or not at all, and dp-sgd protects all of them as one record",
+        "column that says which images belong together (a patient's); `folder`: those of one folder do; `PatientID`: "
+        "DICOM files of one do. They are held out together or not at all, dealt to one node, and one record to dp-sgd",
     )
     image_size: int = key(PRESET, "height and width in pixels; images are resized and centre-cropped to it", low=4)
     channels: int = key(PRESET, "1 (grey) or 3 (RGB)", low=1, high=3)
@@ -70,6 +70,20 @@ class Data:
     white: float = key(
         65535.0,
         "value that is white in the same: 4095 for 12-bit X-rays, 1 for floating-point values to 1; PGM says its own",
+    )
+    window_center: float = key(
+        0.0, "with window-width, the value that is grey: black and white are half a width off it"
+    )
+    window_width: float = key(
+        0.0,
+        "values from black to white, of images of more than 8 bits, instead of data.black and data.white: 400 about 40 "
+        "for soft tissue in a CT; 0: what a DICOM or NIfTI file says itself (docs/models.md)",
+        low=0,
+    )
+    pages: str = key("first", "which pages of a TIFF, or frames of a GIF, are images", choices=("first", "all"))
+    slice_axis: str = key("axial", "how NIfTI volumes are cut", choices=("axial", "coronal", "sagittal"))
+    slice_content: float = key(
+        0.05, "share of a NIfTI slice that must be more than nearly black, else it is left out", low=0, high=1
     )
     flip: bool = key(PRESET, "mirror training images left to right at random")
     eval_fraction: float = key(0.1, "share of its images that a node holds out for `eval_loss`", low=0, below=1)

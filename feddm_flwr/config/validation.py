@@ -82,8 +82,18 @@ def _data(c: RunConfig) -> Iterator[str]:
         yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
     if not c.data.black < c.data.white:
         yield f"data.black = {c.data.black:g} with data.white = {c.data.white:g}: must be less"
-    if c.data.partition == "natural" and not c.data.natural_column:
-        yield "data.natural-column = '' with data.partition = 'natural': must name a column"
+    if c.data.window_width and (c.data.black, c.data.white) != (0, 65535):
+        yield (
+            f"data.window-width = {c.data.window_width:g} with data.black = {c.data.black:g} and data.white = "
+            f"{c.data.white:g}: both say what is black and what is white; set the window or the two ends"
+        )
+    if c.data.window_center and not c.data.window_width:
+        yield f"data.window-center = {c.data.window_center:g} with data.window-width = 0: must have a width, too"
+    if c.data.partition == "natural" and not (c.data.natural_column or c.data.group_column):
+        yield (
+            "data.natural-column = '' with data.partition = 'natural': must name a column whose values are the nodes, "
+            "or data.group-column one whose values are dealt to them"
+        )
 
 
 def _diffusion(c: RunConfig) -> Iterator[str]:

@@ -21,7 +21,8 @@ from PIL import Image
 
 from feddm_flwr.config.keys import Data
 from feddm_flwr.data.files import FORMATS
-from feddm_flwr.data.images import File, UnclearError, is_asked_for
+from feddm_flwr.data.images import File, UnclearError
+from feddm_flwr.data.intensities import asked_range
 
 _BASE64 = 32  # characters from which text may be an image
 _BYTE = 255
@@ -52,7 +53,7 @@ def pixels_of(data: Data, rows: Any) -> Callable[[], Pixels]:
         kind = (rows.features or {}).get(data.image_column)
         if not holds_lists(kind):
             return _pixels(None)
-        leaf, bytes_only = None, not is_asked_for(data)
+        leaf, bytes_only = None, not asked_range(data)
         for part in rows.with_format("arrow").iter(1000):
             column = part[data.image_column]
             for values in map(_leaves, getattr(column, "chunks", [column])):

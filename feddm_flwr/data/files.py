@@ -7,6 +7,7 @@ import mimetypes
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -69,6 +70,14 @@ _TOLD |= {
     ".nrrd",
     ".mat",
 }
+#: Formats that Pillow does not know, which are extras of that name: the library that reads each, and how names end.
+_FORMATS = {
+    "dicom": ("pydicom", (".dcm", ".dicom")),
+    "nifti": ("nibabel", (".nii", ".nii.gz")),
+}
+_PREAMBLE = 128  # bytes of a DICOM file before it says that it is one
+_MAGIC = b"DICM"
+_THERE = {name for name, (library, _) in _FORMATS.items() if find_spec(library)}
 #: Bytes that tell a pointer of Git LFS, and what is wrong with it.
 HEAD = 40
 POINTER = "a pointer of Git LFS: git lfs pull puts the file in its place"
@@ -104,26 +113,50 @@ def files_below(path: Path) -> Iterator[Path]:
 
 
 def is_image(path: str) -> bool:
-    """Tells whether a file is an image: by its ending, or by its content, as others call theirs `.jfif` or nothing."""
+    """Tells whether a file has images that can be read here."""
+    return bool(format_of(path))
+
+
+def format_of(path: str) -> str:
+    """Returns what reads a file, `pillow`, `dicom` or `nifti`, by its ending, or by its content, as others call theirs
+    `.jfif` or nothing; "" where nothing on this machine does."""
     name = path.lower()
     if name.endswith(IMAGES):
-        return True
+        return "pillow"
+    if named := _named(name):
+        return named if named in _THERE else ""
     if name.endswith((*_TEXTS, *TABLES)):
-        return False
+        return ""
     try:
         found = os.stat(path)  # noqa: PTH116 (half the time that a Path takes)
     except OSError:  # a link to nothing
-        return False
-    return _looks_like_one(path, found.st_size, found.st_mtime_ns)
+        return ""
+    return _by_content(path, found.st_size, found.st_mtime_ns)
+
+
+def missing(path: Path) -> str:
+    """Returns which extra would read a file, by its name, where this machine has not got it; else ""."""
+    named = _named(path.name.lower())
+    return named if named not in _THERE else ""
+
+
+def _named(name: str) -> str:
+    return next((own for own, (_, endings) in _FORMATS.items() if name.endswith(endings)), "")
 
 
 @lru_cache(maxsize=100_000)
-def _looks_like_one(path: str, size: int, changed: int) -> bool:
+def _by_content(path: str, size: int, changed: int) -> str:
     try:
         with Image.open(path, formats=FORMATS):
-            return size > 0
+            return "pillow" if size > 0 else ""
     except Exception:  # Pillow raises nearly anything on what is none
-        return False
+        pass
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 (as above)
+            is_one = file.read(_PREAMBLE + len(_MAGIC))[_PREAMBLE:] == _MAGIC
+    except OSError:
+        return ""
+    return "dicom" if is_one and "dicom" in _THERE else ""
 
 
 def is_pointer(head: bytes) -> bool:

@@ -1,8 +1,9 @@
 """Image files, and arrays of pixels, to uint8 pixels, by one rule everywhere.
 
 What is black and what is white: 8 bits and fewer say it themselves. Grey integers of more bits are black at
-`data.black` and white at `data.white`, and clipped beyond; a PGM says its own white. Values below 0 and floating-point
-values, whose range nobody knows, are refused unless the two keys are set.
+`data.black` and white at `data.white`, or at the ends of the window that `data.window-center` and `data.window-width`
+say, and clipped beyond; a PGM says its own white. Values below 0 and floating-point values, whose range nobody knows,
+are refused unless one of the two is set.
 
 EXIF orientation applied; transparency laid on white; converted to grey or RGB; the shorter side resized to
 `data.image-size` with Pillow's antialiased bicubic filter (what Parmar et al. 2022, clean-fid, ask for),
@@ -17,6 +18,7 @@ import math
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +33,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from feddm_flwr.config import KEYS, ConfigError
+from feddm_flwr.config import ConfigError
 from feddm_flwr.config.keys import Data
 from feddm_flwr.data.files import HEAD, POINTER, is_pointer
+from feddm_flwr.data.intensities import asked_range, grey
 
 Images = NDArray[np.uint8]  # (N, C, H, W)
 
@@ -46,20 +49,19 @@ class RangeError(UnclearError):
     """An image of which nobody knows what is black and what is white in it."""
 
     def __init__(self, what: str, low: float, high: float) -> None:
-        super().__init__(f"{what}: data.black and data.white must say what is black and what is white")
+        super().__init__(
+            f"{what}: data.black and data.white must say what is black and what is white, or data.window-center and "
+            "data.window-width"
+        )
         self.low, self.high = low, high
 
-
-#: What an image is decoded from: a file's bytes, its path, its address, its pixels; None where there is none.
-#: An error says what is wrong with it.
-File = bytes | Path | str | NDArray[Any] | UnclearError | None
 
 log = logging.getLogger(__name__)
 
 #: Up to this on a scale of 255 a pixel is all but black (12 bits of 16 are), and from 255 less this all but white.
 DARK = 16
 _PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation
-_PAGED = {"TIFF", "GIF", "WEBP", "PNG", "AVIF"}  # what a camera's JPEG has behind its image is a preview
+PAGED = {"TIFF", "GIF", "WEBP", "PNG", "AVIF"}  # what a camera's JPEG has behind its image is a preview
 _AT_A_TIME = 256  # images in memory at a time
 _BLOCK = 2**20  # pixels of many bits that are scaled at a time
 _ELONGATED = 4  # from this ratio of the sides, an image is cropped before it is resized, not after
@@ -101,6 +103,19 @@ class Fitted:
     pages: int = 0  # that are left out
 
 
+class Part(ABC):
+    """An image that is one of several in a file, or of a format that Pillow does not know."""
+
+    @abstractmethod
+    def read(self, data: Data) -> Fitted:
+        """Returns it by the rule at the head of this file; an error may have nothing of the image in its message."""
+
+
+#: What an image is decoded from: a file's bytes, its path, its address, its pixels, a part of a file; None where there
+#: is none. An error says what is wrong with it.
+File = bytes | Path | str | NDArray[Any] | Part | UnclearError | None
+
+
 def fit(data: Data, image: Image.Image | NDArray[Any]) -> Fitted:
     """Returns one image by the rule at the head of this file. An array is (H, W), (H, W, C) or (C, H, W) with C of 1, 3
     or 4, and has 8 bits where its type is uint8.
@@ -111,9 +126,9 @@ def fit(data: Data, image: Image.Image | NDArray[Any]) -> Fitted:
     if isinstance(image, np.ndarray):
         return _fit_array(data, image)
     size, mode = image.size, image.mode
-    pages = getattr(image, "n_frames", 1) - 1 if image.format in _PAGED else 0
+    pages = getattr(image, "n_frames", 1) - 1 if image.format in PAGED else 0
     if image.format == "PPM" and mode.startswith("I"):  # it says what is white, and Pillow stretches it to 65535
-        data = replace(data, black=0.0, white=65535.0)
+        data = replace(data, black=0.0, white=65535.0, window_width=0.0)
     black_is_high = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # some X-rays; Pillow heeds it for 8 bits only
     ImageOps.exif_transpose(image, in_place=True)
     image, box = _cropped(image, data.image_size)
@@ -142,14 +157,10 @@ def _fit_array(data: Data, array: NDArray[Any]) -> Fitted:
     return Fitted(_squared(data, image, box), size, mode, values)
 
 
-def is_asked_for(data: Data) -> bool:
-    """Tells whether the configuration says what is black and what is white."""
-    return (data.black, data.white) != (KEYS["data.black"].default, KEYS["data.white"].default)
-
-
 def _to_8_bits(data: Data, values: NDArray[Any]) -> tuple[NDArray[np.uint8], Values]:
     """Returns values, of any shape, by what is black and white; a block at a time, as a scan may be large."""
-    asked, black, white = is_asked_for(data), data.black, data.white
+    asked = asked_range(data)
+    black, white = asked or (data.black, data.white)
     if not (np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)):
         raise UnclearError("values that are no numbers")
     if (floating := np.issubdtype(values.dtype, np.floating)) and not np.isfinite(values).all():
@@ -160,9 +171,9 @@ def _to_8_bits(data: Data, values: NDArray[Any]) -> tuple[NDArray[np.uint8], Val
     out, clipped = np.empty(values.shape, np.uint8), 0
     rows = max(1, _BLOCK // max(1, values[0].size))
     for start in range(0, len(values), rows):
-        block = values[start : start + rows].astype(np.float64)
+        block = values[start : start + rows]
         clipped += int(((block < black) | (block > white)).sum())
-        out[start : start + rows] = ((block - black) * (255 / (white - black))).round().clip(0, 255).astype(np.uint8)
+        out[start : start + rows] = grey(block, black, white)
     return out, Values(low, high, values.size, clipped)
 
 
@@ -271,6 +282,8 @@ def _fitted(data: Data, file: File) -> Fitted:
         raise file
     if isinstance(file, np.ndarray):
         return fit(data, file)
+    if isinstance(file, Part):
+        return file.read(data)
     # Several scans of 200 megapixels at once would be more than a small machine has.
     with _opened(file) as opened:
         try:

@@ -105,6 +105,8 @@ def _load_node(
         "partition": partition,
         "place": name,
     }
+    if d.group_column and partition:
+        key["dealt"] = "whole groups"
 
     def fill(folder: Path) -> None:
         source = open_here(scratch := folder / "scratch")
@@ -113,8 +115,11 @@ def _load_node(
         rows = partition_rows(d, seed, source, *partition) if partition else [*range(len(source.table))]
         # By name, or by row: what is held out stays so when images are added or removed.
         names = source.names or range(len(source.table))
-        groups = source.groups(d.group_column) if d.group_column else []
-        rows = sorted(rows, key=lambda row: derive_seed(seed, "held out", partition, names[row]))
+        groups = source.groups(d.group_column)
+        if source.together:  # those of a file stay beside each other: it is read once
+            rows = sorted(rows)
+        else:
+            rows = sorted(rows, key=lambda row: derive_seed(seed, "held out", partition, names[row]))
         if groups:  # which stay together, by the same rule
             rows = sorted(rows, key=lambda row: (derive_seed(seed, "held out", groups[row]), groups[row]))
         images = new_array(folder, "images", (len(rows), d.channels, d.image_size, d.image_size), np.uint8)
@@ -169,10 +174,10 @@ def _divided(d: Data, found: Mapping[str, Any], kept: Images, origin: str, finge
         ends = [*accumulate(groups)]
         whole = next(i for i, end in enumerate(ends, 1) if end >= held_out) if share else 0
         if whole >= len(groups):
-            raise ConfigError(
-                f"data.group-column = {d.group_column!r}: {origin} has {len(groups)} groups; too few to hold some out, "
-                "and train on others, with data.eval-fraction above 0"
-            )
+            what = f"data.group-column = {d.group_column!r}: {origin} has {len(groups)} groups"
+            if not d.group_column:
+                what = f"{origin}: has {len(groups)} files with several images, which stay together"
+            raise ConfigError(f"{what}; too few to hold some out, and train on others, with data.eval-fraction above 0")
         held_out, groups = ends[whole - 1] if whole else 0, groups[whole:]
     images, labels = kept[:count], _labels(d, classes, count, origin, own)
     counts, remarks = dict(sorted(Counter(classes).items())), dict(found["remarks"])
@@ -238,7 +243,8 @@ def _essence(d: Data) -> dict[str, object]:
     """Returns what of the keys decides what is decoded; a key that came later is not in it at its default, so that what
     was cached before stays of use."""
     found = asdict(replace(d, classes="", eval_fraction=0))
-    later = {"reader": "auto", "subset": "", "group_column": ""}
+    later = {"reader": "auto", "subset": "", "group_column": "", "window_center": 0.0, "window_width": 0.0}
+    later |= {"pages": "first", "slice_axis": "axial", "slice_content": 0.05}
     return {key: value for key, value in found.items() if later.get(key) != value}
 
 

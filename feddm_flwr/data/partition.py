@@ -18,6 +18,7 @@ from feddm_flwr.data.source import Source
 log = logging.getLogger(__name__)
 
 _LEAST = 2  # images of a node: one to train on, one to hold out
+_NAMED = 3  # nodes in a message
 _FACTORS = (2, 4, 8, 16, 32, 64, 128)  # of data.alpha, which are tried for a message
 
 if TYPE_CHECKING:
@@ -27,13 +28,47 @@ if TYPE_CHECKING:
 
 def partition_rows(data: Data, seed: int, source: Source, index: int, count: int) -> list[int]:
     """Returns the rows of partition `index` of `count`, through flwr-datasets' partitioners but for `iid` and
-    `pathological`.
+    `pathological`. Images that belong together are all in one.
 
     Raises:
         ConfigError: the images cannot be shared out like that.
     """
+    if groups := source.groups(data.group_column):
+        return _whole(data, seed, source, count, tuple(groups))[index]
+    return _rows(data, seed, source, index, count)
+
+
+def _rows(data: Data, seed: int, source: Source, index: int, count: int) -> list[int]:
     chosen: list[int] = _partitioner(data, seed, source, count).load_partition(index)["row"][:]
     return chosen
+
+
+@lru_cache(maxsize=1)  # as below
+def _whole(d: Data, seed: int, source: Source, count: int, groups: tuple[str, ...]) -> list[list[int]]:
+    """Returns the rows of each partition. One group after the other, in random order, goes to where most of it would be,
+    of those that are not yet as large as they would be; where chance alone deals, to the one that lacks most."""
+    by_chance = d.partition == "iid" or (d.partition == "natural" and not d.natural_column)
+    if by_chance:
+        shares = [[*range(i, len(groups), count)] for i in range(count)]
+    else:
+        shares = [_rows(d, seed, source, i, count) for i in range(count)]
+    own: dict[str, list[list[int]]] = {}  # of each group the rows that each partition would have
+    for i, share in enumerate(shares):
+        for row in share:
+            own.setdefault(groups[row], [[] for _ in shares])[i].append(row)
+    dealt: list[list[int]] = [[] for _ in shares]
+    names = sorted(own)
+    for k in np.random.default_rng(derive_seed(seed, "partition") % 2**32).permutation(len(names)):
+        parts = own[names[k]]
+        lacking = [len(share) - len(has) for share, has in zip(shares, dealt, strict=True)]
+        best = max(range(count), key=lambda i: (lacking[i] > 0, not by_chance and len(parts[i]), lacking[i], -i))
+        dealt[best] += [row for part in parts for row in part]
+    if empty := [f"node-{i}" for i, rows in enumerate(dealt) if not rows]:
+        raise ConfigError(
+            f"{_problem(d, source, count)}: {len(names)} groups of images that stay together leave none for "
+            f"{', '.join(empty[:_NAMED])}{' …' if len(empty) > _NAMED else ''}; use fewer nodes"
+        )
+    return dealt
 
 
 @lru_cache(maxsize=1)  # it shares out all images at once, and the nodes of a simulation ask one after the other

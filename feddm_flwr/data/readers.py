@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +20,9 @@ from feddm_flwr.config import ConfigError
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.plugins import load_class
 from feddm_flwr.data.cells import file_of, holds_images, holds_lists, is_path, pixels_of, stamp_of_paths
+from feddm_flwr.data.formats import all_contents
 from feddm_flwr.data.images import Decoded, Images, decode, fit
-from feddm_flwr.data.source import Source
+from feddm_flwr.data.source import PATIENT, Source
 from feddm_flwr.data.splits import ALL, no_such_split, split_of
 
 if TYPE_CHECKING:
@@ -197,24 +199,45 @@ def read_digits(data: Data, origin: str) -> Source:
 def read_folder(
     data: Data, path: Path, origin: str, own: bool, stamp: str, found: Sequence[tuple[Path, tuple[str, ...]]]
 ) -> Source:
-    """Returns images below a folder, which were `found` there with the folders that each lies in; the class is the name
-    of the first of these, where all have one."""
+    """Returns images in files below a folder, which were `found` there with the folders that each lies in; the class is
+    the name of the first of these, where all have one.
+
+    Raises:
+        ConfigError: there is no image in them.
+    """
     from datasets import Dataset
 
     inside = dict(found)
     files = sorted(_once(p for p in inside if p.is_file()), key=lambda p: (*inside[p], p.name))
+    each = all_contents(files, data)
+    rows = [(i, n) for i, of in enumerate(each) for n in range(len(of.images))]
+    if not rows:
+        raise ConfigError(f"{origin}: none of the {len(files)} files below this folder has an image")
     parts = [(*inside[p], p.name) for p in files]
-    names = [_text(str(Path(*part))) for part in parts]
+    texts = [_text(str(Path(*part))) for part in parts]
+    several = [len(of.images) > 1 for of in each]
+    names = [f"{texts[i]} {n + 1}" if several[i] else texts[i] for i, n in rows]
     columns: dict[str, list[str]] = {"file": names}
     if all(len(part) > 1 for part in parts):
-        columns[data.label_column] = [_text(part[0]) for part in parts]
+        columns[data.label_column] = [_text(parts[i][0]) for i, _ in rows]
+    if all(each[i].patient for i, _ in rows):
+        columns[PATIENT] = [each[i].patient for i, _ in rows]
 
-    def fill(rows: Sequence[int], out: Images) -> Decoded:
-        told = [f"file {i + 1} in order of name" for i in rows] if own else None
-        logged = [names[i] for i in rows]
-        return decode(data, (files[i] for i in rows), told or logged, origin, out, logged)
+    def fill(chosen: Sequence[int], out: Images) -> Decoded:
+        logged = [names[row] for row in chosen]
+        told = [f"file {rows[row][0] + 1} in order of name" for row in chosen] if own else None
+        images = (each[i].images[n] for i, n in (rows[row] for row in chosen))
+        return decode(data, images, told or logged, origin, out, logged)
 
-    return Source(origin, Dataset.from_dict(columns), fill, stamp, names=tuple(names))
+    return Source(
+        origin,
+        Dataset.from_dict(columns),
+        fill,
+        stamp,
+        names=tuple(names),
+        together=tuple(texts[i] for i, _ in rows) if any(several) else (),
+        left_out=tuple(sorted(sum((of.left_out for of in each), Counter[str]()).items())),
+    )
 
 
 def _once(files: Iterable[Path]) -> Iterator[Path]:

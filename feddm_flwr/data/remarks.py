@@ -23,6 +23,6 @@ def remarks_on(source: Source, decoded: Decoded, images: Images, *, whole: bool)
         ),
     }
     if whole:
-        found |= {f"files passed over, {ending}": count for ending, count in source.passed_over}
+        found |= {f"files passed over, {ending}": count for ending, count in source.passed_over} | dict(source.left_out)
         found["columns with images that are not read"] = len(source.other_columns)
     return {what: count for what, count in found.items() if count}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 FOLDER = "folder"  # the group of an image in a folder of its own
+PATIENT = "PatientID"  # that of a DICOM file, of whose patient only a hash is kept
 _UNLABELLED = "unlabelled"  # the class of a row that has none
 
 
@@ -30,6 +31,8 @@ class Source:
     names: Sequence[str] = ()  # of the rows, where they have some that stay when others come and go
     by_path: bool = False  # whether rows have paths of files
     other_columns: Sequence[str] = ()  # that have images, too, which are not read
+    together: Sequence[str] = ()  # which file the image of each row is in, where some have several
+    left_out: Sequence[tuple[str, int]] = ()  # what else the files have that is not read, and how much of it
     passed_over: Sequence[tuple[str, int]] = ()  # endings of files there that are not read, and how many there are
 
     def decode(self, rows: Sequence[int], out: Images) -> Decoded:
@@ -51,15 +54,19 @@ class Source:
         return [class_name(_class(value, names)) for value in self.table[column][:]]
 
     def groups(self, column: str) -> list[str]:
-        """Returns, for every row, which group of images it belongs to.
+        """Returns, for every row, which group of images it belongs to: by the column, else by its file where files have
+        several images; nothing where each is by itself.
 
         Raises:
             ConfigError: there is no such column.
         """
+        if not column:
+            return [*self.together]
         if column == FOLDER and self.names:
             return [name.rpartition("/")[0] for name in self.names]
         if not (found := self.classes(column)):
-            raise ConfigError(f"data.group-column = {column!r}: no such column; {self.origin}")
+            what = "not all images are DICOM files that name their patient" if column == PATIENT else "no such column"
+            raise ConfigError(f"data.group-column = {column!r}: {what}; {self.origin}")
         return found
 
 

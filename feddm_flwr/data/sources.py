@@ -15,7 +15,7 @@ from typing import Any
 from feddm_flwr.config import ConfigError, expanded, local_path
 from feddm_flwr.config.keys import Data
 from feddm_flwr.config.plugins import is_plugin
-from feddm_flwr.data.files import HEAD, POINTER, TABLES, ending, files_below, is_image, is_pointer, stamp_of
+from feddm_flwr.data.files import HEAD, POINTER, TABLES, ending, files_below, is_image, is_pointer, missing, stamp_of
 from feddm_flwr.data.readers import read_digits, read_folder, read_stream, read_table, reader_class
 from feddm_flwr.data.source import Source
 from feddm_flwr.data.splits import ALL, check_masks, in_split, no_such_split
@@ -129,7 +129,9 @@ def _kind(file: Path, origin: str) -> str:
 def _others(files: Sequence[Path]) -> str:
     """Returns what there is where there are no images."""
     counts = Counter(map(ending, files))
-    return f"there are: {', '.join(f'{n} {what}' for what, n in sorted(counts.items())) or 'no files'}"
+    extras = {extra for file in files if (extra := missing(file))}
+    hint = f"; pip install 'feddm-flwr[{','.join(sorted(extras))}]' reads them" if extras else ""
+    return f"there are: {', '.join(f'{n} {what}' for what, n in sorted(counts.items())) or 'no files'}{hint}"
 
 
 def _tables(

@@ -335,8 +335,8 @@ def test_an_image_is_known_by_its_content_and_others_are_counted(tmp_path: Path)
     assert "note     files passed over, .heic: 2" in said
     assert "smith" not in said
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "x.dcm").write_bytes(b"DICM")
-    with pytest.raises(ConfigError, match=r"no images below this folder, .* there are: 1 .dcm"):
+    (tmp_path / "none" / "x.heic").write_bytes(b"DICM")
+    with pytest.raises(ConfigError, match=r"no images below this folder, .* there are: 1 .heic"):
         seen(tmp_path / "none")
 
 
