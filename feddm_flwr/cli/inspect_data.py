@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from feddm_flwr.config import ConfigError, parse
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.config.presets import DATASETS
 from feddm_flwr.data.images import Decoded, listed
 from feddm_flwr.data.intensities import asked_range

@@ -13,7 +13,7 @@ _FREE = {
     "run-name", "out-dir", "resume", "keep-checkpoints", "min-nodes", "min-replies", "max-round-retries",
     "round-timeout", "wait-timeout", "eval.every", "eval.images", "sample.every", "sample.count", "sample.steps",
     "sample.scheduler", "sample.guidance", "eval.features", "eval.features-from", "eval.samples",
-    "eval.min-images", "eval.keep-best", "eval.average-by", "eval.audit", "tracker",
+    "eval.min-images", "eval.keep-best", "eval.average-by", "eval.audit", "eval.utility", "tracker",
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from feddm_flwr.config.data import Data
 from feddm_flwr.config.fields import KeySpec, key, sections
-from feddm_flwr.config.keys import Autoencoder, Codec, Data, Diffusion, Eval, Exchange, Model, Sample, Server, Train
+from feddm_flwr.config.keys import Autoencoder, Codec, Diffusion, Eval, Exchange, Model, Sample, Server, Train
 from feddm_flwr.config.presets import STRATEGIES
 from feddm_flwr.config.privacy import Privacy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
+from feddm_flwr.config.data import about_data
 from feddm_flwr.config.names import CODECS, FLOW_SCHEDULERS, LEAST_OF_SUM, PARTITION_OF, SCHEDULERS, SPARSE_CODECS, SUM
 from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.config.presets import EMA_DECAY
@@ -76,24 +77,7 @@ def _codecs(c: RunConfig) -> Iterator[str]:
 
 
 def _data(c: RunConfig) -> Iterator[str]:
-    if not c.data.name.strip():
-        yield "data.name = '' is not allowed: must be digits, an id of a hub, a folder, or parquet files"
-    if c.data.channels == 2:
-        yield "data.channels = 2 is not allowed: must be 1 (grey) or 3 (RGB)"
-    if not c.data.black < c.data.white:
-        yield f"data.black = {c.data.black:g} with data.white = {c.data.white:g}: must be less"
-    if c.data.window_width and (c.data.black, c.data.white) != (0, 65535):
-        yield (
-            f"data.window-width = {c.data.window_width:g} with data.black = {c.data.black:g} and data.white = "
-            f"{c.data.white:g}: both say what is black and what is white; set the window or the two ends"
-        )
-    if c.data.window_center and not c.data.window_width:
-        yield f"data.window-center = {c.data.window_center:g} with data.window-width = 0: must have a width, too"
-    if c.data.partition == "natural" and not (c.data.natural_column or c.data.group_column):
-        yield (
-            "data.natural-column = '' with data.partition = 'natural': must name a column whose values are the nodes, "
-            "or data.group-column one whose values are dealt to them"
-        )
+    yield from about_data(c.data)
 
 
 def _diffusion(c: RunConfig) -> Iterator[str]:
@@ -165,6 +149,8 @@ def _hidden_figures(c: RunConfig) -> Iterator[str]:
         yield f"eval.features = {c.eval.features!r} with {told}: nodes give no sums of features; must be none"
     if c.eval.average_by == "loss":
         yield f"eval.average-by = 'loss' with {told}: nodes tell no held-out loss; must be none or fid"
+    if c.eval.utility:
+        yield f"eval.utility = true with {told}: nodes tell no counts of what is right; must be false"
     if c.stage == "autoencoder":
         yield f"stage = 'autoencoder' with {told}: the scale of the latents is told by the nodes"
 
@@ -334,8 +320,10 @@ def _models(c: RunConfig) -> Iterator[str]:
         yield f"eval.features-from = {e.features_from!r} with eval.features = {e.features!r}: is for dinov2 only"
     if e.keep_best == "kid" and e.features in ("dinov2", "inception"):
         yield f"eval.keep-best = 'kid' with eval.features = {e.features!r}: their KID takes images; use fid"
-    if c.data.eval_fraction == 0 and (e.audit or trains_autoencoder):
-        why = "eval.audit = true" if e.audit else "stage = 'autoencoder'"
+    if e.utility and (not c.model.class_conditional or c.keeps_personal):
+        yield "eval.utility = true: needs a whole model with classes: model.class-conditional = true, nothing personal"
+    if c.data.eval_fraction == 0 and (e.audit or e.utility or trains_autoencoder):
+        why = "eval.audit = true" if e.audit else "eval.utility = true" if e.utility else "stage = 'autoencoder'"
         yield f"data.eval-fraction = 0.0 with {why}: needs held-out images; must be above 0"
     if c.model.lora_rank and (not c.model.init_from or c.exchange.parts != "full" or c.exchange.personal):
         yield (

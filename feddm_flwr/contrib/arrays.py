@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from feddm_flwr.config import ConfigError
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.images import Decoded, Images, fit
 from feddm_flwr.data.readers import Reader
 from feddm_flwr.data.source import Source

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.files import FORMATS
 from feddm_flwr.data.images import File, UnclearError
 from feddm_flwr.data.intensities import asked_range

@@ -24,7 +24,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply
 from pydicom.pixels.utils import pixel_array
 from pydicom.tag import Tag
 
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.formats import Contents
 from feddm_flwr.data.images import Fitted, Part, RangeError, UnclearError, fit
 from feddm_flwr.data.intensities import asked_range, grey, spread, square_pixels

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.files import format_of
 from feddm_flwr.data.images import File
 

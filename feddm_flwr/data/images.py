@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from feddm_flwr.config import ConfigError
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.files import HEAD, POINTER, is_pointer
 from feddm_flwr.data.intensities import asked_range, grey
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from feddm_flwr.config import KEYS
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 
 _OUTLIERS = 0.5  # percent of the values, at either end, that are clipped where nobody says what is black
 _ALIKE = 1.01  # up to this ratio of its sides, a pixel is square

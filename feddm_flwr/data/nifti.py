@@ -18,7 +18,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.formats import Contents
 from feddm_flwr.data.images import DARK, Fitted, Part, UnclearError, fit
 from feddm_flwr.data.intensities import asked_range, grey, spread, square_pixels

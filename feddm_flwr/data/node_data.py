@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddm_flwr.config import ConfigError, derive_seed, may_be_told
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.files import stamp_of
 from feddm_flwr.data.images import Decoded, Images
 from feddm_flwr.data.partition import partition_rows

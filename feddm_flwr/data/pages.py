@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.formats import Contents
 from feddm_flwr.data.images import PAGED, Fitted, Part, fit
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feddm_flwr.config import ConfigError, derive_seed
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data.source import Source
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ def _rows(data: Data, seed: int, source: Source, index: int, count: int) -> list
 
 @lru_cache(maxsize=1)  # as below
 def _whole(d: Data, seed: int, source: Source, count: int, groups: tuple[str, ...]) -> list[list[int]]:
-    """Returns the rows of each partition. One group after the other, in random order, goes to where most of it would be,
-    of those that are not yet as large as they would be; where chance alone deals, to the one that lacks most."""
+    """Returns the rows of each partition. One group after the other, in random order, goes to where most of it would
+    be, of those that are not yet as large as they would be; where chance alone deals, to the one that lacks most."""
     by_chance = d.partition == "iid" or (d.partition == "natural" and not d.natural_column)
     if by_chance:
         shares = [[*range(i, len(groups), count)] for i in range(count)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feddm_flwr.config import ConfigError
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.config.plugins import load_class
 from feddm_flwr.data.cells import file_of, holds_images, holds_lists, is_path, pixels_of, stamp_of_paths
 from feddm_flwr.data.formats import all_contents

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from feddm_flwr.config import ConfigError, expanded, local_path
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.config.plugins import is_plugin
 from feddm_flwr.data.files import HEAD, POINTER, TABLES, ending, files_below, is_image, is_pointer, missing, stamp_of
 from feddm_flwr.data.readers import read_digits, read_folder, read_stream, read_table, reader_class

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
@@ -159,28 +160,33 @@ def _trained(images: Images, labels: np.ndarray[Any, Any]) -> tuple[_Convolution
     order = np.random.default_rng(derive_seed("classifier", _FORMAT)).permutation(len(images))[:_AT_MOST]
     held_out, train = np.split(order, [max(1, round(_HELD_OUT * len(order)))])
     log.info("training the classifier whose features are compared, on %d images", len(train))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("classifier", _FORMAT))
-        network = _Convolutional(images.shape[1], int(labels.max()) + 1)
-        steps = _EPOCHS * -(-len(train) // _BATCH)
-        optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-        for _ in range(_EPOCHS):
-            for batch in torch.randperm(len(train)).split(_BATCH):
-                chosen = train[batch.numpy()]
-                x = to_network(torch.from_numpy(images[chosen]))
-                loss = cross_entropy(network.head(network.body(x)), torch.from_numpy(labels[chosen]))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    network.eval()
+    network = fit(images[train], labels[train], int(labels.max()) + 1, _EPOCHS, derive_seed("classifier", _FORMAT))
     right = 0
     with torch.inference_mode():
         for part in np.array_split(held_out, -(-len(held_out) // _AT_A_TIME)):
             x = to_network(torch.from_numpy(images[part]))
             right += int((network.head(network.body(x)).argmax(1).numpy() == labels[part]).sum())
     return network, right / len(held_out)
+
+
+def fit(images: Images, labels: NDArray[np.int64], classes: int, epochs: int, seed: int) -> _Convolutional:
+    """Returns a small network that was trained to tell so many classes apart, on images (N, C, H, W)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _Convolutional(images.shape[1], classes)
+        optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.01)
+        steps = epochs * -(-len(images) // _BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(images)).split(_BATCH):
+                chosen = batch.numpy()
+                x = to_network(torch.from_numpy(images[chosen]))
+                loss = cross_entropy(network.head(network.body(x)), torch.from_numpy(labels[chosen]))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return network.eval()
 
 
 def _read_dinov2(name: str) -> Recipe:

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 #: By kind, their files.
 Assets = Mapping[str, Path]
 
-AUTOENCODER, UNET, PERCEPTUAL, FEATURES = "autoencoder", "unet", "perceptual", "features"
+AUTOENCODER, UNET, PERCEPTUAL, FEATURES, UTILITY = "autoencoder", "unet", "perceptual", "features", "utility"
 #: Every kind of them.
-KINDS = (AUTOENCODER, UNET, PERCEPTUAL, FEATURES)
+KINDS = (AUTOENCODER, UNET, PERCEPTUAL, FEATURES, UTILITY)
 #: By kind: the class, and where a pipeline's folder has it.
 _CLASSES: dict[str, tuple[Any, tuple[str, ...]]] = {
     AUTOENCODER: (AutoencoderKL, ("", "vae", "vqvae")),

@@ -15,17 +15,17 @@ import torch
 from feddm_flwr.compute.device import prepare_process
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data.node_data import NodeData
-from feddm_flwr.evaluation import features
+from feddm_flwr.evaluation import features, utility
 from feddm_flwr.evaluation.memorization import near_copies, separability
 from feddm_flwr.evaluation.statistics import statistics
 from feddm_flwr.exchange.channel import exact
 from feddm_flwr.models import networks, parameters
-from feddm_flwr.models.pretrained import FEATURES, Assets
+from feddm_flwr.models.pretrained import FEATURES, UTILITY, Assets
 from feddm_flwr.node.assets import assets_of
 from feddm_flwr.node.canaries import candidates
 from feddm_flwr.node.outcome import Outcome
 from feddm_flwr.privacy.audit import guesses
-from feddm_flwr.protocol.replies import Audit, CanaryGuesses, FinalReply
+from feddm_flwr.protocol.replies import Audit, CanaryGuesses, FinalReply, Utility
 from feddm_flwr.protocol.tasks import FINAL, FRAME, REFERENCE, SAMPLES, WEIGHTS, Frames, Scalar
 from feddm_flwr.training.build import build_objectives
 from feddm_flwr.training.objectives import Denoising
@@ -70,8 +70,8 @@ def _is_asked_for(config: RunConfig, kind: str, frames: Frames) -> bool:
         return kind == FINAL and p.canaries > 0 and SAMPLES not in frames
     if kind == REFERENCE:
         return e.features != "none"
-    reasons = config.stage == "autoencoder" or e.average_by == "loss" or e.audit or p.canaries > 0
-    return kind == FINAL and reasons and (e.audit or SAMPLES not in frames)
+    reasons = config.stage == "autoencoder" or e.average_by == "loss" or e.audit or e.utility or p.canaries > 0
+    return kind == FINAL and reasons and (e.audit or e.utility or SAMPLES not in frames)
 
 
 def _final(
@@ -97,14 +97,25 @@ def _final(
         return FinalReply(None, None, None, found)
     trained, unseen = build_objectives(config, data, assets, root, device)
     held_out = unseen.held_out(network, config.eval.images, name)
-    audit = None
+    audit, near = None, (0, 0)
     if SAMPLES in frames and isinstance(trained, Denoising) and isinstance(unseen, Denoising):
         shape = (-1, config.data.channels, config.data.image_size, config.data.image_size)
-        samples = np.frombuffer(frames[SAMPLES], np.uint8).reshape(shape)
         extract = features.read(assets[FEATURES]).build()
-        count = min(len(data.train), len(data.held_out), _AUDITED)
-        unseen_ones = data.held_out[:_AUDITED]
-        near = near_copies(extract(samples), extract(data.train), extract(unseen_ones))
-        losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
-        audit = Audit(near, separability(*losses), len(unseen_ones))
-    return FinalReply(held_out.loss, held_out.latent_power, audit, found)
+        samples = extract(np.frombuffer(frames[SAMPLES], np.uint8).reshape(shape))
+        unseen_ones = extract(data.held_out[:_AUDITED])
+        some = unseen_ones[: utility.LOOKED_AT]
+        near = len(some), utility.covered(some, samples)
+        if config.eval.audit:
+            copies = near_copies(samples, extract(data.train), unseen_ones)
+            count = min(len(data.train), len(data.held_out), _AUDITED)
+            losses = (each.fixed_losses(network, count, name) for each in (trained, unseen))
+            audit = Audit(copies, separability(*losses), len(unseen_ones))
+    use = _utility(config, data, assets[UTILITY], near) if UTILITY in assets and len(data.held_out) else None
+    return FinalReply(held_out.loss, held_out.latent_power, audit, found, use)
+
+
+def _utility(config: RunConfig, data: NodeData, by_samples: Path, near: tuple[int, int]) -> Utility:
+    """Returns what the server's classifier is worth here, and one of the node's own images."""
+    own = utility.classifier(data.train, data.train_labels, config.taught_classes)
+    told, known = (utility.right(c, data.held_out, data.held_out_labels) for c in (features.read(by_samples), own))
+    return Utility(len(data.held_out), told, known, *near)

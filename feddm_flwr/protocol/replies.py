@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Self
 
 from feddm_flwr.config import MOST_CLASS_TEXT, MOST_CLASSES, NODE_NAME, NOISE_LEVELS
@@ -158,6 +158,17 @@ class CanaryGuesses:
 
 
 @dataclass(frozen=True)
+class Utility:
+    """What samples are good for at a node, in numbers of its held-out images."""
+
+    images: int
+    by_samples: int  # that a classifier gets right which the server trained on samples alone
+    by_own: int  # that one gets right which the node trained on its own images
+    looked_at: int = 0  # for what follows
+    covered: int = 0  # that have a sample near them
+
+
+@dataclass(frozen=True)
 class FinalReply:
     """What a node says of the weights that are shipped."""
 
@@ -165,6 +176,7 @@ class FinalReply:
     latent_power: float | None  # an autoencoder's: the mean square of its latents
     audit: Audit | None = None  # None where it was not asked for one
     canaries: CanaryGuesses | None = None  # the same
+    utility: Utility | None = None  # the same
 
     def to_record(self) -> dict[str, Scalar]:
         """Returns the reply as a record of scalars."""
@@ -176,6 +188,8 @@ class FinalReply:
             said |= {"near": self.audit.near, "members-auc": self.audit.members_auc, "unseen": self.audit.unseen}
         if self.canaries:
             said |= {"guesses": self.canaries.made, "right": self.canaries.right}
+        if self.utility:
+            said["utility"] = json.dumps(astuple(self.utility))
         return said
 
     @classmethod
@@ -198,7 +212,20 @@ class FinalReply:
             power if isinstance(power, float) and 0 < power <= ABSURD else None,
             audit,
             found,
+            _utility(said.get("utility"), held_out),
         )
+
+
+def _utility(said: object, held_out: int) -> Utility | None:
+    try:
+        counts = json.loads(str(said)[:200])
+        found = Utility(*counts)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if not all(type(count) is int and 0 <= count <= held_out for count in counts):
+        return None
+    fits = max(found.by_samples, found.by_own) <= found.images and found.covered <= found.looked_at
+    return found if fits and found.images else None
 
 
 def _epsilon(said: object) -> float:

@@ -91,6 +91,19 @@ PAGE = (
 {% endfor %}</table>
 <p class="soft">A sample counts for the class whose mean feature is nearest, which is not always its own: compare runs; 1 for each class is not what a perfect model gets.</p></div>
 {% endif %}
+{% if final.sites %}
+{% set judged = final.sites.values()|selectattr("images", "defined")|list %}
+{% set near = judged|selectattr("looked_at")|list %}
+<h2>Sites</h2>
+<div class="card scroll"><table><tr><th>node</th><th class="n">held-out loss</th>{% if judged %}<th class="n">right by samples alone</th><th class="n">right by its own images</th>{% endif %}{% if near %}<th class="n">images with a sample near</th>{% endif %}</tr>
+{% for name, site in final.sites.items() %}<tr><td>{{ name }}</td><td class="n">{{ "%.4f"|format(site.eval_loss) }}</td>
+{% if judged %}<td class="n">{{ "%.1f %%"|format(100 * site.by_samples / site.images) if site.images else "–" }}</td><td class="n">{{ "%.1f %%"|format(100 * site.by_own / site.images) if site.images else "–" }}</td>{% endif %}
+{% if near %}<td class="n">{{ "%.0f %%"|format(100 * site.covered / site.looked_at) if site.looked_at else "–" }}</td>{% endif %}</tr>
+{% endfor %}</table>
+<p class="soft">The shipped model at each site, on its held-out images.{% if judged %} “Right by samples alone”: of these images, those that a small classifier tells the class of which was trained on {{ config["eval.samples"] }} samples and no image;
+ “by its own images”: one that the site trained on its own training images. Where the first is higher, the model brings the site something that it has not got.{% endif %}{% if near %}
+ A sample is near to an image when it is nearer than the fifth nearest real image of the site, of up to 256 (coverage, Naeem et al. 2020).{% endif %} Only counts left the nodes.</p></div>
+{% endif %}
 {% if final.audit %}
 <h2>Memorization audit</h2>
 <div class="card scroll"><table><tr><th>node</th><th class="n">samples near to a training image, of {{ final.audit_samples }}</th><th class="n">by chance</th><th class="n">membership AUC</th></tr>

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from feddm_flwr.config.privacy import Privacy
+from feddm_flwr.evaluation import grids, utility
+from feddm_flwr.evaluation.features import Recipe
 from feddm_flwr.evaluation.global_model import GlobalModel
 from feddm_flwr.evaluation.memorization import near_by_chance
 from feddm_flwr.exchange.channel import exact
 from feddm_flwr.models.parameters import layout
-from feddm_flwr.models.pretrained import FEATURES
+from feddm_flwr.models.pretrained import FEATURES, UTILITY
 from feddm_flwr.privacy.audit import epsilon_at_least
 from feddm_flwr.protocol.failures import Failure
-from feddm_flwr.protocol.replies import CanaryGuesses, FinalReply, Introduction
+from feddm_flwr.protocol.replies import CanaryGuesses, FinalReply, Introduction, Utility
 from feddm_flwr.protocol.tasks import FINAL, REPORT, SAMPLES, WEIGHTS
 from feddm_flwr.server.strategy import FedDM
 
@@ -38,20 +42,25 @@ class Said:
     latent_power: float | None  # of an autoencoder: the median of the nodes, which a few cannot move far
     audit: dict[str, dict[str, float]]  # by node, where it was asked for
     samples: int  # that the nodes compared with their images
-    canaries: dict[
-        str, dict[str, float]
-    ]  # by node, where there are some: what it guessed of them, and what that proves
+    canaries: dict[str, dict[str, float]]  # by node, where there are some: what it guessed, and what that proves
+    utility: dict[str, Utility]  # by node, where it was asked for
 
     def figures(self) -> dict[str, Any]:
         """Returns the lines of `final.json`."""
         found: dict[str, Any] = {"eval_loss": _mean(self.losses.values()), "latent_power": self.latent_power}
+        found["sites"] = {
+            name: {"eval_loss": loss, **(asdict(self.utility[name]) if name in self.utility else {})}
+            for name, (_, loss) in sorted(self.losses.items())
+        }
         found |= {"audit": self.audit, "audit_samples": self.samples} if self.audit else {}
         return found | ({"canaries": self.canaries} if self.canaries else {})
 
 
-def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None) -> Said:
-    """Returns what the nodes say of the averaged weights. `recipe` is the file of the feature network, which the audit
-    takes; without one there is none.
+def evaluate_at_nodes(
+    feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path | None = None, *, samples_too: bool = True
+) -> Said:
+    """Returns what the nodes say of the averaged weights, and with `samples_too` of samples. `recipe` is the file of
+    the feature network, which the audit and coverage take; without one there are none.
 
     Raises:
         ConfigError, RunFailedError: as `FedDM.ask`.
@@ -59,10 +68,13 @@ def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path
     own = layout(model.network)
     frame = exact(own.fingerprint, own.size).encode(feddm.averaged, "weights", model.config.num_server_rounds, 0)
     frames, assets = {WEIGHTS: frame}, dict[str, bytes]()
-    samples = min(_AUDITED, model.config.eval.samples)
-    if recipe is not None and model.config.eval.audit:
+    asked = model.config.eval
+    samples = min(_AUDITED, asked.samples)
+    if samples_too and recipe is not None and (asked.audit or asked.utility):
         frames[SAMPLES] = model.draw(feddm.averaged, samples, 1.0).tobytes()
         assets[FEATURES] = recipe.read_bytes()
+    if samples_too and asked.utility:
+        assets[UTILITY] = _classifier(feddm, model).bytes()
     said: list[tuple[Introduction, FinalReply]] = []
     for node, answer in feddm.ask(grid, FINAL, frames, assets):
         reply = _reply(answer, samples, node.held_out)
@@ -75,9 +87,24 @@ def evaluate_at_nodes(feddm: FedDM, grid: Grid, model: GlobalModel, recipe: Path
     audited = {node.name: _audit(node, reply, samples) for node, reply in said if reply.audit}
     guessed = {node.name: _proven(reply.canaries, model.config.privacy) for node, reply in said if reply.canaries}
     power = median(powers) if powers else None
-    found = Said(losses, power, dict(sorted(audited.items())), samples, dict(sorted(guessed.items())))
+    use = {node.name: reply.utility for node, reply in said if reply.utility}
+    found = Said(losses, power, dict(sorted(audited.items())), samples, dict(sorted(guessed.items())), use)
+    if images := sum(one.images for one in use.values()):
+        told, known = (sum(getattr(one, by) for one in use.values()) for by in ("by_samples", "by_own"))
+        shares = 100 * told / images, 100 * known / images
+        log.info("utility: %.1f%% right by samples alone, %.1f%% by the nodes' own images", *shares)
     log.info("final held-out loss of the averaged weights: %s", _mean(losses.values()))
     return found
+
+
+def _classifier(feddm: FedDM, model: GlobalModel) -> Recipe:
+    """Returns a classifier of samples alone, of which there are as many of each class as the nodes' images are."""
+    names, counts = model.config.taught_classes, Counter[str]()
+    for node in feddm.nodes:
+        counts.update({name: node.class_counts.get(name, 0) for name in names})
+    labels = grids.labels_like(counts, names, model.config.eval.samples)
+    images = model.draw(feddm.averaged, len(labels), 1.0, labels)
+    return utility.classifier(images, np.array(labels), names)
 
 
 def held_out_losses(said: Sequence[Said]) -> list[float]:

@@ -77,12 +77,12 @@ class Outputs:
             power = self._said_by_nodes(feddm).latent_power
         self._write_model(feddm, "model", power)
         said = self._said.get(feddm.average.width)
-        if self._config.eval.audit or self._config.privacy.canaries:
+        if self._config.eval.audit or self._config.eval.utility or self._config.privacy.canaries:
             try:
                 recipe = self._evaluation.recipe if self._evaluation else None
                 said = evaluate_at_nodes(feddm, self._grid, self._model, recipe)
             except RunFailedError as error:  # the model is there whatever they do
-                log.warning("eval.audit, privacy.canaries: %s", error)
+                log.warning("eval.audit, eval.utility, privacy.canaries: %s", error)
         if said:
             self._run.write_final(said.figures() | {"bytes_other": feddm.bytes_other})
         return ""
@@ -159,7 +159,7 @@ class Outputs:
     def _said_by_nodes(self, feddm: FedDM) -> Said:
         """Returns what the nodes say of the averaged weights; they are asked once for each average."""
         if (width := feddm.average.width) not in self._said:
-            self._said[width] = evaluate_at_nodes(feddm, self._grid, self._model, None)
+            self._said[width] = evaluate_at_nodes(feddm, self._grid, self._model, samples_too=False)
         return self._said[width]
 
     def _show(self, feddm: FedDM) -> None:

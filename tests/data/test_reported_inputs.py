@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from test_inputs import SHAPE, encoded, own, picture, seen, survey, table
 
 from feddm_flwr.config import ConfigError, parse
-from feddm_flwr.config.keys import Data
+from feddm_flwr.config.data import Data
 from feddm_flwr.data import node_data, sources
 from feddm_flwr.data.images import Images
 from feddm_flwr.data.source import Source

@@ -127,6 +127,22 @@ def test_a_classifier_needs_images_on_the_server(tmp_path: Path) -> None:
         GlobalEvaluation(of, tmp_path)
 
 
+def test_nodes_say_what_samples_are_good_for(tmp_path: Path) -> None:
+    keys = {"data__classes": ",".join("0123456789"), "model__class_conditional": True, "eval__utility": True}
+    c = config(**keys, eval__features="random", eval__samples=40, sample__steps=3, num_server_rounds=1)
+    of, feddm = federation(c)
+    list(feddm.run(LocalGrid(nodes(c))))
+    said = evaluate_at_nodes(feddm, LocalGrid(nodes(c)), of, GlobalEvaluation(of, tmp_path).recipe)
+    assert {*said.utility} == {f"node-{i}" for i in range(4)}
+    assert not said.audit
+    for node in feddm.nodes:
+        found, site = said.utility[node.name], said.figures()["sites"][node.name]
+        assert found.images == found.looked_at == node.held_out == site["images"]
+        assert found.by_own > 0.7 * found.images  # digits are easily told apart
+        assert found.by_samples < 0.7 * found.images  # these samples are noise
+        assert site["eval_loss"] > 0
+
+
 def test_the_end_of_a_run_is_evaluated_by_the_nodes(tmp_path: Path) -> None:
     c = config(eval__features="random", eval__audit=True, eval__samples=32, sample__steps=3)
     of, feddm = federation(c)
@@ -206,6 +222,7 @@ def test_labels_are_drawn_in_proportion() -> None:
     ("keys", "said"),
     [
         ({"eval__audit": True}, "eval.audit = true with eval.features = 'none'"),
+        ({"eval__utility": True}, "eval.utility = true: needs a whole model with classes"),
         ({"eval__keep_best": "fid"}, "eval.keep-best = 'fid' with eval.features = 'none'"),
         ({"eval__keep_best": "kid", "eval__features": "dinov2"}, "their KID takes images"),
         ({"eval__features": "random", "exchange__parts": "udec"}, "the server draws no samples"),
