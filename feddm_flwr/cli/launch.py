@@ -31,6 +31,7 @@ import psutil
 import tomli_w
 
 import feddm_flwr
+from feddm_flwr.cli.app import write
 from feddm_flwr.cli.failure import cause
 from feddm_flwr.cli.progress import Display
 from feddm_flwr.config import ConfigError, RunConfig
@@ -45,20 +46,24 @@ _SENT = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")  # what Flow
 _DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # one is there where a GPU is
 
 
-def find_app(folder: Path | None) -> Path:
-    """Returns the folder whose `pyproject.toml` describes this Flower app.
+def find_app(folder: Path | None) -> Path | None:
+    """Returns the folder whose `pyproject.toml` describes this Flower app: the one that is named, else the working
+    folder or the clone that the package is installed from; None where there is but the installed package.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the one that is named is none.
     """
     own = [Path(os.environ["FEDDM_APP"])] if os.environ.get("FEDDM_APP") else []  # as in our images
     for candidate in [folder] if folder else [Path.cwd(), *own, Path(feddm_flwr.__file__).parent.parent]:
         file = candidate / "pyproject.toml"
         if file.is_file() and "feddm_flwr.server_app:app" in file.read_text(encoding="utf-8"):
             return candidate.resolve()
-    raise ConfigError(
-        f"--app = {str(folder or Path.cwd())!r}: no pyproject.toml of this app there; name the folder you cloned"
-    )
+    if folder:
+        raise ConfigError(
+            f"--app = {str(folder)!r}: no pyproject.toml of this app there; name the folder you cloned, or that feddm "
+            "new has written"
+        )
+    return None
 
 
 def is_local(superlink: str | None) -> bool:
@@ -266,7 +271,12 @@ def _count_gpus() -> int:
 
 
 def follow(
-    app: Path, federation: Remote | Simulation, overrides: Mapping[str, object], config: RunConfig, *, verbose: bool
+    app: Path | None,
+    federation: Remote | Simulation,
+    overrides: Mapping[str, object],
+    config: RunConfig,
+    *,
+    verbose: bool,
 ) -> int:
     """Submits the run and shows its progress; returns 0 only if it completed."""
     run_id, tail, completed = "", deque[str](maxlen=200), False
@@ -332,9 +342,12 @@ def follow(
     return 1
 
 
-def _staged(app: Path, folder: Path) -> Path:
-    """Returns a copy of what Flower may send of the app. It looks at every file of the folder that it is given, and
-    those of a virtual environment there cost it 8 s."""
+def _staged(app: Path | None, folder: Path) -> Path:
+    """Returns a copy of what Flower may send of the app, or of the installed package. It looks at every file of the
+    folder that it is given, and those of a virtual environment there cost it 8 s."""
+    if not app:
+        write(folder / "feddm-flwr")
+        return folder / "feddm-flwr"
 
     def left_out(place: str, names: list[str]) -> list[str]:
         return [name for name in names if not _may_be_sent(Path(place, name))]

@@ -1,4 +1,4 @@
-"""`feddm`: run, sample, evaluate, data, report, compare, certs. A command imports the heavy libraries that it needs."""
+"""The `feddm` commands. Each imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,7 +15,7 @@ from filelock import FileLock, Timeout
 from feddm_flwr.cli.arguments import check_folder, check_output, run_config_keys
 from feddm_flwr.cli.options import parser
 from feddm_flwr.cli.run import run_command
-from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config import ConfigError, expanded, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,8 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": _evaluate,
         "data": _data,
         "report": _report,
+        "status": _status,
         "compare": _compare,
         "certs": _certs,
+        "new": _new,
     }
     try:
         code = commands[options.command](options)
@@ -93,15 +96,25 @@ def _evaluate(options: argparse.Namespace) -> int:
     from feddm_flwr.cli import trained_model
     from feddm_flwr.evaluation import scores
 
-    result = trained_model.evaluate(
-        trained_model.find(options.model),
-        config,
+    model, against = trained_model.find(options.model), options.against
+    data = replace(config.data, name=str(against.resolve())) if against else config.data
+    if against and not against.exists():
+        raise ConfigError(f"--against = {str(against)!r}: no such file or folder")
+    result, nearest = trained_model.evaluate(
+        model,
+        data,
         trained_model.How(options.scheduler, options.steps, options.guidance, options.seed),
         options.samples,
         options.features,
         options.features_from,
+        copies=bool(against),
     )
     print("\n".join(scores.lines(result)))
+    if nearest is not None:
+        sheet = options.output.with_suffix(".png") if options.output else Path("nearest.png")
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        nearest.save(sheet)
+        print(f"{sheet}: the samples nearest to an image, each above it")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -164,6 +177,30 @@ def _certs(options: argparse.Namespace) -> int:
         print(path)
     if not written:
         print("nothing to make: all of them are there")
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from feddm_flwr.cli import app
+
+    print("\n".join(app.new(options.folder)))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from feddm_flwr.cli import launch, status
+
+    usual = expanded(parse({}).out_dir)
+    run = Path(options.of) if options.of else status.newest_run(usual)
+    if run is None:
+        raise ConfigError(f"no run in {usual}/; name a run's folder, or a SuperLink")
+    if (run / "config.toml").is_file():
+        lines = status.of_run(run)
+    elif run.exists() or launch.is_local(options.of):
+        raise ConfigError(f"RUN|SUPERLINK = {options.of!r}: not a run's folder (no config.toml)")
+    else:
+        lines = status.of_superlink([options.of], launch.environment(telemetry=False))
+    print("\n".join(lines))
     return 0
 
 

@@ -28,8 +28,10 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(commands, drawn, keys)
     _add_data(commands, keys)
     _add_report(commands)
+    _add_status(commands)
     _add_compare(commands, keys)
     _add_certs(commands)
+    _add_new(commands)
     return whole
 
 
@@ -126,8 +128,15 @@ def _add_evaluate(commands: Commands, drawn: argparse.ArgumentParser, keys: argp
     evaluate.add_argument(
         "--features",
         choices=("classifier", "random", "dinov2", "inception"),
-        default="classifier",
-        help="network whose features are compared (default: a classifier, trained on the real images)",
+        default="",
+        help="network whose features are compared (default: a classifier, trained on the real images; random with "
+        "--against where these have no classes)",
+    )
+    evaluate.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="compare with images of your own: a folder or a table. Says also how many samples are copies of one",
     )
     evaluate.add_argument(
         "--features-from", default="", metavar="ID", help="folder or hub id of dinov2 (default: facebook/dinov2-base)"
@@ -156,6 +165,22 @@ def _add_report(commands: Commands) -> None:
     report = commands.add_parser("report", help="write a run's report.html again, or a page that compares several runs")
     report.add_argument("run", type=Path, nargs="+", help="a run's folder")
     report.add_argument("-o", "--output", type=Path, help="the page of several runs (x.html; default comparison.html)")
+
+
+def _add_new(commands: Commands) -> None:
+    new = commands.add_parser("new", help="write the app into a folder of your own, to extend it")
+    new.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+
+
+def _add_status(commands: Commands) -> None:
+    status = commands.add_parser("status", help="say how far a run is, or what goes on at a SuperLink")
+    status.add_argument(
+        "of",
+        nargs="?",
+        default="",
+        metavar="RUN|SUPERLINK",
+        help="a run's folder, or a connection of Flower's config.toml (default: the newest run in runs/)",
+    )
 
 
 def _add_compare(commands: Commands, keys: argparse.ArgumentParser) -> None:

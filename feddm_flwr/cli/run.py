@@ -23,7 +23,7 @@ from feddm_flwr.config import (
     nodes_asked,
     parse,
 )
-from feddm_flwr.config.plugins import is_plugin
+from feddm_flwr.config.plugins import is_plugin, look_first_in
 from feddm_flwr.storage.state_folder import state_root
 
 
@@ -32,7 +32,8 @@ def run_command(options: argparse.Namespace) -> int:
     from feddm_flwr.reporting import records, report
     from feddm_flwr.reporting.run_directory import usual_name
 
-    app = launch.find_app(options.app)
+    if app := launch.find_app(options.app):
+        look_first_in(app / "feddm_flwr" / "contrib")
     overrides = run_config_keys(options.run_config)
     if options.resume:
         overrides = resumed_keys(options) | overrides

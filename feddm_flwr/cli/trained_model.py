@@ -9,18 +9,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
 
 from feddm_flwr.compute.device import usual_device
-from feddm_flwr.config import ConfigError, RunConfig
+from feddm_flwr.config import ConfigError
+from feddm_flwr.config.data import Data
 from feddm_flwr.data import node_data
 from feddm_flwr.data.images import Images
-from feddm_flwr.evaluation import features, grids, sampling, scores
+from feddm_flwr.evaluation import features, grids, memorization, sampling, scores
 from feddm_flwr.models import pipelines
 from feddm_flwr.storage.state_folder import state_root
 
 _LEAST = 10  # real images
+_SHOWN = 10  # pairs of a sample and an image
 
 
 @dataclass(frozen=True)
@@ -84,37 +88,49 @@ def draw(
     )
 
 
-def evaluate(folder: Path, config: RunConfig, how: How, count: int, kind: str, kind_from: str = "") -> dict[str, Any]:
-    """Returns the figures of that many samples against the images of `config.data`, with all that they depend on.
+def evaluate(
+    folder: Path, data: Data, how: How, count: int, kind: str, kind_from: str = "", *, copies: bool = False
+) -> tuple[dict[str, Any], Image.Image | None]:
+    """Returns the figures of that many samples against these images, with all that they depend on. With `copies`, the
+    images are made to fit the model, and a sheet of the samples that are nearest to one comes with them.
 
     Raises:
         ConfigError: images, model or feature network cannot be had, or do not fit each other.
     """
-    real, classes, _ = node_data.load_all(config.data)
+    if copies:
+        shape = draw(folder, replace(how, steps=1), 1).shape
+        data = replace(data, channels=shape[1], image_size=shape[2])
+    real, classes, _ = node_data.load_all(data)
     if len(real) < _LEAST:
-        raise ConfigError(
-            f"data.name = {config.data.name!r}: {len(real)} images; at least {_LEAST} can be compared with"
-        )
-    network = features.recipe(kind, config.data.channels, lambda: (real, classes), state_root(None), kind_from).build()
+        raise ConfigError(f"data.name = {data.name!r}: {len(real)} images; at least {_LEAST} can be compared with")
+    kind = kind or ("random" if copies and len({*classes}) < 2 else "classifier")
+    network = features.recipe(kind, data.channels, lambda: (real, classes), state_root(None), kind_from).build()
     fake = draw(folder, how, count, like=Counter(classes))
     if fake.shape[1:] != real.shape[1:]:
         raise ConfigError(
-            f"data.name = {config.data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
+            f"data.name = {data.name!r}: its images are {real.shape[1:]}, the model's {fake.shape[1:]} "
             "(channels, height, width): name the images with data.name, or set data.image-size and data.channels"
         )
-    return {
-        **scores.compare(
-            network(real), network(fake), how.seed, classes, network.logits, memorization=kind == "inception"
-        ),
+    seen, drawn, near, sheet = network(real), network(fake), dict[str, Any](), None
+    if copies:
+        found = memorization.nearest_images(drawn, seen)
+        near = {"copies": found.copies, "copies_by_chance": found.by_chance}
+        order = found.distances.argsort()[:_SHOWN]
+        pairs = np.concatenate([fake[order.numpy()], real[found.places[order].numpy()]])
+        sheet = grids.grid(pairs, columns=len(order))
+    figures = {
+        **scores.compare(seen, drawn, how.seed, classes, network.logits, memorization=kind == "inception"),
+        **near,
         "features": network.name,
         "resize": network.resize,
         "samples": len(fake),
         **asdict(_decided(how, folder)),
         "weights": "averaged" if (folder.parent / "config.toml").is_file() else "the folder's",
         "real": len(real),
-        "data": config.data.name,
-        "split": config.data.split,
+        "data": data.name,
+        "split": data.split,
     }
+    return figures, sheet
 
 
 def _decided(how: How, folder: Path) -> How:

@@ -26,6 +26,14 @@ def is_plugin(name: str) -> bool:
     return PLUGIN_MARK in name
 
 
+def look_first_in(folder: Path) -> None:
+    """Lets the extensions in a folder be found first, as those of an app are that is no clone; of the same package, or
+    where there is no such folder, that changes nothing."""
+    places = import_module(PREFIX.rstrip(".")).__path__
+    if folder.is_dir() and not any(Path(place).is_dir() and folder.samefile(place) for place in places):
+        places.insert(0, str(folder))
+
+
 def check_there(key: str, name: str) -> None:
     """Checks that an extension is there, by its file alone.
 

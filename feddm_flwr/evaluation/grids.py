@@ -28,11 +28,11 @@ def to_image(pixels: Images) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def grid(images: Images, cell: int = 56) -> Image.Image:
-    """Returns the images in a near-square grid; small ones are enlarged smoothly to about `cell` pixels, since nobody
-    reads an 8x8 digit as it is."""
+def grid(images: Images, cell: int = 56, columns: int = 0) -> Image.Image:
+    """Returns the images in a grid of so many columns, 0: near-square; small ones are enlarged smoothly to about `cell`
+    pixels, since nobody reads an 8x8 digit as it is."""
     count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     scale = max(1, round(cell / height))
     height, width, gap = height * scale, width * scale, 2

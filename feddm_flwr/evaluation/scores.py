@@ -108,6 +108,14 @@ def _covered(points: Tensor, by: Tensor) -> float:
     return float(torch.cat(inside).double().mean())
 
 
+def _copies_lines(result: dict[str, Any]) -> list[str]:
+    if "copies" not in result:
+        return []
+    return [
+        f"copies     {result['copies']} samples are near to an image; by chance {result['copies_by_chance']:.0f} are"
+    ]
+
+
 def _coverage_lines(result: dict[str, Any]) -> list[str]:
     by_class = result.get("coverage_by_class")
     if not by_class:
@@ -128,6 +136,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         *([f"MIFID      {result['mifid']:.3f}"] if "mifid" in result else []),
         *([f"IS         {result['inception_score']:.3f}"] if "inception_score" in result else []),
         *_coverage_lines(result),
+        *_copies_lines(result),
         f"features   {result['features']}; resized: {result['resize']}",
         f"samples    {result['samples']} (seed {result['seed']}, {result['steps']} steps of {result['scheduler']}, "
         f"{guidance}{result['weights']} weights)",

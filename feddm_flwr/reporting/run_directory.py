@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import tomli_w
 from filelock import FileLock, Timeout
 
-from feddm_flwr.reporting import trackers
+from feddm_flwr.reporting import prometheus, trackers
 from feddm_flwr.reporting.records import (
     Row,
     as_line,
     epsilon_spent,
     nest,
+    read_config,
     read_metrics,
     read_rounds,
     resumed_after,
@@ -135,6 +137,7 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         self._track(row, row["round"])
+        self._watched(running=True)
 
     def add_figures(self, figures: Row) -> None:
         """Adds to the last line of `metrics.jsonl` what a round was found to be worth."""
@@ -142,6 +145,11 @@ class RunDirectory:
         with whole_file(self.path / "metrics.jsonl") as file:
             file.writelines(map(as_line, [*before, last | figures]))
         self._track(figures, last["round"])
+        self._watched(running=True)
+
+    def _watched(self, *, running: bool) -> None:
+        asked = read_config(self.path)["num-server-rounds"]
+        prometheus.write(self.path, read_rounds(self.path), asked, running=running)
 
     def is_evaluated(self) -> bool:
         """Tells whether the last line of `metrics.jsonl` has such figures."""
@@ -193,6 +201,8 @@ class RunDirectory:
     def finish(self, status: str, reason: str = "") -> None:
         """Writes the status (`completed` or `failed`), tell the trackers and let others resume the run."""
         write_status(self.path, status, reason)
+        with suppress(OSError, ValueError):  # a run that failed before it began, or whose disk is full
+            self._watched(running=False)
         for tracker in self._trackers:
             tracker.finish(completed=status == "completed")
         self._lock.release()

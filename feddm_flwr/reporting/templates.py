@@ -5,7 +5,8 @@ _HEAD = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }} – FedDM</title>
+{% if status is defined and status.status == "running" %}<meta http-equiv="refresh" content="30">
+{% endif %}<title>{{ name }} – FedDM</title>
 <link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #1b1f27; --soft: #667085; --line: #e3e6ec;
@@ -57,6 +58,7 @@ PAGE = (
 <p class="soft">{{ config.strategy }} · {{ config["data.name"] }} at {{ config["data.image-size"] }}×{{ config["data.image-size"] }}
 {% if status.simulated is not false %} · {{ config["data.partition"] }}{% endif %} · uplink {{ config["codec.uplink"] }}, downlink {{ config["codec.downlink"] }}
 {% if config["privacy.secure-aggregation"] %} · secure aggregation{% endif %} · seed {{ config.seed }}</p>
+{% if status.status == "running" %}<p class="soft">This page is written anew while the run goes on, and reloads itself every half minute.</p>{% endif %}
 {% if status.reason %}<p class="reason {{ status.status }}">{{ status.reason }}</p>{% endif %}
 <section class="tiles">
 {% for value, label, note in tiles %}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from feddm_flwr.vector import Vector
 log = logging.getLogger(__name__)
 
 _Found = TypeVar("_Found")
+_REPORT_EVERY = 10.0  # seconds, at least, between reports of a run that goes on
 
 
 class Outputs:
@@ -47,6 +49,7 @@ class Outputs:
         evaluates = self._draws and self._config.eval.features != "none"
         self._evaluation = GlobalEvaluation(model, run.path) if evaluates else None
         self._chosen_by = ""  # the figure that the shipped average is the best by, once it is chosen
+        self._reported = -math.inf  # when the report was written last
         self._said: dict[float | None, Said] = {}  # by the nodes, of the averages of these widths
 
     def begin(self, feddm: FedDM) -> None:
@@ -65,6 +68,15 @@ class Outputs:
         if due or (not chosen and self._chooses(feddm, "fid")):
             self._evaluate(feddm)
         self._show(feddm)
+        self._report(feddm)
+
+    def _report(self, feddm: FedDM) -> None:
+        """Writes the report while the run goes on, once a round is evaluated or drawn, but not all the time."""
+        every = (self._config.eval.every, self._config.sample.every if self._draws else 0)
+        due = feddm.round == 0 or any(self._is_due(feddm, rounds) for rounds in every)
+        if due and not feddm.is_over and time.monotonic() - self._reported > _REPORT_EVERY:
+            write_report(self._run)
+            self._reported = time.monotonic()
 
     def finish(self, feddm: FedDM) -> str:
         """Writes the model, and what the nodes say of it; returns why there is none, "" where there is."""

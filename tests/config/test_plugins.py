@@ -17,6 +17,7 @@ from local_grid import config, node, run, run_server
 import feddm_flwr
 from feddm_flwr import contrib
 from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config.plugins import check_there, look_first_in
 from feddm_flwr.contrib.huber import Huber
 from feddm_flwr.contrib.yogi import yogi
 from feddm_flwr.data.node_data import load_all, load_node
@@ -255,3 +256,18 @@ def test_a_distance_is_one_of_each_image(extension: Path, caplog: pytest.LogCapt
     with pytest.raises(RunFailedError, match="0 of 4 nodes gave a good reply"):
         run(c)
     assert re.search(r"distance must return a number for each image, \(\d+,\), not \(\)", caplog.text)
+
+
+def test_extensions_of_an_app_are_found_before_those_of_the_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contrib, "__path__", [*contrib.__path__])
+    before = [*contrib.__path__]
+    look_first_in(Path(before[0]))
+    look_first_in(tmp_path / "none")
+    assert contrib.__path__ == before
+    (tmp_path / "own_one.py").write_text("class Own: pass\n")
+    with pytest.raises(ConfigError, match=r"there is no feddm_flwr/contrib/own_one\.py"):
+        check_there("train.objective", "feddm_flwr.contrib.own_one:Own")
+    look_first_in(tmp_path)
+    check_there("train.objective", "feddm_flwr.contrib.own_one:Own")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
+from feddm_flwr.cli import trained_model
 from feddm_flwr.cli.main import main
 from feddm_flwr.config import ConfigError, parse
 from feddm_flwr.data.node_data import load_all
 from feddm_flwr.evaluation import features, scores
+from feddm_flwr.evaluation.memorization import nearest_images
 from feddm_flwr.models import pipelines
 from feddm_flwr.models.networks import build
 
@@ -117,3 +121,40 @@ def test_copies_of_real_images_make_mifid_worse_than_fid() -> None:
     assert honest["mifid"] == pytest.approx(honest["fid"], rel=1e-3)
     assert copied["mifid"] > 1e6 * copied["fid"]
     assert "mifid" not in scores.compare(real, fresh, 0)
+
+
+def test_a_site_compares_with_images_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse({"model.preset": "tiny"})
+    pipelines.save(build(config, {}), config, {}, tmp_path / "model", "")
+    drawn = trained_model.draw(tmp_path / "model", trained_model.How("", 3, None, 0), 40)
+    random = np.random.default_rng(0)
+    for i in range(60):  # of another size than the model's, which was given these samples back, and noise beside
+        pixels = drawn[i] if i < 20 else random.integers(0, 256, (1, 8, 8)).astype(np.uint8)
+        (tmp_path / "own").mkdir(exist_ok=True)
+        Image.fromarray(np.kron(pixels[0], np.ones((2, 2), np.uint8))).save(tmp_path / "own" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    line = ["evaluate", str(tmp_path / "model"), "-n", "40", "--steps", "3", "--against", str(tmp_path / "own")]
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    assert "features   random (an untrained network" in said  # no classes are known
+    copies = re.search(r"copies     (\d+) samples are near to an image; by chance 0 are", said)
+    assert copies
+    assert 10 <= int(copies[1]) <= 30
+    with Image.open("nearest.png") as sheet:
+        assert sheet.width > 4 * sheet.height
+    assert main([*line[:-1], "nowhere"]) == 2
+    assert "--against = 'nowhere': no such file or folder" in capsys.readouterr().err
+
+
+def test_samples_are_near_to_images_by_more_than_images_are_to_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, fresh = (torch.randn(5000, 4, generator=generator) for _ in range(2))  # in more than one part
+    found = nearest_images(fresh[:1000], images)
+    assert 2 <= found.copies <= 30
+    assert found.by_chance == 10
+    assert (found.distances > 0).all()
+    copied = nearest_images(images[4990:], images)
+    assert copied.copies == 10
+    assert copied.places.tolist() == [*range(4990, 5000)]

@@ -66,7 +66,14 @@ def test_a_judged_run_has_its_figures_its_best_model_and_reports_that_a_browser_
     text = report.read_text()
     assert "files passed over, .heic: 1,200 at node-1, 7 at node-3, 3 at node-0<br>" in text
     assert "images that cannot be read: 2 at node-3<br>" in text
-    for words in ("FID by round", "<h2>Sites</h2>", "Memorization audit", "Classes among the samples", "by noise level", "random (an"):
+    for words in (
+        "FID by round",
+        "<h2>Sites</h2>",
+        "Memorization audit",
+        "Classes among the samples",
+        "by noise level",
+        "random (an",
+    ):
         assert words in text
     monkeypatch.chdir(tmp_path)
     assert main(["report", "first", "second"]) == 0
