@@ -315,7 +315,7 @@ def follow(
         except KeyboardInterrupt:
             with contextlib.suppress(OSError):  # a terminal that was closed
                 display.print("stopping the run …")
-            done = _flwr(federation, "stop", run_id) if run_id else None
+            done = flwr(federation, "stop", run_id) if run_id else None
             command = " ".join(["flwr stop", run_id or "RUN_ID", *federation.arguments])
             stopped = federation.local or (done and done.returncode == 0)
             with contextlib.suppress(OSError):
@@ -361,7 +361,7 @@ def _may_be_sent(path: Path) -> bool:
     return path.is_file() and (path.suffix in _SENT or path.name in ("LICENSE", ".gitignore"))
 
 
-def _flwr(federation: Remote | Simulation, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def flwr(federation: Remote | Simulation, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of Flower's; the connection is its last argument."""
     line = ["flwr", command, *arguments, *federation.arguments[:1]]
     return subprocess.run(line, env=federation.env, capture_output=True, encoding="utf-8", check=False)
@@ -371,7 +371,7 @@ def _status(run_id: str, federation: Remote | Simulation) -> tuple[str, str]:
     """Returns the run's status and its details, as `flwr ls` tells them."""
     status, details = "unknown", ""
     for _ in range(20):  # the log's end comes a moment before the status
-        listed = _flwr(federation, "ls", f"--run-id={run_id}", "--format=json").stdout
+        listed = flwr(federation, "ls", f"--run-id={run_id}", "--format=json").stdout
         try:
             run = json.loads(listed)["runs"][0]
         except (ValueError, LookupError):

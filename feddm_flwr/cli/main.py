@@ -92,17 +92,15 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--features-from = {options.features_from!r}: is for --features dinov2 only")
     if options.output:
         check_output(options.output, ".json")
+    if (against := options.against) and not against.exists():
+        raise ConfigError(f"--against = {str(against)!r}: no such file or folder")
     config = parse(run_config_keys([*([str(run)] if run else []), *options.run_config]))
     from feddm_flwr.cli import trained_model
     from feddm_flwr.evaluation import scores
 
-    model, against = trained_model.find(options.model), options.against
-    data = replace(config.data, name=str(against.resolve())) if against else config.data
-    if against and not against.exists():
-        raise ConfigError(f"--against = {str(against)!r}: no such file or folder")
     result, nearest = trained_model.evaluate(
-        model,
-        data,
+        trained_model.find(options.model),
+        replace(config.data, name=str(against.resolve())) if against else config.data,
         trained_model.How(options.scheduler, options.steps, options.guidance, options.seed),
         options.samples,
         options.features,
@@ -199,7 +197,8 @@ def _status(options: argparse.Namespace) -> int:
     elif run.exists() or launch.is_local(options.of):
         raise ConfigError(f"RUN|SUPERLINK = {options.of!r}: not a run's folder (no config.toml)")
     else:
-        lines = status.of_superlink([options.of], launch.environment(telemetry=False))
+        place = argparse.Namespace(superlink=options.of)
+        lines = status.of_superlink(launch.Remote(place, launch.environment(telemetry=False)))
     print("\n".join(lines))
     return 0
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from feddm_flwr.cli.launch import Remote, flwr
 from feddm_flwr.config import ConfigError
 from feddm_flwr.reporting.progress import MARK, RoundDone, parse
 from feddm_flwr.reporting.records import RoundRecord, read_config, read_rounds, read_status, total_bytes
@@ -65,19 +64,19 @@ def of_run(run: Path) -> list[str]:
     return lines
 
 
-def of_superlink(arguments: list[str], env: Mapping[str, str]) -> list[str]:
-    """Returns what goes on at a SuperLink, by the name of its connection, if any.
+def of_superlink(federation: Remote) -> list[str]:
+    """Returns what goes on at a SuperLink.
 
     Raises:
         ConfigError: it does not answer.
     """
-    nodes = Counter(str(node.get("status")) for node in _asked(["supernode", "list", *arguments], env, "nodes"))
-    runs = _asked(["list", f"--limit={_LISTED}", *arguments], env, "runs")
+    nodes = Counter(str(node.get("status")) for node in _asked(federation, "nodes", "supernode", "list"))
+    runs = _asked(federation, "runs", "list", f"--limit={_LISTED}")
     lines = [f"nodes: {', '.join(f'{n} {what}' for what, n in sorted(nodes.items())) or 'none'}"]
     for run in runs:
         lines.append(f"run {run.get('run-id')}: {run.get('status')}, {run.get('elapsed', '')}".rstrip(", "))
         if run.get("status") == "running":
-            log = _flwr(["log", str(run.get("run-id")), *arguments, "--show"], env).splitlines()
+            log = flwr(federation, "log", "--show", str(run.get("run-id"))).stdout.splitlines()
             said = (parse(line.partition(MARK)[2]) for line in reversed(log))
             if done := next((one for one in said if isinstance(one, RoundDone)), None):
                 left = _span((done.rounds - done.round) * done.seconds)
@@ -88,8 +87,9 @@ def of_superlink(arguments: list[str], env: Mapping[str, str]) -> list[str]:
     return lines if runs else [*lines, "runs: none"]
 
 
-def _asked(command: list[str], env: Mapping[str, str], what: str) -> list[dict[str, Any]]:
-    said = _flwr([*command, "--format=json"], env)
+def _asked(federation: Remote, what: str, *command: str) -> list[dict[str, Any]]:
+    done = flwr(federation, *command, "--format=json")
+    said = done.stdout or done.stderr
     try:
         found: list[dict[str, Any]] = json.loads(said)[what]
     except (ValueError, LookupError, TypeError) as error:
@@ -98,11 +98,6 @@ def _asked(command: list[str], env: Mapping[str, str], what: str) -> list[dict[s
         why = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it says nothing")
         raise ConfigError(f"SUPERLINK: {why}") from error
     return found
-
-
-def _flwr(command: list[str], env: Mapping[str, str]) -> str:
-    done = subprocess.run(["flwr", *command], env=env, capture_output=True, encoding="utf-8", check=False)
-    return done.stdout or done.stderr
 
 
 def _left(rounds: list[RoundRecord], asked: int) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 from pydicom.pixels.utils import pixel_array
 from pydicom.tag import Tag
@@ -144,4 +145,4 @@ def _parts(about: Dataset, index: int, name: str) -> Iterator[Dataset]:
 
 
 def _first(value: Any) -> float:
-    return float(value if np.isscalar(value) or not hasattr(value, "__len__") else value[0])
+    return float(value[0] if isinstance(value, MultiValue) else value)

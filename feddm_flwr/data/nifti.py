@@ -7,6 +7,7 @@ value, but for one in 200 at either end. Slices with nearly nothing in them are 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -83,14 +84,14 @@ def _volume(path: Path) -> _Volume:
 
 @lru_cache(maxsize=2)  # slices come one after the other: of one volume, or two at its end
 def _read(path: Path, changed: int) -> _Volume:
-    image = nibabel.as_closest_canonical(nibabel.load(path))  # type: ignore[no-untyped-call]
+    image: Any = nibabel.load(path)
+    series = image.shape[3:]  # moments, or directions: they look alike, and only the first is read
+    if series:
+        image = image.slicer[(slice(None),) * 3 + (0,) * len(series)]
+    image = nibabel.as_closest_canonical(image)  # type: ignore[no-untyped-call]
     values = np.asanyarray(image.dataobj)
     if not (np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)):
         raise UnclearError("a NIfTI file of colours or complex numbers")
-    more = 0
-    while values.ndim > 3:  # moments, or directions: they look alike
-        more = (more + 1) * values.shape[-1] - 1
-        values = values[..., 0]
     if values.ndim != 3 or not values.size:
         raise UnclearError("a NIfTI file without a volume")
     low, high = float(image.header["cal_min"]), float(image.header["cal_max"])
@@ -98,5 +99,5 @@ def _read(path: Path, changed: int) -> _Volume:
         values.astype(np.float32) if np.issubdtype(values.dtype, np.floating) else values,
         tuple(float(v) for v in image.header.get_zooms()[:3]),
         (low, high) if low < high else None,
-        {"volumes of a series left out": more} if more else {},
+        {"volumes of a series left out": math.prod(series) - 1},
     )

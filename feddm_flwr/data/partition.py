@@ -33,8 +33,8 @@ def partition_rows(data: Data, seed: int, source: Source, index: int, count: int
     Raises:
         ConfigError: the images cannot be shared out like that.
     """
-    if groups := source.groups(data.group_column):
-        return _whole(data, seed, source, count, tuple(groups))[index]
+    if data.group_column or source.together:
+        return _whole(data, seed, source, count)[index]
     return _rows(data, seed, source, index, count)
 
 
@@ -44,9 +44,10 @@ def _rows(data: Data, seed: int, source: Source, index: int, count: int) -> list
 
 
 @lru_cache(maxsize=1)  # as below
-def _whole(d: Data, seed: int, source: Source, count: int, groups: tuple[str, ...]) -> list[list[int]]:
+def _whole(d: Data, seed: int, source: Source, count: int) -> list[list[int]]:
     """Returns the rows of each partition. One group after the other, in random order, goes to where most of it would
     be, of those that are not yet as large as they would be; where chance alone deals, to the one that lacks most."""
+    groups = source.groups(d.group_column)
     by_chance = d.partition == "iid" or (d.partition == "natural" and not d.natural_column)
     if by_chance:
         shares = [[*range(i, len(groups), count)] for i in range(count)]

@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from feddm_flwr.cli.main import main
-from feddm_flwr.config import ConfigError, parse
+from feddm_flwr.config import ConfigError, RunConfig, parse
 from feddm_flwr.data import files
 from feddm_flwr.data.images import Images
 from feddm_flwr.data.node_data import NodeData, load_all, load_node
@@ -26,15 +26,17 @@ from feddm_flwr.data.node_data import NodeData, load_all, load_node
 KEYS = {"data.image-size": 8, "data.channels": 1, "data.flip": False}
 
 
+def parsed(name: str, **keys: Any) -> RunConfig:
+    return parse({**KEYS, "data.name": name, **{"data." + key.replace("_", "-"): v for key, v in keys.items()}})
+
+
 def load(folder: Path, **keys: Any) -> NodeData:
-    more = {"data." + key.replace("_", "-"): value for key, value in keys.items()}
-    c = parse({**KEYS, "data.name": "own", **more})
+    c = parsed("own", **keys)
     return load_node(c.data, c.seed, None, str(folder), folder.parent / "root")
 
 
 def seen(folder: Path, **keys: Any) -> Images:
-    more = {"data." + key.replace("_", "-"): value for key, value in keys.items()}
-    return load_all(parse({**KEYS, "data.name": str(folder), **more}).data)[0]
+    return load_all(parsed(str(folder), **keys).data)[0]
 
 
 def save_dicom(path: Path, values: NDArray[Any], **more: Any) -> None:
