@@ -23,11 +23,14 @@ from feddm_flwr.config import RunConfig, flatten, parse
 from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.models import networks, parameters
 from feddm_flwr.protocol.replies import Introduction
+from feddm_flwr.server.federation import dispatch, roster
 from feddm_flwr.server.federation.roster import Roster
 from feddm_flwr.server.round import RoundResult
 from feddm_flwr.server.strategy import FedDM
 
 Handler = Callable[[Message], Message | None]
+
+roster._PAUSE = dispatch._PAUSE = 0.01  # nobody is far away
 
 TINY: dict[str, Any] = {
     "model.preset": "tiny",
@@ -35,6 +38,7 @@ TINY: dict[str, Any] = {
     "train.local-steps": 3,
     "train.batch-size": 8,
     "train.threads": 1,
+    "eval.images": 16,
     "round-timeout": 60.0,
     "max-round-retries": 0,
 }

@@ -6,8 +6,9 @@ The machinery only; the keys themselves are in `config.keys`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from itertools import chain
 from typing import Any, get_type_hints
 
 Scalar = bool | int | float | str
@@ -111,16 +112,12 @@ class KeySpec:
         )
 
 
-def sections(cls: type, top: bool = True) -> Iterator[tuple[str, type, list[KeySpec]]]:
-    """Yields `(prefix, dataclass, keys)` of the top level and of every section, in order."""
+@cache  # every task asks several times
+def sections(cls: type, top: bool = True) -> tuple[tuple[str, type, tuple[KeySpec, ...]], ...]:
+    """Returns `(prefix, dataclass, keys)` of the top level and of every section, in order."""
     hints = get_type_hints(cls)
     prefix = "" if top else f"{cls.__name__.lower()}."
     own = [f for f in fields(cls) if not is_dataclass(hints[f.name])]
-    yield (
-        prefix,
-        cls,
-        [KeySpec(prefix + f.name.replace("_", "-"), hints[f.name], **f.metadata) for f in own],
-    )
-    for f in fields(cls):
-        if is_dataclass(hints[f.name]):
-            yield from sections(hints[f.name], top=False)
+    specs = tuple(KeySpec(prefix + f.name.replace("_", "-"), hints[f.name], **f.metadata) for f in own)
+    below = (sections(hints[f.name], top=False) for f in fields(cls) if is_dataclass(hints[f.name]))
+    return ((prefix, cls, specs), *chain.from_iterable(below))

@@ -149,10 +149,10 @@ class Federation:
         home = str(self.folder / f"{site}-home")
         self.spawn(site, "bash", "-c", 'while :; do "$@"; sleep 3; done', "bash", *line, FLWR_HOME=home)
 
-    def run(self, *arguments: object, app: Path = ROOT, **keys: Any) -> tuple[int, str]:
+    def run(self, *arguments: object, app: Path = ROOT, limit: float = 500, **keys: Any) -> tuple[int, str]:
         """`feddm run` to its end: the exit code and what it said."""
         process = self.start_run(*arguments, app=app, **keys)
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=limit)
         return process.returncode, str(output)
 
     def start_run(self, *arguments: object, app: Path = ROOT, **keys: Any) -> subprocess.Popen[str]:

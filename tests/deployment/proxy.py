@@ -28,9 +28,9 @@ class Proxy:
 
     def cut(self) -> None:
         """End every connection and refuse new ones."""
-        _end(self._listener)
+        end(self._listener)
         for one in list(self._open):
-            _end(one)
+            end(one)
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -49,12 +49,12 @@ class Proxy:
                 while self.mode == "freeze":
                     time.sleep(0.05)
                 sink.sendall(piece)
-        _end(source)
-        _end(sink)
+        end(source)
+        end(sink)
         self._open -= {source, sink}
 
 
-def _end(one: socket.socket) -> None:
+def end(one: socket.socket) -> None:
     with contextlib.suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
     one.close()

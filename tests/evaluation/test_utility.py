@@ -22,7 +22,8 @@ def images(labels: NDArray[Any], seed: int) -> NDArray[np.uint8]:
     return made
 
 
-def test_a_classifier_of_good_samples_is_right_and_one_of_bad_samples_is_not() -> None:
+def test_a_classifier_of_good_samples_is_right_and_one_of_bad_samples_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utility, "_STEPS", 100)
     labels = np.arange(64) % 4
     test, names = images(labels, 1), ("a", "b", "c", "d")
     good = utility.classifier(images(labels, 0), labels, names)

@@ -16,7 +16,7 @@ from torch import nn
 
 from feddm_flwr.config import ConfigError, RunConfig
 from feddm_flwr.data.node_data import load_all
-from feddm_flwr.evaluation import features, lipschitz, statistics
+from feddm_flwr.evaluation import features, lipschitz, statistics, utility
 from feddm_flwr.evaluation.global_model import GlobalModel
 from feddm_flwr.evaluation.grids import labels_like
 from feddm_flwr.evaluation.memorization import near_by_chance, near_copies, separability
@@ -127,7 +127,8 @@ def test_a_classifier_needs_images_on_the_server(tmp_path: Path) -> None:
         GlobalEvaluation(of, tmp_path)
 
 
-def test_nodes_say_what_samples_are_good_for(tmp_path: Path) -> None:
+def test_nodes_say_what_samples_are_good_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utility, "_STEPS", 100)
     keys = {"data__classes": ",".join("0123456789"), "model__class_conditional": True, "eval__utility": True}
     c = config(**keys, eval__features="random", eval__samples=40, sample__steps=3, num_server_rounds=1)
     of, feddm = federation(c)
