@@ -26,7 +26,7 @@ def markdown(results: Results) -> str:
         # Where no run is data-parallel, tables are as they were.
         more = ["images to centralized FID"] if "data-parallel" in bases else []
         heads = ["run", "FID", "least", *(f"over {kind}" for kind in bases), *more]
-        heads += ["KID", "coverage", "held-out loss", "up", "down", "seeds"]
+        heads += ["KID", "coverage", "held-out loss", "up", "down", "hours at 10 Mbit/s", "seeds"]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for run in dict.fromkeys(r["run"] for r in own):
             same = [r for r in own if r["run"] == run]
@@ -39,7 +39,7 @@ def markdown(results: Results) -> str:
                 f"| {_spread([r['kid'] for r in same if r['kid'] is not None])} "
                 f"| {_spread([r['coverage'] for r in same if r['coverage'] is not None])} "
                 f"| {_spread([r['eval_loss'] for r in same if r['eval_loss'] is not None])} "
-                f"| {_fewer(same, 'up')} | {_fewer(same, 'down')} | {len(same)} |"
+                f"| {_fewer(same, 'up')} | {_fewer(same, 'down')} | {_hours(same)} | {len(same)} |"
             )
         parts.append("\n".join(lines))
     samples, features = ({r[key] for r in results if r[key]} for key in ("samples", "features"))
@@ -48,7 +48,8 @@ def markdown(results: Results) -> str:
         f"features of {_either(features)}. "
         + ("FID of fewer than 10,000 samples depends on their number. " if min(samples, default=0) < 10_000 else "")
         + "Held-out loss: of the raw weights that the last round began with. Mean ± standard deviation over the seeds. "
-        "Up and down: megabytes of the whole run, all nodes, and how many times less than float32."
+        "Up and down: megabytes of the whole run, all nodes, and how many times less than float32. "
+        "Hours: what a node's share of both takes on a line of its own."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -173,6 +174,13 @@ def _fewer(same: Results, way: str) -> str:
     sent = mean(r[f"bytes_{way}"] for r in same)
     ratio = mean(r[f"bytes_{way}_fp32"] for r in same) / sent
     return f"{sent / 1e6:.3g} MB ({ratio:.3g}x)"
+
+
+def _hours(same: Results) -> str:
+    """Returns how long a node's transfers take on a line of 10 Mbit/s, up after down, all nodes at the same time."""
+    if _pooled(same[0]):
+        return "–"
+    return f"{mean((r['bytes_up'] + r['bytes_down']) / r['nodes'] for r in same) * 8 / 10e6 / 3600:.2g}"
 
 
 def _either(values: set[Any]) -> str:

@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from local_grid import config, nodes, run
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from numpy.typing import NDArray
 from PIL import Image
@@ -271,6 +272,21 @@ def test_a_folder_may_mix_them_with_rubbish(tmp_path: Path, capsys: pytest.Captu
     found = load(folder, max_broken=0.5, eval_fraction=0.0, black=0.0, white=100.0)
     assert len(found.train) == 7
     assert found.skipped == 3
+
+
+def test_a_federation_trains_on_what_a_hospital_has(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("MR_small.dcm", "MR_small_RLE.dcm", "CT_small.dcm"):
+        (folder / name).write_bytes(Path(str(get_testdata_file(name))).read_bytes())
+    volume = Path(nibabel.__file__).parent / "tests" / "data" / "anatomical.nii"
+    (folder / volume.name).write_bytes(volume.read_bytes())
+    (folder / "notes.docx").write_bytes(b"rubbish")
+    shown = {"black": 0.0, "white": 5000.0, "image_size": 16, "channels": 1, "eval_fraction": 0.2}
+    c = config(**{f"data__{key}": value for key, value in shown.items()}, data__name=str(folder), min_nodes=2)
+    done = run(c, nodes(c, 2))
+    assert [(one.clients_ok, one.failures) for one in done] == [(2, {})] * 2
+    assert all(np.isfinite([one.train_loss, one.eval_loss]).all() for one in done)
 
 
 def test_without_its_library_a_format_is_passed_over_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
