@@ -74,7 +74,9 @@ def of_superlink(federation: Remote) -> list[str]:
     runs = _asked(federation, "runs", "list", f"--limit={_LISTED}")
     lines = [f"nodes: {', '.join(f'{n} {what}' for what, n in sorted(nodes.items())) or 'none'}"]
     for run in runs:
-        lines.append(f"run {run.get('run-id')}: {run.get('status')}, {run.get('elapsed', '')}".rstrip(", "))
+        elapsed = run.get("elapsed")
+        took = f", {_span(float(elapsed))}" if elapsed else ""
+        lines.append(f"run {run.get('run-id')}: {run.get('status')}{took}")
         if run.get("status") == "running":
             log = flwr(federation, "log", "--show", str(run.get("run-id"))).stdout.splitlines()
             said = (parse(line.partition(MARK)[2]) for line in reversed(log))

@@ -78,6 +78,9 @@ def test_a_network_that_fails_costs_time_and_nothing_else(federation: Federation
         proxy.mode = "delay"
         run = federation.start_run(run_name="network", **JOB)
         federation.wait_for_round("network", 1)
+        told = federation.command("feddm", "status", "site")
+        assert re.search(r"nodes: .*\d online", told)
+        assert re.search(r"run \d+: running, [\d mins]+\n  round 1 of \d+, loss [\d.]+, \d replies, ", told)
         proxy.mode = "freeze"
         time.sleep(20)
         proxy.mode = "pass"
