@@ -250,7 +250,7 @@ def test_means_are_over_seeds() -> None:
     }
     text = comparison_tables.markdown([one | {"fid": 2.0, "seed": 0}, one | {"fid": 4.0, "seed": 1}])
     assert "| vanilla | 3 ± 1.414 | 2 | – | 0.01 ± 0 | 0.9 ± 0 |" in text
-    assert "| 1 MB (1x) | 1 MB (1x) | 2 |" in text
+    assert "| 1 MB (1x) | 1 MB (1x) | 0.00011 | 2 |" in text  # 4 Mbit of each of four nodes
     pooled = one | {"run": "centralized", "nodes": 1, "fid": 1.5, "seed": 0}
     for keys, over in (({}, "2.000"), ({"data.image-size": 14}, "–")):
         text = comparison_tables.markdown([one | {"fid": 3.0, "seed": 0}, pooled | {"keys": keys}])
