@@ -38,10 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     }
     try:
         code = commands[options.command](options)
+        sys.stdout.flush()
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"feddm: {line}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nowhere to go
+        return 1
     except OSError as error:  # an output that cannot be written, say
         print(f"feddm: {error}", file=sys.stderr)
         return 1

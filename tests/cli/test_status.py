@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from local_grid import config, run_server
 
 from feddm_flwr.cli.main import main
+from feddm_flwr.config import flatten, parse
 from feddm_flwr.reporting.records import as_line, read_metrics
 from feddm_flwr.reporting.run_directory import RunDirectory
 from feddm_flwr.server import outputs
@@ -86,3 +89,17 @@ def test_what_is_no_run_is_refused(
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     assert main(["status", *filter(None, [of])]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_told_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.begin(flatten(parse({})), None)
+    near, far = os.pipe()
+    os.close(near)
+    start = "import sys; from feddm_flwr.cli.main import main; sys.exit(main())"
+    try:
+        line = [sys.executable, "-c", start, "status", run.path]
+        done = subprocess.run(line, stdout=far, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(far)
+    assert (done.returncode, done.stderr) == (1, b"")
