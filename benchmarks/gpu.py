@@ -31,7 +31,7 @@ BIN = Path(sys.executable).parent
 _FEDDM = ["-c", "import sys; from feddm_flwr.cli.main import main; sys.exit(main())"]
 _RESULTS = "results.jsonl"
 _GRACE = 20.0  # seconds that a job has to save its state
-_WITHIN = 60 << 20  # bytes of an archive: what is larger leaves the oldest checkpoints behind
+_WITHIN = 60 << 20  # bytes of an archive: the largest files are left out of what is more
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def jobs(folder: Path, images: str, toy: bool) -> list[Job]:
 
 def _simulation(folder: Path, at_once: int, toy: bool) -> Job:
     """Returns four nodes that share a machine, so many at a time."""
-    name, rounds = f"at-once-{at_once}", 2 if toy else 4
+    run = folder / "simulation" / f"at-once-{at_once}"
     keys = {
-        "out-dir": str(folder / "simulation"),
-        "run-name": name,
-        "num-server-rounds": rounds,
+        "out-dir": str(run.parent),
+        "run-name": run.name,
+        "num-server-rounds": 2 if toy else 4,
         "model.preset": "tiny" if toy else "medium",
         "train.local-steps": 2 if toy else 200,
         "sample.every": 0,
@@ -90,11 +90,11 @@ def _simulation(folder: Path, at_once: int, toy: bool) -> Job:
     share = [] if toy else ["--client-gpus", 1 / at_once]
 
     def read(_: str) -> Any:
-        lines = (folder / "simulation" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return {"seconds a round": [json.loads(line)["seconds"] for line in lines]}
 
     command = [*_FEDDM, "run", "--num-supernodes", 4, *share, *said]
-    return Job(name, command, 180, read, anew=folder / "simulation" / name)
+    return Job(run.name, command, 180, read, anew=run)
 
 
 def _quality(folder: Path, kind: str, images: str) -> Job:
@@ -118,7 +118,7 @@ def done(folder: Path) -> dict[str, dict[str, Any]]:
 
 def work(folder: Path, queue: Sequence[Job], seconds: float) -> None:
     """Does what is not done, for so long."""
-    end, before = time.monotonic() + seconds, done(folder)
+    end, before, facts = time.monotonic() + seconds, done(folder), machine.facts()
     left = [job for job in queue if "found" not in before.get(job.name, {})]
     for job in sorted(left, key=lambda job: (job.pieces, job.name in before)):
         rest = end - time.monotonic() - _GRACE
@@ -129,7 +129,7 @@ def work(folder: Path, queue: Sequence[Job], seconds: float) -> None:
             shutil.rmtree(job.anew, ignore_errors=True)
         begun = time.monotonic()
         code, said = finished(job, min(job.limit, rest))
-        line: dict[str, Any] = {"job": job.name, **machine.facts(), "seconds": round(time.monotonic() - begun, 1)}
+        line: dict[str, Any] = {"job": job.name, **facts, "seconds": round(time.monotonic() - begun, 1)}
         try:
             line |= {"found": job.read(said)} if code == 0 else {"failed": f"exit {code}: {said[-600:]}"}
         except (OSError, ValueError, IndexError) as error:
@@ -167,7 +167,7 @@ def environment() -> dict[str, str]:
 
 
 def pack(folder: Path) -> Path:
-    """Writes everything but what is larger than an archive may be into one; returns its path."""
+    """Writes the files into an archive, the smallest first, as far as it may grow; returns its path."""
     archive = folder.with_name(f"{folder.name}.tar.gz")
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with tarfile.open(archive, "w:gz") as packed:
