@@ -38,6 +38,7 @@ serverapp = "empty:server"
 clientapp = "empty:client"
 [tool.flwr.app.config]
 rounds = 3
+nodes = 2
 out = ""
 """,
     "empty.py": """
@@ -60,7 +61,7 @@ def main(grid, context):
         start = time.monotonic()
         nodes = [*grid.get_node_ids()]
         asked = [Message(RecordDict({"x": ConfigRecord({"x": 1})}), node, "train") for node in nodes]
-        assert len([*grid.send_and_receive(asked)]) == len(nodes) >= 2
+        assert len([*grid.send_and_receive(asked)]) == len(nodes) == context.run_config["nodes"]
         seconds.append(time.monotonic() - start)
     pathlib.Path(context.run_config["out"]).write_text(json.dumps(seconds))
 """,
@@ -73,7 +74,9 @@ def empty(federation: Federation, rounds: int) -> list[float]:
     app.mkdir()
     for name, text in EMPTY.items():
         (app / name).write_text(text)
-    federation.command("flwr", "run", app, "site", "--stream", "-c", f'rounds={rounds} out="{out}"')
+    federation.command(
+        "flwr", "run", app, "site", "--stream", "-c", f'rounds={rounds} nodes={len(federation.sites)} out="{out}"'
+    )
     seconds: list[float] = json.loads(out.read_text())
     return seconds
 

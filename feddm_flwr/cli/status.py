@@ -74,9 +74,9 @@ def of_superlink(federation: Remote) -> list[str]:
     runs = _asked(federation, "runs", "list", f"--limit={_LISTED}")
     lines = [f"nodes: {', '.join(f'{n} {what}' for what, n in sorted(nodes.items())) or 'none'}"]
     for run in runs:
-        elapsed = run.get("elapsed")
-        took = f", {_span(float(elapsed))}" if elapsed else ""
-        lines.append(f"run {run.get('run-id')}: {run.get('status')}{took}")
+        elapsed = run.get("elapsed", "")  # Flower 1.42 has a number, which others may have as text
+        took = _span(elapsed) if isinstance(elapsed, int | float) else elapsed
+        lines.append(f"run {run.get('run-id')}: {run.get('status')}, {took}".rstrip(", "))
         if run.get("status") == "running":
             log = flwr(federation, "log", "--show", str(run.get("run-id"))).stdout.splitlines()
             said = (parse(line.partition(MARK)[2]) for line in reversed(log))
