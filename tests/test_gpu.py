@@ -39,19 +39,21 @@ def config(**keys: object) -> RunConfig:
     return parse({**SMALL, **keys})
 
 
-def trained(c: RunConfig, images: int = 150) -> tuple[Vector, loop.Trained]:
+def trained(
+    c: RunConfig, images: int = 150, network: torch.nn.Module | None = None, step: loop.Step | None = None
+) -> tuple[Vector, loop.Trained]:
     device = prepare_process(c.train)
-    network = networks.build(c, {}).to(device)
+    network = network or networks.build(c, {}).to(device)
     pixels = np.random.default_rng(0).integers(0, 256, (images, 3, 32, 32), np.uint8)
     objective = Denoising(c, Pixels(pixels, True, device), np.zeros(images, np.int64), device)
     size = parameters.layout(network).size
     correction = np.full(size, 1e-3, np.float32) if c.train.control != "none" else None
     inherited = loop.Inherited(correction=correction)
-    result = loop.train(network, objective, c, "node", Progress(1, 0), device, inherited)
+    result = loop.train(network, objective, c, "node", Progress(1, 0), device, inherited, step=step)
     return parameters.to_vector(network), result
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     "keys",
     [
         {},
@@ -64,6 +66,9 @@ def trained(c: RunConfig, images: int = 150) -> tuple[Vector, loop.Trained]:
     ],
     ids=str,
 )
+
+
+@KINDS
 def test_recorded_steps_give_the_bits_of_those_that_are_launched_one_by_one(
     keys: dict[str, object],
 ) -> None:
@@ -74,6 +79,21 @@ def test_recorded_steps_give_the_bits_of_those_that_are_launched_one_by_one(
     if (control := launched[1].control) is not None:
         assert recorded[1].control is not None
         assert recorded[1].control.tobytes() == control.tobytes()
+
+
+@KINDS
+def test_what_was_recorded_in_an_earlier_task_gives_the_same_bits(keys: dict[str, object]) -> None:
+    c = config(**keys)
+    network = networks.build(c, {}).to(prepare_process(c.train))
+    begun = parameters.to_vector(network)
+    step = trained(c, 90, network)[1].step
+    gc.collect()
+    torch.cuda.empty_cache()
+    for images in (150, 320):  # each of which is another objective, whose memory is given back
+        parameters.load_vector(network, begun)
+        again = trained(c, images, network, step)
+        assert again[1].step is step
+        assert again[0].tobytes() == trained(c, images)[0].tobytes()
 
 
 def test_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

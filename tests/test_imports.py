@@ -34,7 +34,7 @@ FLWR = {"server_app", "client_app", "server", "cli"}
 HEAVY = {"bitsandbytes", "torch", "diffusers", "datasets", "flwr_datasets", "matplotlib", "sklearn", "ray"}
 MAY_BE_HEAVY = {"codecs", "compute", "evaluation", "exchange", "models", "server", "training", "contrib"}
 #: Of rooms that are light, the modules that nobody imports before torch is needed.
-HEAVY_MODULES = {"cli.trained_model", "node.train", "node.evaluate"}
+HEAVY_MODULES = {"cli.trained_model", "node.train", "node.evaluate", "node.kept"}
 
 
 def module_of(path: Path) -> str:

@@ -72,6 +72,11 @@ class CudaGraph:
         self._graph = graph
         return True
 
+    @property
+    def recorded(self) -> bool:
+        """Tells whether the function is."""
+        return self._graph is not None
+
     def drop(self) -> bool:
         """Gives up what is recorded, and its memory, for good; returns False where nothing is."""
         if self._graph is None:

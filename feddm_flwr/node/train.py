@@ -16,7 +16,8 @@ from feddm_flwr.exchange.extras import ExtrasChannel
 from feddm_flwr.exchange.node_state import NodeState, StateLostError
 from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.exchange.uplink import UplinkSender
-from feddm_flwr.models import networks, parameters, pipelines
+from feddm_flwr.models import parameters, pipelines
+from feddm_flwr.node import kept
 from feddm_flwr.node.account import Account
 from feddm_flwr.node.assets import assets_of
 from feddm_flwr.node.inherited import Own
@@ -58,16 +59,17 @@ def do(
     if assets is None:
         log.warning("what the run builds upon is not here; the server sends it")
         return nothing
-    network = networks.build(config, assets)
+    bench = kept.take(config, task.assets, assets, device)
+    network = bench.network
     split = split_of(parameters.layout(network), config)
     private = config.privacy.of_images
     state = NodeState(root, task.run_uuid, name, private=private) if config.keeps_state else None
     try:
-        received = DownlinkReceiver(config, split, task, state).receive(frames, parameters.to_vector(network))
+        received = DownlinkReceiver(config, split, task, state).receive(frames, bench.initial)
     except StateLostError as error:
         log.warning("%s", error)  # the server sends the whole of it
         return nothing
-    parameters.load_vector(network.to(device), received)
+    parameters.load_vector(network, received)
     summed, base = None, task
     if secure:
         if secure.images(task) != len(data.train):  # the server asks anew what this node has
@@ -89,12 +91,15 @@ def do(
         log.warning("%s", error)
         return Outcome(nothing.report | {SPENT: str(error)}, {})
     noise = account.noise if account else 0.0
-    trained = loop.train(network, objective, config, name, progress, device, inherited, noise, data.groups)
+    trained = loop.train(network, objective, config, name, progress, device, inherited, noise, data.groups, bench.step)
     seal = partial(summed.frame, figures=(trained.loss, held_out)) if summed else None
     sent = uplink.send(parameters.flat(network), received, seal)
     if state and split.personal.layout.names:
         fill = partial(pipelines.save, network, config, assets, card="")
         state.replace_folder("pipeline", "personal", task.round, fill)
+    bench.step = trained.step
+    if not private:
+        kept.put_back(bench)
     reply = TrainReply(
         images=len(data.train),
         steps=trained.steps,

@@ -19,7 +19,8 @@ class GradientTerm(ABC):
 
     @abstractmethod
     def start(self, parameters: list[Tensor]) -> None:
-        """Begins a round at a node, with the weights that it received in the parameters."""
+        """Begins a round at a node, with the weights that it received in the parameters. Where this is not the first,
+        what `add` reads must stay where it is: it may have been recorded."""
 
     @abstractmethod
     def add(self, parameters: list[Tensor]) -> None:
@@ -36,7 +37,8 @@ class Proximal(GradientTerm):
         self._received: list[Tensor] = []
 
     def start(self, parameters: list[Tensor]) -> None:
-        self._received = [p.detach().clone() for p in parameters]
+        self._received = self._received or [torch.empty_like(p) for p in parameters]
+        torch._foreach_copy_(self._received, [p.detach() for p in parameters])
 
     @torch.no_grad()
     def add(self, parameters: list[Tensor]) -> None:
@@ -53,14 +55,15 @@ class Control(GradientTerm):
     """
 
     def __init__(self, correction: Tensor, max_norm: float) -> None:
-        """Adds the correction, flat, to all gradients."""
-        self._flat, self._most = correction, max_norm
+        """Adds the `correction`, flat, to all gradients; it may be changed before a start."""
+        self.correction, self._most = correction, max_norm
         self._correction: list[Tensor] = []
         self._sums: list[Tensor] = []
 
     def start(self, parameters: list[Tensor]) -> None:
-        self._correction = split_like(self._flat, parameters)
-        self._sums = [torch.zeros_like(p) for p in parameters]
+        self._correction = split_like(self.correction, parameters)
+        self._sums = self._sums or [torch.zeros_like(p) for p in parameters]
+        torch._foreach_zero_(self._sums)
 
     @torch.no_grad()
     def add(self, parameters: list[Tensor]) -> None:

@@ -57,6 +57,7 @@ class Trained:
     steps: int
     moments: Extras | None = None  # as the steps have left them, where there is a memory
     control: Vector | None = None  # the node's next control variate, where there is a correction
+    step: Step | None = None  # that another training of the same network can have
 
 
 def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) -> float:
@@ -80,11 +81,13 @@ def train(
     inherited: Inherited = Inherited(),
     noise: float = 0.0,
     groups: Sequence[int] = (),
+    step: Step | None = None,
 ) -> Trained:
     """Trains the model, which is on the device, in place on the objective's examples, with fresh optimizers but for
     what is `inherited`. The proximal term pulls to the weights that the model comes with. A private run has a
     `noise` multiplier, and protects each of the `groups`, which have so many of the examples one after the other, or
-    each example.
+    each example. The `step` of the last training of this network, by the same configuration,
+    need not be recorded again.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the weights are then worthless.
@@ -93,34 +96,37 @@ def train(
     t = config.train
     model.train()
     parameters: list[Tensor] = [*trainable(model)]
-    terms, along, memory = gradient_terms(t), inherited.last_step, inherited.memory
-    control = None
+    steps, memory, along, correction = local_steps(config, len(objective)), inherited.memory, None, None
+    if inherited.last_step is not None:
+        along = torch.from_numpy(inherited.last_step * np.float32(t.alignment / steps)).to(device)
     if inherited.correction is not None:
-        control = Control(torch.from_numpy(inherited.correction).to(device), t.max_grad_norm)
-        terms.append(control)
-    for term in terms:
-        term.start(parameters)
+        correction = torch.tensor(inherited.correction, device=device)
+    random, secret = torch.Generator(device), SecretRandom()
+    if step is None or not step.begin_again(objective, memory, correction, along):
+        terms = gradient_terms(t)
+        if correction is not None:
+            terms.append(Control(correction, t.max_grad_norm))
+        for term in terms:
+            term.start(parameters)
+        inputs = model, objective, t, parameters, terms, memory, along
+        if config.privacy.of_images:
+            step = PrivateStep(*inputs, privacy=config.privacy, noise=noise, secret=secret)
+        else:
+            step = Step(*inputs)
     if inherited.start is not None:
         load_vector(model, inherited.start)
-    steps = local_steps(config, len(objective))
-    share = None if along is None else torch.from_numpy(along * np.float32(t.alignment / steps)).to(device)
-    inputs = model, objective, t, parameters, terms, memory, share
-    random = torch.Generator(device)
     if config.privacy.of_images:
-        secret = SecretRandom()
-        take_step: Step = PrivateStep(*inputs, privacy=config.privacy, noise=noise, secret=secret)
         records = groups or [1] * len(objective)
         batches = poisson_batches(records, t.batch_size, config.privacy.multiplicity, secret, device)
         random.manual_seed(secret.seed())
     else:
-        take_step = Step(*inputs)
         batches = _batches(len(objective), t.batch_size, random)
         random.manual_seed(derive_seed(config.seed, name, progress.drawn, "train"))
     total, done = torch.zeros((), device=device), 0
     deadline = time.monotonic() + (t.max_seconds or math.inf)
-    with _seeded_dropout(config, name, progress, device), side_stream(device, take_step.records):
-        for step, batch in zip(range(steps), batches, strict=False):
-            loss = take_step(objective.draw(batch, random), learning_rate(config, progress, step, steps))
+    with _seeded_dropout(config, name, progress, device), side_stream(device, step.records):
+        for number, batch in zip(range(steps), batches, strict=False):
+            loss = step(objective.draw(batch, random), learning_rate(config, progress, number, steps))
             total += loss
             done += 1
             if t.max_seconds and device.type == "cuda":
@@ -130,10 +136,12 @@ def train(
     mean = float(total) / done  # the one synchronization with the device; NaN and inf survive the sum
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss of {name} became {mean} in round {progress.round}")
-    moments = memory.end(take_step.optimizers, parameters) if memory else None
+    moments = memory.end(step.optimizers, parameters) if memory else None
     if config.privacy.of_images:  # what is told of the losses is noise in part
         mean = max(mean, 0.0)
-    return Trained(mean, done, moments, control.mean(done).cpu().numpy() if control else None)
+    control = step.control.mean(done).cpu().numpy() if step.control else None
+    step.rest()
+    return Trained(mean, done, moments, control, step)
 
 
 def _batches(size: int, batch_size: int, random: torch.Generator) -> Iterator[Tensor]:

@@ -30,9 +30,13 @@ class Memory(ABC):
         """Returns AdamW's groups of parameters."""
         return [{"params": parameters}]
 
+    def grouped_like(self, other: Memory) -> bool:
+        """Tells whether another has the same groups."""
+        return type(self) is type(other)
+
     @abstractmethod
     def begin(self, optimizers: States, parameters: list[Tensor]) -> None:
-        """Gives optimizers that took no step what there is to begin with."""
+        """Gives optimizers that took no step, or whose state is 0, what there is to begin with, in place."""
 
     @abstractmethod
     def end(self, optimizers: States, parameters: list[Tensor]) -> Extras:
@@ -57,6 +61,9 @@ class Shared(Memory):
         parts = [[p for p, one in zip(parameters, goes_on, strict=True) if one == kind] for kind in (True, False)]
         return [{"params": part, "goes_on": kind} for part, kind in zip(parts, (True, False), strict=True) if part]
 
+    def grouped_like(self, other: Memory) -> bool:
+        return isinstance(other, Shared) and (self.moments is None) == (other.moments is None)
+
     def begin(self, optimizers: States, parameters: list[Tensor]) -> None:
         if self.moments is None:
             return
@@ -71,7 +78,7 @@ class Shared(Memory):
             size = channels(tuple(p.shape))
             mean = means[place : (place := place + size)].view([size, *[1] * (p.dim() - 1)] if p.dim() else [])
             second = torch.empty_like(p).copy_(mean.to(p.device).expand_as(p))
-            optimizers.state(p).update(_adamw(p, self.steps, torch.zeros_like(p), second))
+            _set(optimizers.state(p), self.steps, torch.zeros_like(p), second)
 
     def end(self, optimizers: States, parameters: list[Tensor]) -> Extras:
         means, momentum = [torch.zeros(0)], [torch.zeros(0)]
@@ -118,7 +125,7 @@ class Kept(Memory):
                 optimizers.state(p)["momentum"].copy_(first.view_as(p))
             else:
                 own = (torch.empty_like(p).copy_(m.view_as(p)) for m in (first, second))
-                optimizers.state(p).update(_adamw(p, int(steps), *own))
+                _set(optimizers.state(p), int(steps), *own)
 
     def end(self, optimizers: States, parameters: list[Tensor]) -> Extras:
         states = [optimizers.state(p) for p in parameters]
@@ -133,5 +140,8 @@ def _is_muons(optimizers: States, p: Tensor) -> bool:
     return "momentum" in optimizers.state(p)
 
 
-def _adamw(p: Tensor, steps: int, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.tensor(float(steps), device=p.device), "exp_avg": first, "exp_avg_sq": second}
+def _set(state: dict[str, Tensor], steps: int, first: Tensor, second: Tensor) -> None:
+    """Gives AdamW's state of a parameter these values, where it is, if there is one."""
+    values = {"step": torch.tensor(float(steps), device=first.device), "exp_avg": first, "exp_avg_sq": second}
+    for name, value in values.items():
+        state.setdefault(name, value).copy_(value)

@@ -7,6 +7,7 @@ cut.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -52,6 +53,13 @@ class Objective(ABC):
     @abstractmethod
     def held_out(self, network: nn.Module, limit: int, name: str) -> HeldOut:
         """Returns the network on at most `limit` of the examples, as those of node `name`; always the same way."""
+
+    def without_examples(self) -> Objective:
+        """Returns it without its examples, which `losses` does not need."""
+        alone = copy.copy(self)
+        for name in ("_examples", "_labels"):
+            vars(alone).pop(name, None)
+        return alone
 
 
 class Denoising(Objective):

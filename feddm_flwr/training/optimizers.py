@@ -29,8 +29,24 @@ class Optimizers:
             rate = _rate(t, matrices[0], records)
             self._all.append(Muon([{"params": matrices}], rate, weight_decay=t.weight_decay))
         self._states = {p: one.state for one in self._all for group in one.param_groups for p in group["params"]}
+        self._parameters, self._quantized = parameters, t.optimizer == "adamw8bit"  # whose tables are not to be 0
         if memory:
             memory.begin(self, parameters)
+
+    def fit(self, memory: Memory | None) -> bool:
+        """Tells whether they can begin again with that."""
+        if self._quantized or memory is None or self._memory is None:
+            return memory is self._memory and not self._quantized
+        return memory.grouped_like(self._memory)
+
+    def begin_again(self, memory: Memory | None) -> None:
+        """Begins as new ones would; what is kept of a parameter stays where it is."""
+        self._memory, self._taken = memory, 0
+        for p in self._parameters:
+            for kept in self.state(p).values():
+                kept.zero_()
+        if memory:
+            memory.begin(self, self._parameters)
 
     def set_rate(self, rate: float) -> None:
         """Begins a step with this learning rate."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from feddm_flwr.compute.cuda_graph import CudaGraph, is_recording, release_memory
 from feddm_flwr.config.keys import Train
 from feddm_flwr.models.parameters import split_like
-from feddm_flwr.training.gradient_terms import GradientTerm
+from feddm_flwr.training.gradient_terms import Control, GradientTerm
 from feddm_flwr.training.moments import Memory
 from feddm_flwr.training.objectives import Drawn, Objective
 from feddm_flwr.training.optimizers import Optimizers
@@ -42,6 +42,7 @@ class Step:
         anew; every step adds `along` to the parameters, of which it has the layout."""
         self._device = parameters[0].device
         self._model, self._objective, self._train = model, objective, t
+        self._read: Objective | None = None  # by what is recorded
         self._parameters, self._terms = parameters, terms
         self._micro = t.micro_batch or t.batch_size
         # Checkpointing asks for the state of the random numbers, which a recording must not; bitsandbytes works on the
@@ -49,10 +50,39 @@ class Step:
         records = self.may_record and t.cuda_graph and t.optimizer in ("adamw", "muon") and not t.checkpointing
         self.records = records and self._device.type == "cuda"
         self.optimizers = Optimizers(t, parameters, memory, self.records)
-        self._along = [] if along is None else split_like(along, parameters)
+        self._flat_along, self._along = along, [] if along is None else split_like(along, parameters)
         self._compiled = _compiled(model, t, self._device)
         self._checked = self._compiled is None
         self._recording = CudaGraph(self._device, self.records)
+
+    @property
+    def control(self) -> Control | None:
+        """Returns the control variates among the terms."""
+        return next((term for term in self._terms if isinstance(term, Control)), None)
+
+    def begin_again(
+        self, objective: Objective, memory: Memory | None, correction: Tensor | None, along: Tensor | None
+    ) -> bool:
+        """Begins another training of the same network, whose weights are in place, to the same bits as new steps would,
+        with what was recorded; returns False, and does nothing, where new ones are needed."""
+        control, before = self.control, self._flat_along
+        same = (control is None, before is None) == (correction is None, along is None)
+        if not (same and self.optimizers.fit(memory)):
+            return False
+        if self._recording.recorded and self._read is None:
+            self._read = self._objective
+        self._objective = objective
+        for old, new in ((control.correction if control else None, correction), (before, along)):
+            if old is not None and new is not None:
+                old.copy_(new)
+        for term in self._terms:
+            term.start(self._parameters)
+        self.optimizers.begin_again(memory)
+        return True
+
+    def rest(self) -> None:
+        """Lets go of the examples."""
+        self._objective = self._objective.without_examples()
 
     def __call__(self, drawn: Drawn, rate: float) -> Tensor:
         """Takes one step with this learning rate; returns its mean loss, on the device, which the next step may

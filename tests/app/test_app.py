@@ -373,7 +373,8 @@ def actor_at_work(process: subprocess.Popen[str]) -> psutil.Process:
 def test_a_run_that_loses_a_client_process_and_is_stopped_leaves_nothing_behind_and_goes_on_to_the_same_bits(
     vanilla: Path, folder: Path
 ) -> None:
-    process, run = start(folder, "stopped", ""), folder / "runs" / "stopped"
+    long_end = "sample.count=400 sample.steps=200"  # or a slow machine has done the run before it is stopped
+    process, run = start(folder, "stopped", long_end), folder / "runs" / "stopped"
     actor_at_work(process).kill()
     assert process.stdout
     before = []
@@ -391,7 +392,8 @@ def test_a_run_that_loses_a_client_process_and_is_stopped_leaves_nothing_behind_
     assert f"to go on: feddm run --resume {shlex.quote(str(run))}{nodes}\n" in output
     assert json.loads((run / "status.json").read_text())["status"] == "stopped"
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    done = feddm("run", "--resume", "runs/stopped", "--num-supernodes", "4", cwd=folder)
+    short_end = ["-c", "sample.count=9 sample.steps=10"]
+    done = feddm("run", "--resume", "runs/stopped", "--num-supernodes", "4", *short_end, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after round" in done.stdout
     assert [(line["round"], line["clients_ok"]) for line in rows(run)] == [(1, 4), (2, 4)]

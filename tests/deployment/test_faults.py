@@ -16,7 +16,7 @@ from hostile import SLOW
 from proxy import Proxy
 
 #: Error feedback, a shadow and server momentum; every round needs every node.
-JOB: dict[str, Any] = {"strategy": "feddm-lean", "num_server_rounds": 4, "min_nodes": 3, "min_replies": 3}
+JOB: dict[str, Any] = {"strategy": "feddm-lean", "num_server_rounds": 3, "min_nodes": 3, "min_replies": 3}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_whatever_is_killed_the_resumed_run_has_the_same_bits(federation: Federa
     code, said = federation.run("--resume", federation.out / "killed")
     assert code == 0, said
     assert "resumed after round" in said
-    assert [row["round"] for row in federation.rows("killed")] == [1, 2, 3, 4]
+    assert [row["round"] for row in federation.rows("killed")] == [1, 2, 3]
     assert resumed_after(federation, "killed")[0] == 1
     assert federation.checksum("killed") == undisturbed
 
@@ -80,7 +80,7 @@ def test_a_network_that_fails_costs_time_and_nothing_else(federation: Federation
         federation.wait_for_round("network", 1)
         told = federation.command("feddm", "status", "site")
         assert re.search(r"nodes: .*\d online", told)
-        assert re.search(r"run \d+: running, [\d mins]+\n  round 1 of \d+, loss [\d.]+, \d replies, ", told)
+        assert re.search(r"run \d+: running, [\d mins]+\n  round \d+ of \d+, loss [\d.]+, \d replies, ", told)
         proxy.mode = "freeze"
         time.sleep(20)
         proxy.mode = "pass"
@@ -104,17 +104,15 @@ def test_nodes_that_lie_or_dawdle_are_dropped_and_named(federation: Federation, 
     described = (ROOT / "pyproject.toml").read_text().replace("feddm_flwr.client_app:app", "hostile:app")
     (app / "pyproject.toml").write_text(described.replace('"feddm_flwr/**/*.py"', '"hostile.py"'))
     code, said = federation.run(
-        app=app, run_name="lied-to", num_server_rounds=7, min_nodes=3, min_replies=2, round_timeout=SLOW - 15
+        app=app, run_name="lied-to", num_server_rounds=4, min_nodes=3, min_replies=2, round_timeout=SLOW - 20
     )
     assert code == 0, said
     failures = [row["failures"] for row in federation.rows("lied-to")]
-    reasons = ["bad-frame", "bad-frame", "outlier", "bad-frame", "bad-frame", "oversized", "timeout"]
+    reasons = ["bad-frame", "outlier", "oversized", "timeout"]
     assert failures == [{reason: 1} for reason in reasons]
     for text in (
         "node=east dropped: bad-frame: chunk 0 is truncated or its checksum is wrong",
         "node=east dropped: outlier: norm",
-        "node=east dropped: bad-frame: the frame's round is 1, not 4",
-        "node=east dropped: bad-frame: the header cannot be read",
         "node=east dropped: oversized: Reply message objects are unavailable",
         "node=east dropped: timeout:",
     ):
@@ -122,9 +120,14 @@ def test_nodes_that_lie_or_dawdle_are_dropped_and_named(federation: Federation, 
     assert all(row["clients_ok"] == 2 for row in federation.rows("lied-to"))
 
 
-def test_a_full_disk_ends_the_run_with_its_last_checkpoint_and_room_lets_it_go_on(
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint_and_room_lets_it_go_on_without_a_worker(
     federation: Federation, undisturbed: str
 ) -> None:
+    """To the same bits, and the worker that a node had ended with it."""
+    assert (own := federation.workers("south"))
+    federation.kill("south")
+    assert psutil.wait_procs(own, timeout=10)[1] == []
+    federation.start_node("south", own="worker=false")
     run = federation.start_run(run_name="full", **JOB)
     federation.wait_for_round("full", 1)
     server = federation.server_app()
@@ -136,16 +139,6 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_and_room_lets_it_go_o
     code, said = federation.run("--resume", federation.out / "full")
     assert code == 0, said
     assert federation.checksum("full") == undisturbed
-
-
-def test_the_worker_changes_no_bit_and_ends_with_its_node(federation: Federation, undisturbed: str) -> None:
-    assert (own := federation.workers("south"))
-    federation.kill("south")
-    assert psutil.wait_procs(own, timeout=10)[1] == []
-    federation.start_node("south", own="worker=false")
-    code, said = federation.run(run_name="without-worker", **JOB)
-    assert code == 0, said
-    assert federation.checksum("without-worker") == undisturbed
     assert federation.workers("south") == []
     assert federation.workers("north")
 

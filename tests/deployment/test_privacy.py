@@ -10,7 +10,7 @@ from federation import Federation
 from feddm_flwr.privacy.accounting import Steps, epsilon
 from feddm_flwr.privacy.ledger import Ledger
 
-IMAGES, ROUNDS = 18, 4
+IMAGES, ROUNDS = 18, 2
 ROUND = Steps(8 / IMAGES, 1.0, 3)  # of QUICK
 LIMIT = epsilon([Steps(ROUND.sampling, ROUND.noise, ROUND.count * ROUNDS)], 1e-5) * 1.01
 PRIVATE = {"privacy__mechanism": "dp-sgd", "privacy__noise_multiplier": 1.0, "min_nodes": 1, "strategy": "feddm-lean"}
@@ -41,7 +41,7 @@ def test_a_run_without_privacy_is_refused_and_costs_nothing(federation: Federati
 
 def test_what_is_killed_and_asked_again_is_paid_for_and_the_budget_holds(federation: Federation) -> None:
     name, before = "private", federation.log("north")
-    run = federation.start_run(run_name=name, num_server_rounds=8, **PRIVATE)
+    run = federation.start_run(run_name=name, num_server_rounds=4, **PRIVATE)
     federation.wait_for_task("north", before)
     federation.crash("north")  # in the first round, wherever it is
     said, _ = run.communicate(timeout=500)
@@ -49,7 +49,7 @@ def test_what_is_killed_and_asked_again_is_paid_for_and_the_budget_holds(federat
     rows = federation.rows(name)
     taken = sum("epsilon" in row["nodes"].get("north", {}) for row in rows)
     assert 1 <= taken <= ROUNDS
-    assert len(rows) == 8  # south goes on
+    assert len(rows) == 4  # south goes on
     assert ROUND.count * taken <= spent(federation) <= ROUND.count * ROUNDS
     assert (
         max(row["nodes"]["north"]["epsilon_total"] for row in rows if "epsilon" in row["nodes"].get("north", {}))

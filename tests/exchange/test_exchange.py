@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Error, Message
-from local_grid import Handler, LocalGrid, config, feddm, node, nodes, on_train, run
+from local_grid import AS_PRESET, Handler, LocalGrid, config, feddm, node, nodes, on_train, run
 
 from feddm_flwr.aggregation.server_optimizers import server_optimizer
 from feddm_flwr.config import CODECS, ConfigError, RunConfig
@@ -49,7 +49,7 @@ def bits(rounds: list[RoundResult]) -> bytes:
 @pytest.mark.parametrize("codec", [name for name in CODECS if name != "none"])
 def test_a_run_repeated_has_the_same_bits_and_the_ratio_of_its_codec(codec: str) -> None:
     own: dict[str, dict[str, Any]] = {"topk": {"codec__topk_share": 0.1}, "budget": {"codec__budget_ratio": 20}}
-    c = both(codec, codec__stochastic_rounding=codec == "int4", **own.get(codec, {}))
+    c = both(codec, codec__stochastic_rounding=codec == "int4", **AS_PRESET, **own.get(codec, {}))
     once, again = run(c), run(c)
     assert bits(once) == bits(again)
     assert [(r.train_loss, r.nodes, r.coding_error) for r in once] == [
@@ -226,6 +226,7 @@ def test_a_node_that_builds_other_initial_weights_gets_the_whole_shadow(monkeypa
     c = both("int2")
     expected = undisturbed(c)
     server = feddm(c)
+    monkeypatch.setattr("feddm_flwr.node.kept._kept", [])
     other = networks.build(config(seed=1), {})
     monkeypatch.setattr(networks, "build", lambda config, assets: other)
     rounds = list(server.run(LocalGrid(nodes(c))))

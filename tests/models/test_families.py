@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
-from local_grid import LocalGrid, config, nodes
+from local_grid import AS_PRESET, LocalGrid, config, nodes
 from safetensors.torch import load_file, save_file
 
 from feddm_flwr.cli.main import main
@@ -68,7 +68,7 @@ def test_a_class_conditional_model_knows_its_classes_though_each_node_has_but_on
 def test_a_class_is_sampled_when_asked_for_and_others_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained(tmp_path, model__class_conditional=True)
+    trained(tmp_path, model__class_conditional=True, **AS_PRESET)
 
     def drawn_by(*arguments: str) -> list[bytes]:
         line = ["sample", str(tmp_path), "-n", "2", "--steps", "4", "-o", str(tmp_path / "images.npz"), *arguments]

@@ -36,7 +36,7 @@ def policy(tmp_path: Path, text: str) -> Path:
             "privacy.epsilon = 0.0: must be at most 8",
         ),
         ("[most]\nmodel.lora-rank = 8", {}, "model.lora-rank = 0: must be at most 8"),
-        ('[allow]\nmodel.block-channels = ["16,64"]', {}, "model.block-channels = '16,32': must be '16,64'"),
+        ('[allow]\nmodel.block-channels = ["16,64"]', {}, "model.block-channels = '8,8': must be '16,64'"),
     ],
 )
 def test_a_run_that_asks_too_much_is_refused_by_key_value_and_rule(

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message
-from local_grid import Handler, LocalGrid, config, feddm, introductions, node, nodes, on_train, run, run_server
+from local_grid import (
+    AS_PRESET,
+    Handler,
+    LocalGrid,
+    config,
+    feddm,
+    introductions,
+    node,
+    nodes,
+    on_train,
+    run,
+    run_server,
+)
 
 from feddm_flwr.cli import certificates
 from feddm_flwr.config import ConfigError, RunConfig
@@ -95,7 +107,7 @@ def changed(handle: Handler, stage: str, change: Callable[[dict[str, Any]], Any]
 
 
 def test_the_sum_is_exact_and_all_that_is_told(plain: Words, totals: list[Any]) -> None:
-    c = config(**SECURE, num_server_rounds=1, eval__every=1)
+    c = config(**SECURE, **AS_PRESET, num_server_rounds=1, eval__every=1)
     reports: list[dict[str, Any]] = []
 
     def note(message: Message, reply: Message) -> Message:
@@ -146,7 +158,7 @@ def test_the_mean_is_that_of_what_the_nodes_keep_out_of_their_residuals(
     assert max(images.values()) > 1.5 * min(images.values())
     count = images if weights == "images" else dict.fromkeys(images, 1)
     mean = sum(count[name] * sent[name].astype(np.float64) for name in sent) / sum(count.values())
-    assert np.count_nonzero(mean) > 1000
+    assert np.count_nonzero(mean) > 300
     assert done.weights - before == pytest.approx(mean, rel=1e-4, abs=1e-7)
 
 

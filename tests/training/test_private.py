@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_grid import config
+from local_grid import AS_PRESET, config
 from torch import Tensor, nn
 
 from feddm_flwr.compute.secret_random import SecretRandom
@@ -163,7 +163,7 @@ def test_one_record_more_changes_no_more_than_the_noise_is_for(broken: float | N
 
 
 def test_what_hides_a_batch_is_gaussian_noise_of_the_size_that_is_accounted_for() -> None:
-    c = config(**PRIVATE, **{"privacy.clip-norm": 0.5, "train.batch-size": 4})
+    c = config(**PRIVATE, **AS_PRESET, **{"privacy.clip-norm": 0.5, "train.batch-size": 4})
     (clear, loss), (noisy, told) = (
         summed(step, parameters, drawn_of(c, objective, [0, 1, 2]))
         for step, objective, parameters in (private_step(c, 0.0), private_step(c, 3.0))
