@@ -11,7 +11,7 @@ demo: $(VENV)/installed  ## train on handwritten digits with four simulated node
 test: $(VENV)/installed  ## every test but those with real nodes, a process of tests for each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test-deployment: $(VENV)/installed  ## real SuperNodes with TLS, killed, cut off and lied to; a quarter of an hour
+test-deployment: $(VENV)/installed  ## real SuperNodes with TLS, killed, cut off and lied to; half an hour
 	$(BIN)/python -m pytest tests/deployment
 
 check: $(VENV)/installed  ## format, lint, types, import rules, manifests, links of the documentation

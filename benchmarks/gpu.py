@@ -49,7 +49,7 @@ class Job:
 
 def jobs(folder: Path, images: str, toy: bool) -> list[Job]:
     """Returns what there is to measure, that which is not known and quickly done first."""
-    found = [Job("tests", ["-m", "pytest", "-q", "tests/test_gpu.py"], 240, lambda said: said.splitlines()[-1])]
+    found = [Job("tests", ["-m", "pytest", "tests/test_gpu.py"], 240, lambda said: said.splitlines()[-1])]
 
     def measured(name: str, limit: float, script: str, *arguments: object) -> None:
         file = folder / f"{name}.json"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -67,6 +69,23 @@ def test_another_machine_goes_on_from_the_archive(
         packed.extractall(there, filter="data")
     gpu.work(there, [job("first", "print(1)"), job("second", "print(2)")], 60)
     assert [line["job"] for line in lines(there)] == ["first", "second"]
+
+
+def test_a_queue_that_is_killed_goes_on_elsewhere_with_what_is_left(tmp_path: Path) -> None:
+    """The real one, as far as it is quick: the tests, which are skipped where there is no GPU, and a training."""
+    line = [sys.executable, "benchmarks/gpu.py", "--toy", "--minutes", "9", "--only", "t", "--out"]
+    queue = subprocess.Popen([*line, str(tmp_path / "here")], cwd=gpu.ROOT, stdout=subprocess.PIPE, text=True)
+    assert queue.stdout is not None
+    assert next(queue.stdout).startswith("tests: done")
+    queue.send_signal(signal.SIGINT)  # in the middle of the training
+    queue.communicate(timeout=60)
+    assert [line["job"] for line in lines(tmp_path / "here")] == ["tests"]
+    archive = str(tmp_path / "here.tar.gz")
+    subprocess.run([*line, str(tmp_path / "there"), "--take", archive], cwd=gpu.ROOT, check=True, timeout=300)
+    tests, trained = lines(tmp_path / "there")
+    assert "skipped" in tests["found"] or "passed" in tests["found"]
+    assert trained["job"] == "throughput fashionmnist-28-small 2"
+    assert trained["found"], trained
 
 
 def test_every_job_of_the_queue_is_one_that_there_is(tmp_path: Path) -> None:
