@@ -20,6 +20,7 @@ from pool_grid import InProcessGrid
 from feddm_flwr import server_app
 from feddm_flwr.client_app import app
 from feddm_flwr.config import RunConfig, flatten, parse
+from feddm_flwr.config.fields import PRESET
 from feddm_flwr.exchange.partial import split_of
 from feddm_flwr.models import networks, parameters
 from feddm_flwr.protocol.replies import Introduction
@@ -46,7 +47,7 @@ TINY: dict[str, Any] = {
 
 #: Of the network, where that of the preset is not needed, which takes four times as long.
 SMALLER = {"model.block-channels": "8,8", "model.attention-head-dim": 8}
-AS_PRESET = {"model__block_channels": "16,32", "model__attention_head_dim": 32}
+AS_PRESET = dict.fromkeys(("model__block_channels", "model__attention_head_dim"), PRESET)
 
 
 def config(**keys: Any) -> RunConfig:

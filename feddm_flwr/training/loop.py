@@ -101,7 +101,7 @@ def train(
         along = torch.from_numpy(inherited.last_step * np.float32(t.alignment / steps)).to(device)
     if inherited.correction is not None:
         correction = torch.tensor(inherited.correction, device=device)
-    random, secret = torch.Generator(device), SecretRandom()
+    random, secret = torch.Generator(device), SecretRandom() if config.privacy.of_images else None
     if step is None or not step.begin_again(objective, memory, correction, along):
         terms = gradient_terms(t)
         if correction is not None:
@@ -109,13 +109,10 @@ def train(
         for term in terms:
             term.start(parameters)
         inputs = model, objective, t, parameters, terms, memory, along
-        if config.privacy.of_images:
-            step = PrivateStep(*inputs, privacy=config.privacy, noise=noise, secret=secret)
-        else:
-            step = Step(*inputs)
+        step = PrivateStep(*inputs, privacy=config.privacy, noise=noise, secret=secret) if secret else Step(*inputs)
     if inherited.start is not None:
         load_vector(model, inherited.start)
-    if config.privacy.of_images:
+    if secret:
         records = groups or [1] * len(objective)
         batches = poisson_batches(records, t.batch_size, config.privacy.multiplicity, secret, device)
         random.manual_seed(secret.seed())

@@ -35,8 +35,10 @@ class Optimizers:
 
     def fit(self, memory: Memory | None) -> bool:
         """Tells whether they can begin again with that."""
-        if self._quantized or memory is None or self._memory is None:
-            return memory is self._memory and not self._quantized
+        if self._quantized:
+            return False
+        if memory is None or self._memory is None:
+            return memory is self._memory
         return memory.grouped_like(self._memory)
 
     def begin_again(self, memory: Memory | None) -> None:
