@@ -200,6 +200,8 @@ def main() -> None:
     queue = [job for job in jobs(folder, images, options.toy) if job.name.startswith(options.only)]
     try:
         work(folder, queue, 60 * options.minutes)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
     finally:
         print(pack(folder))
 

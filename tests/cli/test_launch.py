@@ -24,7 +24,7 @@ def test_a_run_is_stopped_though_its_terminal_is_gone(tmp_path: Path, monkeypatc
     flwr = tmp_path / "flwr"
     flwr.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ $1 = run ] || exit 0\n'
-        "echo Successfully started run 7\nexec sleep 60\n"
+        "echo Successfully started run 7\nexec sleep 10\n"
     )
     flwr.chmod(0o755)
 

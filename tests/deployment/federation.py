@@ -62,7 +62,13 @@ def wait(condition: Callable[[], Any], what: str, seconds: float = 300.0) -> Any
 class Federation:
     """Its processes, folders and logs; `close` ends all of them."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...] = ("north", "south", "east")) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sites: tuple[str, ...] = ("north", "south", "east"),
+        own: Callable[[Path, str], str] | None = None,
+    ) -> None:
+        """`own` is what a site says of itself, by the folder of all keys and its name."""
         self.folder, self.sites = folder, sites
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
@@ -86,7 +92,7 @@ class Federation:
         self.start_superlink()
         for site in sites:
             self.register(site)
-            self.start_node(site)
+            self.start_node(site, own=own(self.keys, site) if own else "")
 
     def register(self, site: str) -> None:
         """Let the SuperLink know a node's key."""
@@ -193,6 +199,18 @@ class Federation:
     def kill(self, name: str) -> None:
         """SIGKILL, and what it had started with it, as where a machine loses its power."""
         kill_family(self.processes.pop(name))
+
+    def stop(self, site: str) -> None:
+        """SIGTERM, as its service manager sends it: the SuperLink knows at once that the node is gone, and lets it
+        in again at once. One that was killed it takes for being there until it missed two of its heartbeats."""
+        manager = self.processes.pop(site)
+        nodes = manager.children()
+        manager.kill()
+        for node in nodes:
+            node.terminate()
+        psutil.wait_procs(nodes, timeout=30)
+        for node in nodes:
+            kill_family(node)
 
     def crash(self, site: str) -> None:
         """SIGKILL to a SuperNode; its service manager stays."""

@@ -12,7 +12,7 @@ from feddm_flwr import client_app
 from feddm_flwr.codecs import framing
 from feddm_flwr.exchange.channel import exact
 
-SLOW = 100.0
+SLOW = 80.0
 
 app = ClientApp()
 app.query()(client_app.introduce)

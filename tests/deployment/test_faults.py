@@ -47,7 +47,9 @@ def test_whatever_is_killed_the_resumed_run_has_the_same_bits(federation: Federa
     run = federation.start_run(run_name="killed", **JOB)
     # A node, while it trains; its service manager starts it again. The round is repeated.
     federation.wait_for_task("south", before)
+    assert (workers := federation.workers("south"))
     federation.crash("south")
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
     federation.wait_for_round("killed", 1)
     # The ServerApp, in the middle of the next round.
     wait(lambda: len(residuals() - kept), "round 2 on north")
@@ -71,7 +73,7 @@ def test_whatever_is_killed_the_resumed_run_has_the_same_bits(federation: Federa
 
 
 def test_a_network_that_fails_costs_time_and_nothing_else(federation: Federation, undisturbed: str) -> None:
-    federation.kill("south")
+    federation.stop("south")
     proxy = Proxy(federation.port)
     try:
         federation.start_node("south", port=proxy.port)
@@ -91,8 +93,8 @@ def test_a_network_that_fails_costs_time_and_nothing_else(federation: Federation
         said, _ = run.communicate(timeout=500)
         assert run.returncode == 0, said
     finally:
+        federation.stop("south")
         proxy.cut()
-        federation.kill("south")
         federation.start_node("south")
     assert federation.checksum("network") == undisturbed
 
@@ -123,10 +125,8 @@ def test_nodes_that_lie_or_dawdle_are_dropped_and_named(federation: Federation, 
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint_and_room_lets_it_go_on_without_a_worker(
     federation: Federation, undisturbed: str
 ) -> None:
-    """To the same bits, and the worker that a node had ended with it."""
-    assert (own := federation.workers("south"))
-    federation.kill("south")
-    assert psutil.wait_procs(own, timeout=10)[1] == []
+    """To the same bits."""
+    federation.stop("south")
     federation.start_node("south", own="worker=false")
     run = federation.start_run(run_name="full", **JOB)
     federation.wait_for_round("full", 1)
@@ -153,7 +153,7 @@ def test_strangers_are_refused(federation: Federation, tmp_path: Path) -> None:
     federation.start_node("stranger", key="north", ca=tmp_path / "keys" / "ca.crt")
     wait(lambda: re.search(r"(?i)certificate.verify.failed", federation.log("stranger")), "a refusal", 60)
     federation.kill("stranger")
-    federation.kill("south")
+    federation.stop("south")
     federation.start_node("stranger", key="south")
     code, said = federation.run(run_name="impostor", **JOB)
     assert code == 1

@@ -18,9 +18,10 @@ PRIVATE = {"privacy__mechanism": "dp-sgd", "privacy__noise_multiplier": 1.0, "mi
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    one = Federation(tmp_path_factory.mktemp("federation"), ("north", "south"))
-    one.kill("north")
-    one.start_node("north", own=f"dp-epsilon={LIMIT} dp-delta=1e-5")
+    budget = f"dp-epsilon={LIMIT} dp-delta=1e-5"
+    one = Federation(
+        tmp_path_factory.mktemp("federation"), ("north", "south"), lambda _, site: budget if site == "north" else ""
+    )
     yield one
     one.close()
 

@@ -15,16 +15,13 @@ STAGES = ("none", "keys", "shares", "masked", "confirm", "opened")
 SECURE = {"strategy": "feddm-secure", "min_nodes": 4, "min_replies": 3, "round_timeout": 120}
 
 
-def own(federation: Federation, site: str, peers: Path | None = None) -> str:
-    return f'secure-key="{federation.keys / "nodes" / site}" secure-peers="{peers or federation.keys / "peers.pub"}"'
+def own(keys: Path, site: str, peers: Path | None = None) -> str:
+    return f'secure-key="{keys / "nodes" / site}" secure-peers="{peers or keys / "peers.pub"}"'
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    one = Federation(tmp_path_factory.mktemp("federation"), SITES)
-    for site in SITES:
-        one.kill(site)
-        one.start_node(site, own=own(one, site))
+    one = Federation(tmp_path_factory.mktemp("federation"), SITES, own)
     yield one
     one.close()
 
@@ -66,8 +63,8 @@ def test_a_key_that_is_not_the_one_a_node_knows_is_found_out(federation: Federat
     swapped = federation.folder / "swapped.pub"
     swapped.write_text("\n".join(f"{keys['south' if site == 'north' else site]} {site}" for site in keys))
     for site in SITES[1:]:
-        federation.kill(site)
-        federation.start_node(site, own=own(federation, site, swapped))
+        federation.stop(site)
+        federation.start_node(site, own=own(federation.keys, site, swapped))
     code, said = federation.run(run_name="swapped", num_server_rounds=1, max_round_retries=0, **SECURE)
     assert code == 0, said
     assert "refuses the keys of north: its signature is not of the key that this node knows" in said
