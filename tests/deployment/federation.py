@@ -208,8 +208,7 @@ class Federation:
         manager.kill()
         for node in nodes:
             node.terminate()
-        psutil.wait_procs(nodes, timeout=30)
-        for node in nodes:
+        for node in psutil.wait_procs(nodes, timeout=30)[1]:
             kill_family(node)
 
     def crash(self, site: str) -> None:
