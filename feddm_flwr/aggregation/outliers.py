@@ -33,16 +33,16 @@ class Outliers:
         self._limit, self._clip = limit, clip
         self._rounds: dict[str, list[Lengths]] = {}
 
-    def check(self, part: str, update: Vector, steps: int = 1) -> tuple[float, float]:
+    def check(self, part: str, update: Vector, steps: int = 1, least: float = 0.0) -> tuple[float, float]:
         """Returns the norm of an update of a part that came of so many local steps, and the factor by which it is to be
-        shortened.
+        shortened. The measure is no shorter than the `least`, where there are earlier ones.
 
         Raises:
             ValueError: it is far longer than those of earlier rounds.
         """
         norm = euclidean_norm(update)
         earlier = [length for lengths in self._rounds.get(part, []) for length in lengths]
-        usual = _usual(earlier, steps) if earlier else 0.0
+        usual = max(_usual(earlier, steps), least) if earlier else 0.0
         if not usual:
             cap = _FIRST * math.sqrt(len(update))
             if self._limit and norm > cap:

@@ -208,6 +208,8 @@ def _on_all_images(run: str, pooled: str, nodes: int, keys: Keys) -> Keys:
         return keys | {"train.batch-size": asked * config.train.batch_size}
     if config.server.average == "exponential":
         keys["server.ema-decay"] = config.server.ema_decay ** (1 / asked)  # an average over as much of the run
+    if config.finish.rounds:
+        keys["finish.local-steps"] = asked * config.finish.local_steps
     return keys | {"train.local-steps": asked * config.train.local_steps}
 
 

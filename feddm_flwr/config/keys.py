@@ -125,7 +125,9 @@ class Train:
         0.0, "share of the last global step that a node adds along its own (FedAdamW's alpha)", low=0, high=1
     )
     learning_rate: float = key(PRESET, "step size of AdamW; Muon's steps are scaled to be as long", above=0)
-    lr_schedule: str = key("cosine", "after the warm-up, over the whole run", choices=("constant", "cosine"))
+    lr_schedule: str = key(
+        "cosine", "after the warm-up, over the whole run but for a finish", choices=("constant", "cosine")
+    )
     warmup_steps: int = key(20, "steps of linear warm-up, counted over all rounds", low=0)
     weight_decay: float = key(0.0, "decoupled weight decay (of sgd, L2)", low=0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", above=0)
@@ -151,6 +153,21 @@ class Train:
     )
     threads: int = key(0, "CPU threads of a node; 0: 1 in a simulation, every core on a real node", low=0)
     deterministic: bool = key(False, "bit-identical results on a GPU too, at some cost (a CPU always gives them)")
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Short rounds at the end of a run: their mean comes nearer to training on all images together, step by step."""
+
+    rounds: int = key(
+        0,
+        "the last ones of num-server-rounds, in which nodes take few steps by AdamW with the second moments of all, "
+        "whatever [train] has before: mends the mix of what is generated where nodes have different classes; each "
+        "sends as many bytes as any other",
+        low=0,
+    )
+    local_steps: int = key(4, "optimizer steps of such a round", low=1)
+    learning_rate: float = key(2e-3, "that of these rounds, whose warm-up and schedule are their own", above=0)
 
 
 @dataclass(frozen=True)

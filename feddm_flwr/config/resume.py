@@ -27,10 +27,13 @@ def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -
     now = flatten(config)
     # Keys that are newer than the run have their defaults.
     # How samples are drawn depends on the process, whose difference is to be told.
-    before = flatten(parse({**before, **{name: now[name] for name in _FREE - {"sample.scheduler"}}}))
+    earlier = parse({**before, **{name: now[name] for name in _FREE - {"sample.scheduler"}}})
+    before = flatten(earlier)
     # A cosine schedule is made for its number of rounds, but a run may end where it is.
-    endless = config.train.lr_schedule == "constant" or config.num_server_rounds == done
-    free = _FREE | ({"num-server-rounds"} if endless else set())
+    without = config.train.lr_schedule == "constant" and not config.finish.rounds
+    free = _FREE | ({"num-server-rounds"} if without or config.num_server_rounds == done else set())
+    if done <= config.before_finish == earlier.before_finish:  # a finish may come after what was to be the end
+        free |= {"num-server-rounds", *(name for name in now if name.startswith("finish."))}
     problems = [
         f"{name} = {now.get(name)!r}: was {before.get(name)!r} in the run to resume, and must stay so"
         for name in sorted({*now, *before} - free)

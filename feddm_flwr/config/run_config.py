@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from feddm_flwr.config.data import Data
 from feddm_flwr.config.fields import KeySpec, key, sections
-from feddm_flwr.config.keys import Autoencoder, Codec, Diffusion, Eval, Exchange, Model, Sample, Server, Train
+from feddm_flwr.config.keys import Autoencoder, Codec, Diffusion, Eval, Exchange, Finish, Model, Sample, Server, Train
 from feddm_flwr.config.presets import STRATEGIES
 from feddm_flwr.config.privacy import Privacy
 
@@ -58,12 +58,34 @@ class RunConfig:
     autoencoder: Autoencoder = field(default_factory=Autoencoder)
     diffusion: Diffusion = field(default_factory=Diffusion)
     train: Train = field(default_factory=Train)
+    finish: Finish = field(default_factory=Finish)
     codec: Codec = field(default_factory=Codec)
     exchange: Exchange = field(default_factory=Exchange)
     server: Server = field(default_factory=Server)
     eval: Eval = field(default_factory=Eval)
     sample: Sample = field(default_factory=Sample)
     privacy: Privacy = field(default_factory=Privacy)
+
+    @property
+    def before_finish(self) -> int:
+        """The rounds before those of the finish; all where there is none."""
+        return self.num_server_rounds - self.finish.rounds
+
+    def in_round(self, number: int) -> RunConfig:
+        """Returns what holds in a round, counted from 1: in those of the finish, nodes train otherwise."""
+        if number <= self.before_finish:
+            return self
+        train = replace(
+            self.train,
+            optimizer="adamw",
+            moments="server",
+            alignment=0.0,
+            control="none",
+            local_epochs=0,
+            local_steps=self.finish.local_steps,
+            learning_rate=self.finish.learning_rate,
+        )
+        return replace(self, train=train)
 
     @property
     def taught_classes(self) -> tuple[str, ...]:

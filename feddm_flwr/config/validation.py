@@ -40,10 +40,23 @@ def _train(c: RunConfig) -> Iterator[str]:
         )
     if c.train.compile and c.train.deterministic:
         yield "train.compile = true with train.deterministic = true: must be false; kernels are chosen by their speed"
+    yield from _finish(c)
     if c.strategy == "feddm-prox" and c.train.mu == 0:
         yield "train.mu = 0.0 with strategy = 'feddm-prox': must be above 0, or use feddm-vanilla"
     if c.strategy != "feddm-prox" and c.train.mu > 0:
         yield f"train.mu = {c.train.mu} with strategy = {c.strategy!r}: must be 0, or use feddm-prox"
+
+
+def _finish(c: RunConfig) -> Iterator[str]:
+    rounds = f"finish.rounds = {c.finish.rounds}"
+    if not c.finish.rounds:
+        return
+    if c.finish.rounds > c.num_server_rounds:
+        yield f"{rounds} with num-server-rounds = {c.num_server_rounds}: must be at most as many; it has them in it"
+    if c.privacy.mechanism != "none":
+        yield f"{rounds} with privacy.mechanism = {c.privacy.mechanism!r}: must be 0; all rounds are accounted alike"
+    if c.privacy.secure_aggregation:
+        yield f"{rounds} with privacy.secure-aggregation = true: must be 0; nodes would tell second moments one by one"
 
 
 def _codecs(c: RunConfig) -> Iterator[str]:
@@ -246,6 +259,10 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ("diffusion.schedule", d.schedule, d.prediction != "flow", "diffusion.prediction = 'flow'", "epsilon and v"),
         ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "a rank above 0"),
         ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
+        *(
+            (f"finish.{name}", given, c.finish.rounds > 0, "finish.rounds = 0", "finish.rounds above 0")
+            for name, given in (("local-steps", c.finish.local_steps), ("learning-rate", c.finish.learning_rate))
+        ),
         ("sample.guidance", c.sample.guidance, taught, classes, "true"),
         *(
             (f"privacy.{name}", getattr(c.privacy, name.replace("-", "_")), acts, unprotected, where)

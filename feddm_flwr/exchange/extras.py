@@ -43,14 +43,15 @@ class ExtrasChannel:
     """Both ends of both ways."""
 
     def __init__(self, config: RunConfig, layout: Layout, after: int = 0) -> None:
-        """Carries what the configuration asks for, of the parameters of a layout; `after` the last round of a run that
-        cannot go on, nothing."""
+        """Carries what a round's configuration asks for, of the parameters of a layout; `after` the last round before
+        a finish, or of a run that cannot go on, nothing."""
         by_muon = config.train.optimizer == "muon"
         self._most = _SLACK * config.train.max_grad_norm
         means = sum(channels(shape) for shape in layout.shapes if not (by_muon and has_momentum(shape)))
         momentum = sum(int(np.prod(shape)) for shape in layout.shapes if by_muon and has_momentum(shape))
         self._channels: dict[str, Channel] = {}
-        ends = after == config.num_server_rounds and config.train.lr_schedule == "cosine"
+        of_run = after == config.num_server_rounds and config.train.lr_schedule == "cosine"
+        ends = of_run or after == config.before_finish < config.num_server_rounds
         averages = config.train.moments == "server" and not ends
         for name, codec, size in (
             (MOMENTS, BFloat16(), means if averages else 0),

@@ -53,6 +53,7 @@ def do(
         FloatingPointError: the training diverged.
         SecureSumError: the node cannot take part in the sum.
     """
+    config = config.in_round(task.round)
     device = prepare_process(config.train)
     nothing = Outcome({"name": name, "round": task.round}, {})
     assets = assets_of(root, task.assets, frames)

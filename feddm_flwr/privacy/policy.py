@@ -93,7 +93,7 @@ class Policy:
         """
         values: dict[str, Scalar] = dict(flatten(config))
         if images is not None:
-            values[_STEPS] = local_steps(config, images)
+            values[_STEPS] = max(local_steps(config.in_round(n), images) for n in (1, config.num_server_rounds))
         broken = [rule for rule in self.rules if rule.key in values and not rule.permits(values[rule.key])]
         if broken:
             lines = (f"{r.key} = {values[r.key]!r}: {r} ({self._name}, [{r.kind}])" for r in broken)

@@ -90,7 +90,7 @@ class TrainTask(_Task):
 
     run_uuid: str
     round: int
-    steps_before: int  # local steps in all earlier rounds
+    steps_before: int  # local steps in all earlier rounds; in a finish, of its own
     evaluate: bool  # whether the held-out loss is asked for
     part: str  # which parameters the reply is to cover
     acked: int  # the last round whose reply of this node, of that part, entered a mean; 0: none

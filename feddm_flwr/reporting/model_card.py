@@ -29,6 +29,7 @@ def model_card(
         "train.local-epochs",
         "train.optimizer",
         "train.learning-rate",
+        *(["finish.rounds", "finish.local-steps", "finish.learning-rate"] if config["finish.rounds"] else []),
         "codec.uplink",
         "codec.downlink",
         "server.optimizer",

@@ -31,7 +31,7 @@ class FixedClip(Outliers):
         super().__init__(0.0, 0.0)
         self._most = norm
 
-    def check(self, part: str, update: Vector, steps: int = 1) -> tuple[float, float]:
+    def check(self, part: str, update: Vector, steps: int = 1, least: float = 0.0) -> tuple[float, float]:
         """Returns the norm of an update, and the factor by which it is to be shortened."""
         norm = euclidean_norm(update)
         return norm, min(1.0, self._most / norm) if norm else 1.0

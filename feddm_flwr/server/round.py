@@ -184,7 +184,7 @@ class RoundInProgress:
         except FrameError as error:
             return Failure("bad-frame", clean(str(error)))
         try:
-            norm, scale = self._outliers.check(part, update, said.steps)
+            norm, scale = self._outliers.check(part, update, said.steps, self._expected(size, said.steps))
         except ValueError as error:
             return Failure("outlier", str(error))
         if scale < 1:
@@ -250,6 +250,13 @@ class RoundInProgress:
         self.traffic.failures[failure.reason] += 1
         self.why = f"{name}: {failure.text}"
         log.warning("round=%d node=%s dropped: %s", self.number, name, failure)
+
+    def _expected(self, size: int, steps: int) -> float:
+        """Returns a norm that an update of so many values and steps may have, whatever earlier ones had: in a finish,
+        what AdamW's steps come to, since the steps before may have ended at nothing."""
+        if self.number <= self._config.before_finish:
+            return 0.0
+        return self._config.train.learning_rate * steps * math.sqrt(size)
 
     def _weight(self, node: Introduction) -> int:
         """Returns what an update of a node weighs in the mean; where nodes are protected, as much as any."""

@@ -72,6 +72,9 @@ def _train(
     split = split_of(layout, config)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     log.info("parameters=%d rounds=%d %s", layout.size, config.num_server_rounds, cost.text(config, split, frozen))
+    if config.finish.rounds:
+        of_them = cost.text(config.in_round(config.num_server_rounds), split, frozen)
+        log.info("the last %d rounds are short: %s", config.finish.rounds, of_them)
     run_uuid = found.facts["run-uuid"] if found else uuid.uuid4().hex
     feddm = FedDM(config, split.shared.take(parameters.to_vector(network)), split, run_uuid, files)
     outputs = Outputs(run, GlobalModel(network, config, files), split, grid)

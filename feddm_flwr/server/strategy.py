@@ -70,9 +70,8 @@ class FedDM:
         self.weights, self.average = initial, averages.average(s.average, s.ema_decay, initial)
         self._step_norm = 0.0  # of the last round's step
         self._other = 0  # bytes of what was asked beside the training since the last round
-        self._steps = 0  # local steps so far, by the weighted mean of the nodes
+        self._steps = 0  # local steps so far, by the weighted mean of the nodes; in a finish, of its own
         self._receiver = UplinkReceiver(config, split)
-        self._extras_channel = ExtrasChannel(config, split.shared.layout)
         self._extras: Extras = {}  # what the nodes' next round begins with beside the weights
         self.never_sent = {*split.sent}  # parts that no node's reply has covered yet
         self.spent: set[str] = set()  # nodes whose privacy budget is spent; they still answer questions
@@ -165,7 +164,7 @@ class FedDM:
         own = "optimizer."
         self._state = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
         self._outgoing.restore(tensors, facts)
-        self._extras = {name: tensors[name] for name in self._extras_channel.sizes if name in tensors}
+        self._extras = {name: tensors[name] for name in self._channel(self.round).sizes if name in tensors}
         self._steps, self._step_norm = facts["steps"], facts.get("step-norm", 0.0)
         self._outliers.restore(facts["norms"])
         self.never_sent = {*facts["never-sent"]}
@@ -189,6 +188,8 @@ class FedDM:
         for number in range(self.round + 1, self.config.num_server_rounds + 1):
             start = time.monotonic()
             earlier = Traffic()
+            if number == self.config.before_finish + 1:
+                self._begin_finish()
             # What the nodes will hold: the base of their updates.
             received = self._outgoing.prepare(self.weights, number)
             repeat = 0
@@ -219,6 +220,16 @@ class FedDM:
             before_step()
             yield self._commit(number, received, progress, len(chosen), len(online), time.monotonic() - start)
 
+    def _begin_finish(self) -> None:
+        """Begins as a run on these weights would, but for what the nodes have not sent yet and how long updates are."""
+        self._extras, self._steps = {}, 0
+        self._state = self._optimizer.init(self.weights)
+        self.average = averages.average(self.config.server.average, self.config.server.ema_decay, self.weights)
+
+    def _channel(self, number: int, after: int = 0) -> ExtrasChannel:
+        """Returns the way of what travels beside the weights in a round."""
+        return ExtrasChannel(self.config.in_round(number), self._split.shared.layout, after)
+
     def _sample(self, names: list[str], number: int, attempt: int) -> list[str]:
         """Returns the nodes that train, by name and seed; a repeated round draws anew."""
         count = nodes_asked(self.config, len(names))
@@ -235,7 +246,7 @@ class FedDM:
         time."""
         number, nodes, timeout, traffic = task.round, self._roster.nodes, self.config.round_timeout, Traffic()
         probes = Probes(grid, self._roster.processes)
-        frames = self._extras_channel.encode(self._extras, number) if self._extras else {}
+        frames = self._channel(number).encode(self._extras, number) if self._extras else {}
         secure = None
         if self._scales:
             secure = SecureRound(
@@ -245,9 +256,9 @@ class FedDM:
             names = secure.names
             frames |= {SCALES: secure.frame}
         chosen, part = {online[name]: name for name in names}, assign(self._split, names, self.config, number)
-        extras = ExtrasChannel(self.config, self._split.shared.layout, number)
+        extras, config = self._channel(number, after=number), self.config.in_round(number)
         progress = RoundInProgress(
-            number, self.config, nodes, part, self._receiver, received, self._outliers, extras, secure
+            number, config, nodes, part, self._receiver, received, self._outliers, extras, secure
         )
         progress.traffic = traffic
         log.info("%s", RoundBegun(number, self.config.num_server_rounds, len(chosen)))

@@ -30,7 +30,7 @@ class Progress:
     """Where in the run a node stands."""
 
     round: int  # counted from 1
-    steps_before: int  # local steps in all earlier rounds
+    steps_before: int  # local steps in all earlier rounds; in a finish, of its own
     repeat: int = 0  # how often the round's training was drawn anew
 
     @property
@@ -62,12 +62,14 @@ class Trained:
 
 def learning_rate(config: RunConfig, progress: Progress, step: int, steps: int) -> float:
     """Returns the learning rate of a local step (from 0): linear warm-up over the global step, then constant, or a
-    cosine from 1 to 0 over the share of the run that is done."""
+    cosine from 1 to 0 over the share of the run that is done. A finish has both for itself."""
     t = config.train
     warmup = min(1.0, (progress.steps_before + step + 1) / (t.warmup_steps + 1))
     if t.lr_schedule == "constant":
         return t.learning_rate * warmup
-    done = (progress.round - 1 + step / steps) / config.num_server_rounds
+    first = config.before_finish
+    past, rounds = (first, config.finish.rounds) if progress.round > first else (0, first)
+    done = (progress.round - 1 - past + step / steps) / rounds
     return t.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * done))
 
 

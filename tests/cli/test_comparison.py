@@ -77,10 +77,11 @@ def test_every_run_is_done_once_under_each_condition_and_seen_as_many_images(tmp
 
 def test_all_images_are_trained_on_for_as_long_as_the_nodes_together(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(FILE)
-    limits = {"round-timeout": 100.0, "train.max-seconds": 9.0, "fraction-train": 0.5}
+    limits = {"round-timeout": 100.0, "train.max-seconds": 9.0, "fraction-train": 0.5, "finish.rounds": 1}
     centralized = comparison.cells(str(tmp_path / "x.toml"), {**QUICK, **limits}, None, None)[2]
     config = parse(centralized.keys)
     assert (config.train.local_steps, config.round_timeout, config.train.max_seconds) == (4, 200.0, 0.0)
+    assert config.finish.local_steps == 2 * 4
     assert config.eval.min_images == 0
     with pytest.raises(ConfigError, match=r"'centralized': centralized = true needs train.local-steps"):
         comparison.cells(str(tmp_path / "x.toml"), {"train.local-steps": 0, "train.local-epochs": 1}, None, None)

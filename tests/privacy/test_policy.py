@@ -29,6 +29,7 @@ def policy(tmp_path: Path, text: str) -> Path:
         ("[most]\nnum-server-rounds = 1", {}, "num-server-rounds = 2: must be at most 1"),
         ("[most]\nsteps = 2", {}, "steps = 3: must be at most 2"),
         ("[most]\nsteps = 2", {"train.local-steps": 0, "train.local-epochs": 9}, "steps = 1[0-9]+: must be at most 2"),
+        ("[most]\nsteps = 5", {"finish.rounds": 1, "finish.local-steps": 6}, "steps = 6: must be at most 5"),
         ("[least]\neval.min-images = 200", {}, "eval.min-images = 100: must be at least 200"),
         (
             "[most]\nprivacy.epsilon = 8",
