@@ -12,7 +12,7 @@ test: $(VENV)/installed  ## every test but those with real nodes, a process of t
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-deployment: $(VENV)/installed  ## real SuperNodes with TLS, killed, cut off and lied to; half an hour
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/deployment
+	$(BIN)/python -m pytest tests/deployment
 
 check: $(VENV)/installed  ## format, lint, types, import rules, manifests, links of the documentation
 	$(BIN)/ruff format --check .
