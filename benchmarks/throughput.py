@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of a measurement")
     parser.add_argument("--times", type=int, default=5, help="measurements of each loop")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    parser.add_argument("--compile", action="store_true", help="train.compile too, on a GPU")
+    parser.add_argument("--compile", action="store_true", help="train.compile too, on a GPU, also with channels last")
     parser.add_argument("--private", action="store_true", help="privacy.mechanism = dp-sgd, too")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
@@ -96,12 +96,15 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         ours["launched one by one"] = replace(config, train=replace(config.train, cuda_graph=False))
     if options.compile:
         ours["compiled"] = replace(config, train=replace(config.train, compile=True))
+        ours["compiled, channels last"] = ours["compiled"]
     if options.private:
         ours["private"] = replace(config, privacy=replace(config.privacy, mechanism="dp-sgd", noise_multiplier=1.0))
     bf16 = precision.in_bf16(options.precision, device)
     runs: dict[str, Callable[[int], object]] = {}
     for name, own in ours.items():
         network = networks.build(own, {}).to(device)
+        if "channels last" in name:
+            network = network.to(memory_format=torch.channels_last)
         denoising = objectives.Denoising(own, pixels, np.zeros(len(images), np.int64), device)
         runs[name] = partial(ours_once, network, denoising, own, device)
     flops = flops_of_a_step(network, denoising) / options.batch
