@@ -39,6 +39,9 @@ def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -
         for name in sorted({*now, *before} - free)
         if now.get(name) != before.get(name)
     ]
+    if config.finish.rounds != earlier.finish.rounds and problems and done <= earlier.before_finish:
+        total = earlier.before_finish + config.finish.rounds
+        problems.append(f"num-server-rounds = {config.num_server_rounds}: {total} lets that finish come after the rest")
     if config.num_server_rounds < done:
         problems.append(f"num-server-rounds = {config.num_server_rounds}: must be at least {done}, which are done")
     if problems:
