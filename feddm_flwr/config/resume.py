@@ -30,16 +30,17 @@ def check_same_run(config: RunConfig, before: Mapping[str, object], done: int) -
     earlier = parse({**before, **{name: now[name] for name in _FREE - {"sample.scheduler"}}})
     before = flatten(earlier)
     # A cosine schedule is made for its number of rounds, but a run may end where it is.
-    without = config.train.lr_schedule == "constant" and not config.finish.rounds
-    free = _FREE | ({"num-server-rounds"} if without or config.num_server_rounds == done else set())
-    if done <= config.before_finish == earlier.before_finish:  # a finish may come after what was to be the end
+    constant = config.train.lr_schedule == "constant" and not config.finish.rounds
+    free = _FREE | ({"num-server-rounds"} if constant or config.num_server_rounds == done else set())
+    fits = config.before_finish == earlier.before_finish
+    if (unfinished := done <= earlier.before_finish) and fits:  # a finish may come after what was to be the end
         free |= {"num-server-rounds", *(name for name in now if name.startswith("finish."))}
     problems = [
         f"{name} = {now.get(name)!r}: was {before.get(name)!r} in the run to resume, and must stay so"
         for name in sorted({*now, *before} - free)
         if now.get(name) != before.get(name)
     ]
-    if config.finish.rounds != earlier.finish.rounds and problems and done <= earlier.before_finish:
+    if config.finish.rounds != earlier.finish.rounds and unfinished and not fits:
         total = earlier.before_finish + config.finish.rounds
         problems.append(f"num-server-rounds = {config.num_server_rounds}: {total} lets that finish come after the rest")
     if config.num_server_rounds < done:

@@ -48,9 +48,9 @@ def _train(c: RunConfig) -> Iterator[str]:
 
 
 def _finish(c: RunConfig) -> Iterator[str]:
-    rounds = f"finish.rounds = {c.finish.rounds}"
     if not c.finish.rounds:
         return
+    rounds = f"finish.rounds = {c.finish.rounds}"
     if c.finish.rounds > c.num_server_rounds:
         yield f"{rounds} with num-server-rounds = {c.num_server_rounds}: must be at most as many; it has them in it"
     if c.privacy.mechanism != "none":
@@ -236,6 +236,7 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         coded = {*CODECS}
     codecs = f"codec.uplink = {c.codec.uplink!r}, codec.downlink = {c.codec.downlink!r}"
     unprotected = f"privacy.mechanism = {c.privacy.mechanism!r}"
+    finishes = c.finish.rounds > 0
     taught, classes = c.model.class_conditional, f"model.class-conditional = {str(c.model.class_conditional).lower()}"
     for name, given, acts, state, where in (
         *(
@@ -259,10 +260,8 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         ("diffusion.schedule", d.schedule, d.prediction != "flow", "diffusion.prediction = 'flow'", "epsilon and v"),
         ("model.lora-targets", c.model.lora_targets, c.model.lora_rank > 0, "model.lora-rank = 0", "a rank above 0"),
         ("train.class-dropout", c.train.class_dropout, taught, classes, "true"),
-        *(
-            (f"finish.{name}", given, c.finish.rounds > 0, "finish.rounds = 0", "finish.rounds above 0")
-            for name, given in (("local-steps", c.finish.local_steps), ("learning-rate", c.finish.learning_rate))
-        ),
+        ("finish.local-steps", c.finish.local_steps, finishes, "finish.rounds = 0", "finish.rounds above 0"),
+        ("finish.learning-rate", c.finish.learning_rate, finishes, "finish.rounds = 0", "finish.rounds above 0"),
         ("sample.guidance", c.sample.guidance, taught, classes, "true"),
         *(
             (f"privacy.{name}", getattr(c.privacy, name.replace("-", "_")), acts, unprotected, where)

@@ -67,19 +67,26 @@ class FedDM:
         clip = FixedClip(config.privacy.clip_norm) if self._client_level else None
         self._outliers = clip or Outliers(s.norm_limit, s.clip_norm)
         self.round = 0  # the last one that was committed
-        self.weights, self.average = initial, averages.average(s.average, s.ema_decay, initial)
+        self.weights = initial
         self._step_norm = 0.0  # of the last round's step
         self._other = 0  # bytes of what was asked beside the training since the last round
-        self._steps = 0  # local steps so far, by the weighted mean of the nodes; in a finish, of its own
         self._receiver = UplinkReceiver(config, split)
-        self._extras: Extras = {}  # what the nodes' next round begins with beside the weights
         self.never_sent = {*split.sent}  # parts that no node's reply has covered yet
         self.spent: set[str] = set()  # nodes whose privacy budget is spent; they still answer questions
         self._too_few = ""  # why the run ended, where that was found out while it waited for nodes
         sums = config.privacy.secure_aggregation
         self._scales = Scales(config, len(initial), split.shared.layout.fingerprint) if sums else None
         self._optimizer = server_optimizer(s.optimizer, s.learning_rate, s.momentum)
-        self._state = self._optimizer.init(initial)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Begins to train from the weights: those of the run, or of its finish, which goes on with what the nodes have
+        not sent yet and with how long updates are."""
+        s = self.config.server
+        self.average = averages.average(s.average, s.ema_decay, self.weights)
+        self._steps = 0  # local steps since then, by the weighted mean of the nodes
+        self._extras: Extras = {}  # what the nodes' next round begins with beside the weights
+        self._state = self._optimizer.init(self.weights)
 
     @property
     def averaged(self) -> Vector:
@@ -189,7 +196,7 @@ class FedDM:
             start = time.monotonic()
             earlier = Traffic()
             if number == self.config.before_finish + 1:
-                self._begin_finish()
+                self._begin_anew()
             # What the nodes will hold: the base of their updates.
             received = self._outgoing.prepare(self.weights, number)
             repeat = 0
@@ -219,12 +226,6 @@ class FedDM:
             progress.traffic = earlier
             before_step()
             yield self._commit(number, received, progress, len(chosen), len(online), time.monotonic() - start)
-
-    def _begin_finish(self) -> None:
-        """Begins as a run on these weights would, but for what the nodes have not sent yet and how long updates are."""
-        self._extras, self._steps = {}, 0
-        self._state = self._optimizer.init(self.weights)
-        self.average = averages.average(self.config.server.average, self.config.server.ema_decay, self.weights)
 
     def _channel(self, number: int, after: int = 0) -> ExtrasChannel:
         """Returns the way of what travels beside the weights in a round."""
