@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from feddm_flwr.cli.comparison import POOLED
 from feddm_flwr.config.run_config import KEYS
 
 Results = Sequence[dict[str, Any]]
@@ -20,22 +20,21 @@ def markdown(results: Results) -> str:
     parts = []
     for condition in dict.fromkeys(r["condition"] for r in results):
         own = [r for r in results if r["condition"] == condition]
-        kinds = [kind for kind in POOLED if kind == "centralized" or any(_pooled(r) == kind for r in own)]
-        bases = {kind: [r for r in own if _pooled(r) == kind and r["fid"] is not None] for kind in kinds}
+        bases = _bases(own) or {"centralized": []}
+        centralized = next((base for base in bases.values() if base and _pooled(base[0]) == "centralized"), [])
         lines = [f"**{condition}**\n"] if condition else []
         # Where no run is data-parallel, tables are as they were.
-        more = ["images to centralized FID"] if "data-parallel" in bases else []
-        heads = ["run", "FID", "least", *(f"over {kind}" for kind in bases), *more]
+        more = ["images to centralized FID"] if any(_pooled(r) == "data-parallel" for r in own) else []
+        heads = ["run", "FID", "least", *(f"over {_cell(name)}" for name in bases), *more]
         heads += ["KID", "coverage", "held-out loss", "up", "down", "hours at 10 Mbit/s", "seeds"]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for run in dict.fromkeys(r["run"] for r in own):
             same = [r for r in own if r["run"] == run]
             fids = [r["fid"] for r in same if r["fid"] is not None]
             over = [_over(fids, same, base) for base in bases.values()]
-            over += [_images_to(same, bases["centralized"])] if more else []
-            name = run.replace("|", "\\|")
+            over += [_images_to(same, centralized)] if more else []
             lines.append(
-                f"| {name} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {' | '.join(over)} "
+                f"| {_cell(run)} | {_spread(fids)} | {f'{min(fids):.4g}' if fids else '–'} | {' | '.join(over)} "
                 f"| {_spread([r['kid'] for r in same if r['kid'] is not None])} "
                 f"| {_spread([r['coverage'] for r in same if r['coverage'] is not None])} "
                 f"| {_spread([r['eval_loss'] for r in same if r['eval_loss'] is not None])} "
@@ -76,7 +75,7 @@ def plots(results: Results, folder: Path) -> list[Path]:
     written = []
 
     def draw(name: str, columns: int, paint: Any) -> None:
-        figure = Figure(figsize=(4.6 * columns + 1.6, 4), layout="constrained")
+        figure = Figure(figsize=(4.6 * columns + 2.4, 4), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
         paint(axes)
         axes[0].set_ylabel("FID, lower is better")
@@ -92,10 +91,9 @@ def plots(results: Results, folder: Path) -> list[Path]:
             here = [r for r in judged if r["condition"] == condition]
             for r in (r for r in here if not _pooled(r)):
                 ax.plot((r["bytes_up"] + r["bytes_down"]) / 1e6, r["fid"], "o", color=colour[r["run"]], label=r["run"])
-            for kind, style in zip(POOLED, ("--", ":"), strict=True):
-                base = _base([r for r in here if _pooled(r) == kind])
-                if base and len({_setting(r) for r in here}) == 1:
-                    ax.axhline(mean(base), color="grey", linestyle=style, label=kind)
+            for (name, base), style in zip(_bases(here).items(), cycle(("--", ":", "-.")), strict=False):
+                if len({_setting(r) for r in here}) == 1:
+                    ax.axhline(mean(r["fid"] for r in base), color="grey", linestyle=style, label=name)
             ax.set(xscale="log", xlabel="megabytes, both ways, all nodes", title=condition)
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter("{x:g}")
@@ -110,12 +108,12 @@ def plots(results: Results, folder: Path) -> list[Path]:
 
     def by_condition(axes: Any) -> None:
         for name in names:
-            means = {c: [r["fid"] for r in judged if (r["condition"], r["run"]) == (c, name)] for c in conditions}
-            there = {c: fids for c, fids in means.items() if fids}
-            spread = [stdev(fids) if len(fids) > 1 else 0 for fids in there.values()]
-            axes[0].errorbar(
-                [*there], [mean(f) for f in there.values()], spread, fmt="o-", capsize=3, color=colour[name], label=name
-            )
+            means = [[r["fid"] for r in judged if (r["condition"], r["run"]) == (c, name)] for c in conditions]
+            there = [(place, fids) for place, fids in enumerate(means) if fids]
+            spread = [stdev(fids) if len(fids) > 1 else 0 for _, fids in there]
+            places, heights = [place for place, _ in there], [mean(fids) for _, fids in there]
+            axes[0].errorbar(places, heights, spread, fmt="o-", capsize=3, color=colour[name], label=name)
+        axes[0].set_xticks(range(len(conditions)), [name.replace(", ", ",\n") for name in conditions])
 
     if judged:
         draw("fid-by-bytes", len(conditions), by_bytes)
@@ -126,9 +124,10 @@ def plots(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def _base(centralized: Results) -> list[float]:
-    """Returns the FIDs that the others' are divided by: those of the one run on all images, by seed."""
-    return [r["fid"] for r in centralized] if len({r["run"] for r in centralized}) == 1 else []
+def _bases(results: Results) -> dict[str, Results]:
+    """Returns what FIDs are divided by: the runs on all images, by name, each of all its seeds."""
+    pooled = [r for r in results if _pooled(r) and r["fid"] is not None]
+    return {name: [r for r in pooled if r["run"] == name] for name in dict.fromkeys(r["run"] for r in pooled)}
 
 
 def _pooled(result: dict[str, Any]) -> str:
@@ -137,17 +136,18 @@ def _pooled(result: dict[str, Any]) -> str:
 
 
 def _over(fids: Sequence[float], same: Results, pooled: Results) -> str:
-    """Returns FIDs over those of the one run on all images, where they may be divided."""
-    base, alike = _base(pooled), len({_setting(r) for r in (*same, *pooled)}) == 1
-    return f"{mean(fids) / mean(base):.3f}" if fids and base and alike else "–"
+    """Returns FIDs over those of a run on all images, where they may be divided."""
+    alike = len({_setting(r) for r in (*same, *pooled)}) == 1
+    return f"{mean(fids) / mean(r['fid'] for r in pooled):.3f}" if fids and pooled and alike else "–"
 
 
 def _images_to(same: Results, centralized: Results) -> str:
     """Returns how many images had been seen when the FID was that of the centralized run; a dash where it never was."""
-    if not (base := _base(centralized)) or len({_setting(r) for r in (*same, *centralized)}) != 1:
+    if not centralized or len({_setting(r) for r in (*same, *centralized)}) != 1:
         return "–"
+    goal = mean(r["fid"] for r in centralized)
     reached = [
-        next((r["images"] * number / r["rounds"] for number, fid in r["fid_by_round"] if fid <= mean(base)), None)
+        next((r["images"] * number / r["rounds"] for number, fid in r["fid_by_round"] if fid <= goal), None)
         for r in same
     ]
     seen = [images for images in reached if images is not None]
@@ -159,6 +159,11 @@ def _setting(result: dict[str, Any]) -> str:
     keys = ("data.name", "data.split", "data.image-size", "data.channels", "sample.scheduler", "sample.steps")
     chosen = [result["keys"].get(key, KEYS[key].default) for key in keys]
     return repr([*(result.get(key) for key in ("real", "samples", "features")), *chosen])
+
+
+def _cell(name: str) -> str:
+    """Returns a name as a table may have it."""
+    return name.replace("|", "\\|")
 
 
 def _spread(values: Sequence[float], places: int = 4) -> str:

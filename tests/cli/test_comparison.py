@@ -144,13 +144,19 @@ def test_fids_of_other_images_or_samples_are_not_divided() -> None:
     assert [line.split("|")[4].strip() for line in lines[2:7]] == ["1.000", "2.000", "–", "–", "–"]
 
 
-def test_fids_are_divided_by_one_centralized_run() -> None:
+def test_fids_are_divided_by_each_run_on_all_images() -> None:
     row = {"condition": "", "kid": None, "coverage": None, "eval_loss": None, "features": "x", "samples": 9, "real": []}
     row["keys"] = {}
     sent = {f"bytes_{way}": 1 for way in ("up", "up_fp32", "down", "down_fp32")}
     runs = (("one", 1, 1.0), ("two", 1, 9.0), ("vanilla", 4, 5.0))
     rows = [{**row, **sent, "run": run, "nodes": nodes, "fid": fid} for run, nodes, fid in runs]
-    assert [line.split("|")[4].strip() for line in comparison_tables.markdown(rows).splitlines()[2:5]] == ["–"] * 3
+    heads, _, *lines = (line.split("|")[4:6] for line in comparison_tables.markdown(rows).splitlines()[:5])
+    assert [head.strip() for head in heads] == ["over one", "over two"]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["1.000", "0.111"],
+        ["9.000", "1.000"],
+        ["5.000", "0.556"],
+    ]
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
