@@ -43,11 +43,13 @@ def markdown(results: Results) -> str:
         parts.append("\n".join(lines))
     samples, features = ({r[key] for r in results if r[key]} for key in ("samples", "features"))
     parts.append(
-        f"FID, KID and coverage: {_either(samples)} samples of the averaged weights against all images of the nodes, "
+        f"FID, KID and coverage: {_either(samples)} samples of the shipped weights against all images of the nodes, "
         f"features of {_either(features)}. "
         + ("FID of fewer than 10,000 samples depends on their number. " if min(samples, default=0) < 10_000 else "")
-        + "Held-out loss: of the raw weights that the last round began with. Mean ± standard deviation over the seeds. "
-        "Up and down: megabytes of the whole run, all nodes, and how many times less than float32. "
+        + "Held-out loss: of the raw weights that the last round began with. Mean ± standard deviation over the seeds; "
+        "least: of all seeds. "
+        + ("Images to centralized FID: seen until an evaluation first had it. " if "images to" in parts[0] else "")
+        + "Up and down: megabytes of the whole run, all nodes, and how many times less than float32. "
         "Hours: what a node's share of both takes on a line of its own."
     )
     return "\n\n".join(parts) + "\n"

@@ -64,7 +64,7 @@ def test_every_run_is_done_once_under_each_condition_and_seen_as_many_images(tmp
     text = comparison_tables.markdown(results)
     assert "**skewed**" in text
     assert "| lean | " in text
-    assert "16 samples of the averaged weights" in text
+    assert "16 samples of the shipped weights" in text
     assert "features of random" in text
     assert comparison_tables.table(results).count("\n") == 7
     pictures = comparison_tables.plots(results, tmp_path)
