@@ -48,7 +48,7 @@ def markdown(results: Results) -> str:
         + ("FID of fewer than 10,000 samples depends on their number. " if min(samples, default=0) < 10_000 else "")
         + "Held-out loss: of the raw weights that the last round began with. Mean ± standard deviation over the seeds; "
         "least: of all seeds. "
-        + ("Images to centralized FID: seen until an evaluation first had it. " if "images to" in "".join(parts) else "")
+        + ("Images to centralized FID: seen until a round first had it. " if "images to" in "".join(parts) else "")
         + "Up and down: megabytes of the whole run, all nodes, and how many times less than float32. "
         "Hours: what a node's share of both takes on a line of its own."
     )
