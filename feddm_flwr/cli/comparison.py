@@ -195,7 +195,7 @@ def _cell(condition: str, run: str, seed: int, nodes: int, keys: Keys) -> Cell:
 
 def _on_all_images(run: str, pooled: str, nodes: int, keys: Keys) -> Keys:
     """Returns the keys of a run on one node that sees as many images as those of a round together: one batch after the
-    other (centralized), or all in one step (data-parallel)."""
+    other (centralized), or all in one step (data-parallel). Its optimizer keeps its memory, unless the keys say."""
     config = parse(keys)
     if config.train.local_epochs:
         raise ConfigError(f"run {run!r}: {pooled} = true needs train.local-steps, not train.local-epochs")
@@ -204,6 +204,9 @@ def _on_all_images(run: str, pooled: str, nodes: int, keys: Keys) -> Keys:
     keys = {key: value for key, value in keys.items() if key not in of_many}
     keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
     keys |= {"train.max-seconds": 0.0, "round-timeout": asked * config.round_timeout}
+    protected = config.privacy.mechanism != "none" or config.privacy.secure_aggregation
+    if config.train.optimizer in ("adamw", "muon") and not protected:
+        keys = {"train.moments": "node", **keys}  # its rounds are a federation's; in one place nothing begins anew
     if pooled == "data-parallel":
         return keys | {"train.batch-size": asked * config.train.batch_size}
     if config.server.average == "exponential":

@@ -83,6 +83,11 @@ def test_all_images_are_trained_on_for_as_long_as_the_nodes_together(tmp_path: P
     assert (config.train.local_steps, config.round_timeout, config.train.max_seconds) == (4, 200.0, 0.0)
     assert config.finish.local_steps == 2 * 4
     assert config.eval.min_images == 0
+    assert config.train.moments == "node"
+    private = {"privacy.mechanism": "dp-sgd", "privacy.epsilon": 8.0, "eval.features": "none"}
+    for keys in ({"train.moments": "reset"}, {"train.optimizer": "sgd"}, private):
+        one = comparison.cells(str(tmp_path / "x.toml"), {**QUICK, **keys}, None, None)[2]
+        assert parse(one.keys).train.moments == "reset"
     with pytest.raises(ConfigError, match=r"'centralized': centralized = true needs train.local-steps"):
         comparison.cells(str(tmp_path / "x.toml"), {"train.local-steps": 0, "train.local-epochs": 1}, None, None)
 
@@ -94,6 +99,7 @@ def test_a_data_parallel_run_takes_the_steps_of_one_node_on_the_batches_of_all(t
     together = next(c for c in cells if c.run == "together")
     config = parse(together.keys)
     assert (together.nodes, config.train.local_steps, config.train.batch_size) == (1, 2, 2 * 8)
+    assert config.train.moments == "node"
     assert config.server.ema_decay == parse(cells[0].keys).server.ema_decay  # as many steps
     assert [c.shared for c in cells if c.run == "together"] == ["", together.name]  # one on all images knows no shares
     for cell in (cells[0], together):
