@@ -67,12 +67,14 @@ def table(results: Results) -> str:
 
 def plots(results: Results, folder: Path) -> list[Path]:
     """Draws FID against bytes, rounds and conditions, as PNG files; returns their paths."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     judged = [r for r in results if r["fid"] is not None]
     names = list(dict.fromkeys(r["run"] for r in judged))
-    colour = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colour = {name: palette(i % palette.N) for i, name in enumerate(names)}
     conditions = list(dict.fromkeys(r["condition"] for r in judged))
     written = []
 
