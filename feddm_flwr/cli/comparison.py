@@ -205,8 +205,8 @@ def _on_all_images(run: str, pooled: str, nodes: int, keys: Keys) -> Keys:
     keys |= {"data.partition": "iid", "min-nodes": 1, "min-replies": 0, "fraction-train": 1.0}
     keys |= {"train.max-seconds": 0.0, "round-timeout": asked * config.round_timeout}
     protected = config.privacy.mechanism != "none" or config.privacy.secure_aggregation
-    if config.train.optimizer in ("adamw", "muon") and not protected:
-        keys = {"train.moments": "node", **keys}  # its rounds are a federation's; in one place nothing begins anew
+    if config.train.has_moments and not protected:
+        keys.setdefault("train.moments", "node")  # its rounds are a federation's; in one place nothing begins anew
     if pooled == "data-parallel":
         return keys | {"train.batch-size": asked * config.train.batch_size}
     if config.server.average == "exponential":

@@ -24,7 +24,7 @@ def markdown(results: Results) -> str:
         centralized = next((base for base in bases.values() if base and _pooled(base[0]) == "centralized"), [])
         lines = [f"**{condition}**\n"] if condition else []
         # Where no run is data-parallel, tables are as they were.
-        more = ["images to centralized FID"] if any(_pooled(r) == "data-parallel" for r in own) else []
+        more = ["images to centralized FID"] if _has_data_parallel(own) else []
         heads = ["run", "FID", "least", *(f"over {_cell(name)}" for name in bases), *more]
         heads += ["KID", "coverage", "held-out loss", "up", "down", "hours at 10 Mbit/s", "seeds"]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -48,7 +48,7 @@ def markdown(results: Results) -> str:
         + ("FID of fewer than 10,000 samples depends on their number. " if min(samples, default=0) < 10_000 else "")
         + "Held-out loss: of the raw weights that the last round began with. Mean ± standard deviation over the seeds; "
         "least: of all seeds. "
-        + ("Images to centralized FID: seen until a round first had it. " if "images to" in "".join(parts) else "")
+        + ("Images to centralized FID: seen until a round first had it. " if _has_data_parallel(results) else "")
         + "Up and down: megabytes of the whole run, all nodes, and how many times less than float32. "
         "Hours: what a node's share of both takes on a line of its own."
     )
@@ -112,12 +112,13 @@ def plots(results: Results, folder: Path) -> list[Path]:
 
     def by_condition(axes: Any) -> None:
         for name in names:
-            means = [[r["fid"] for r in judged if (r["condition"], r["run"]) == (c, name)] for c in conditions]
-            there = [(place, fids) for place, fids in enumerate(means) if fids]
-            spread = [stdev(fids) if len(fids) > 1 else 0 for _, fids in there]
-            places, heights = [place for place, _ in there], [mean(fids) for _, fids in there]
-            axes[0].errorbar(places, heights, spread, fmt="o-", capsize=3, color=colour[name], label=name)
-        axes[0].set_xticks(range(len(conditions)), [name.replace(", ", ",\n") for name in conditions])
+            found = [[r["fid"] for r in judged if (r["condition"], r["run"]) == (c, name)] for c in conditions]
+            places, there = [i for i, fids in enumerate(found) if fids], [fids for fids in found if fids]
+            spread = [stdev(fids) if len(fids) > 1 else 0 for fids in there]
+            axes[0].errorbar(
+                places, [mean(f) for f in there], spread, fmt="o-", capsize=3, color=colour[name], label=name
+            )
+        axes[0].set_xticks(range(len(conditions)), [c.replace(", ", ",\n") for c in conditions])
 
     if judged:
         draw("fid-by-bytes", len(conditions), by_bytes)
@@ -137,6 +138,10 @@ def _bases(results: Results) -> dict[str, Results]:
 def _pooled(result: dict[str, Any]) -> str:
     """Returns which run on all images it is, `centralized` or `data-parallel`; "" where there are nodes."""
     return str(result.get("pooled", "centralized" if result["nodes"] == 1 else ""))
+
+
+def _has_data_parallel(results: Results) -> bool:
+    return any(_pooled(r) == "data-parallel" for r in results)
 
 
 def _over(fids: Sequence[float], same: Results, pooled: Results) -> str:

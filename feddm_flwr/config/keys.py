@@ -154,6 +154,11 @@ class Train:
     threads: int = key(0, "CPU threads of a node; 0: 1 in a simulation, every core on a real node", low=0)
     deterministic: bool = key(False, "bit-identical results on a GPU too, at some cost (a CPU always gives them)")
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer has averages of gradients, which another round can go on with."""
+        return self.optimizer in ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class Finish:

@@ -282,7 +282,7 @@ def _without_effect(c: RunConfig) -> Iterator[str]:
         if not acts and given != KEYS[name].default:
             shown = str(given).lower() if isinstance(given, bool) else repr(given)
             yield f"{name} = {shown} with {state}: acts with {where} only"
-    if c.train.moments != "reset" and c.train.optimizer not in ("adamw", "muon"):
+    if c.train.moments != "reset" and not c.train.has_moments:
         yield f"train.moments = {c.train.moments!r} with train.optimizer = {c.train.optimizer!r}: is for adamw and muon"
     if c.eval.average_by == "loss":
         for key, value, wrong in (
