@@ -36,7 +36,7 @@ roster._PAUSE = dispatch._PAUSE = 0.01  # nobody is far away
 TINY: dict[str, Any] = {
     "model.preset": "tiny",
     "num-server-rounds": 2,
-    "train.local-steps": 3,
+    "train.local-steps": 2,
     "train.batch-size": 8,
     "train.threads": 1,
     "eval.images": 16,
@@ -45,9 +45,9 @@ TINY: dict[str, Any] = {
 }
 
 
-#: Of the network, where that of the preset is not needed, which takes four times as long.
-SMALLER = {"model.block-channels": "8,8", "model.attention-head-dim": 8}
-AS_PRESET = dict.fromkeys(("model__block_channels", "model__attention_head_dim"), PRESET)
+#: Of the network, where that of the preset is not needed, which takes several times as long.
+SMALLER = {"model.block-channels": "8", "model.attention": "0", "model.attention-head-dim": 8}
+AS_PRESET = dict.fromkeys(("model__block_channels", "model__attention", "model__attention_head_dim"), PRESET)
 
 
 def config(**keys: Any) -> RunConfig:

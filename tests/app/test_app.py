@@ -38,6 +38,8 @@ QUICK = (
     'model.preset="tiny" num-server-rounds=2 train.local-steps=10 train.warmup-steps=5 sample.steps=10 sample.count=9 '
     "train.learning-rate=5e-3"
 )
+#: One process for all simulated nodes, which spares another's start.
+ONE_ACTOR = ("--client-cpus", str(os.cpu_count()))
 
 
 def feddm(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -113,7 +115,7 @@ def test_strategies_are_swapped_by_run_config(vanilla: Path, folder: Path, tmp_p
     job = tmp_path / ("of a job, as Slurm names it " + "x" * 60)
     job.mkdir()
     env = own_environment(folder) | {"TMPDIR": str(job), "PYTHONIOENCODING": "ascii"}
-    done, run = train(folder, "lean", 'strategy="feddm-lean"', env=env)
+    done, run = train(folder, "lean", 'strategy="feddm-lean"', *ONE_ACTOR, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(job.iterdir()) == []
     for line, of_vanilla in zip(rows(run), rows(vanilla), strict=True):
@@ -133,7 +135,7 @@ def test_flwr_run_repeats_a_run_by_its_config_file_to_the_same_bits_with_one_act
     env = private_flower(tmp_path / "flower-home")  # whose path may not have every character
     out, config = folder / "plain", folder / "plain.toml"
     config.write_text(re.sub(r"(?m)^out-dir = .*$", f'out-dir = "{out}"', (vanilla / "config.toml").read_text()))
-    one_actor = f"num-supernodes=4 client-resources-num-cpus={os.cpu_count()}"
+    one_actor = f"num-supernodes=4 client-resources-num-cpus={ONE_ACTOR[1]}"
     try:
         done = subprocess.run(
             ["flwr", "run", str(ROOT), "--stream", "--federation-config", one_actor, "-c", str(config)],
@@ -331,7 +333,8 @@ def test_a_run_never_writes_over_another(vanilla: Path, folder: Path) -> None:
 
 
 def test_a_run_whose_nodes_all_fail_is_a_failed_run(folder: Path) -> None:
-    done, run = train(folder, "diverged", 'train.learning-rate=1e25 train.precision="fp32" max-round-retries=1')
+    diverging = 'train.learning-rate=1e25 train.precision="fp32" max-round-retries=1'
+    done, run = train(folder, "diverged", diverging, *ONE_ACTOR)
     assert done.returncode == 1
     assert "0 of 4 nodes gave a good reply, 3 are needed (4 exception); gave up after 2 attempts; node-" in done.stderr
     assert "the training loss of node-0 became nan in round 1" in done.stdout

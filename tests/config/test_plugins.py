@@ -62,7 +62,7 @@ def test_a_reader_of_contrib_reads_what_nodes_have(tmp_path: Path) -> None:
     for i in range(4):
         np.savez(tmp_path / f"{i}.npz", images=images[i::4, 0], labels=np.array([int(c) for c in classes[i::4]]))
     keys = {"data__name": "digits-as-arrays", "data__image_size": 8, "data__channels": 1, "data__reader": ARRAYS}
-    c = config(data__classes=",".join(map(str, range(10))), **keys)
+    c = config(data__classes=",".join(map(str, range(10))), train__local_steps=5, **keys)
     handlers = {i: node(c, i, **{"data-path": str(tmp_path / f"{i}.npz")}) for i in range(4)}
     done = run(c, handlers)
     assert done[-1].train_loss < done[0].train_loss

@@ -27,7 +27,7 @@ def policy(tmp_path: Path, text: str) -> Path:
         ('[allow]\n"eval.audit" = [false]', {"eval.audit": True, "eval.features": "random"}, "eval.audit = True"),
         ("[allow.eval]\nfeatures = ['none']", {"eval.features": "random"}, "eval.features = 'random': must be 'none'"),
         ("[most]\nnum-server-rounds = 1", {}, "num-server-rounds = 2: must be at most 1"),
-        ("[most]\nsteps = 2", {}, "steps = 3: must be at most 2"),
+        ("[most]\nsteps = 1", {}, "steps = 2: must be at most 1"),
         ("[most]\nsteps = 2", {"train.local-steps": 0, "train.local-epochs": 9}, "steps = 1[0-9]+: must be at most 2"),
         ("[most]\nsteps = 5", {"finish.rounds": 1, "finish.local-steps": 6}, "steps = 6: must be at most 5"),
         ("[least]\neval.min-images = 200", {}, "eval.min-images = 100: must be at least 200"),
@@ -37,7 +37,7 @@ def policy(tmp_path: Path, text: str) -> Path:
             "privacy.epsilon = 0.0: must be at most 8",
         ),
         ("[most]\nmodel.lora-rank = 8", {}, "model.lora-rank = 0: must be at most 8"),
-        ('[allow]\nmodel.block-channels = ["16,64"]', {}, "model.block-channels = '8,8': must be '16,64'"),
+        ('[allow]\nmodel.block-channels = ["16,64"]', {}, "model.block-channels = '8': must be '16,64'"),
     ],
 )
 def test_a_run_that_asks_too_much_is_refused_by_key_value_and_rule(

@@ -24,7 +24,7 @@ FINISH: dict[str, Any] = {"num_server_rounds": 5, "finish__rounds": 3, "finish__
 
 
 def test_it_leaves_the_rounds_before_as_they_are_and_has_its_own_after() -> None:
-    keys = {"train__optimizer": "muon", "train__moments": "server"}
+    keys = {"train__optimizer": "muon", "train__moments": "server", "train__local_steps": 3}
     whole, alone = run(config(**keys, **FINISH)), run(config(**keys))
     assert [done.weights.tobytes() for done in whole[:2]] == [done.weights.tobytes() for done in alone]
     assert [done.local_steps for done in whole] == [4 * 3, 4 * 3, 4 * 2, 4 * 2, 4 * 2]

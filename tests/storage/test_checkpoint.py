@@ -273,7 +273,7 @@ def test_a_configuration_that_contradicts_the_checkpoint_is_refused_with_the_dif
     assert str(caught.value).splitlines() == [
         "num-server-rounds = 7: was 2 in the run to resume, and must stay so",
         "seed = 1: was 0 in the run to resume, and must stay so",
-        "train.local-steps = 9: was 3 in the run to resume, and must stay so",
+        "train.local-steps = 9: was 2 in the run to resume, and must stay so",
     ]
     check_same_run(config(num_server_rounds=1), before, 1)  # it ends there
     robust = config(server__aggregation="median", min_replies=3)

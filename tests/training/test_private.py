@@ -120,7 +120,7 @@ def test_a_low_rank_adapter_is_all_that_has_gradients(tmp_path: Any) -> None:
     pytest.importorskip("peft")
     from feddm_flwr.models.lora import add_adapters
 
-    c = config(**PRIVATE, **{"model.attention": "0,1", "train.batch-size": 4})
+    c = config(**PRIVATE, **{"model.block-channels": "8,8", "model.attention": "0,1", "train.batch-size": 4})
     network, objective, _ = parts(c)
     lora = config(**PRIVATE, **{"model.init-from": str(tmp_path), "model.lora-rank": 2})
     add_adapters(network, lora)
