@@ -135,7 +135,7 @@ def test_flwr_run_repeats_a_run_by_its_config_file_to_the_same_bits_with_one_act
     env = private_flower(tmp_path / "flower-home")  # whose path may not have every character
     out, config = folder / "plain", folder / "plain.toml"
     config.write_text(re.sub(r"(?m)^out-dir = .*$", f'out-dir = "{out}"', (vanilla / "config.toml").read_text()))
-    one_actor = f"num-supernodes=4 client-resources-num-cpus={ONE_ACTOR[1]}"
+    one_actor = f"num-supernodes=4 client-resources-num-cpus={os.cpu_count()}"
     try:
         done = subprocess.run(
             ["flwr", "run", str(ROOT), "--stream", "--federation-config", one_actor, "-c", str(config)],
