@@ -199,7 +199,7 @@ class FedDM:
                 self._begin_anew()
             # What the nodes will hold: the base of their updates.
             received = self._outgoing.prepare(self.weights, number)
-            repeat = 0
+            repeat, progress = 0, None
             for attempt in range(1 + self.config.max_round_retries):
                 online = {} if self._begun and self.is_over else self._wait(grid)
                 if not online or self.is_over:
@@ -216,16 +216,18 @@ class FedDM:
                     f"round {number}: {progress.count} of {len(chosen)} nodes gave a good reply, "
                     f"{needed} are needed ({reasons})"
                 )
-                repeat += progress.is_told
+                repeat, why = repeat + progress.is_told, progress.why
+                progress = None  # before the next is made: each holds weights and sums as large as the model
                 log.warning("%s; attempt %d of %d", problem, attempt + 1, 1 + self.config.max_round_retries)
             else:
                 if self.is_over:
                     return
                 tries = f"gave up after {1 + self.config.max_round_retries} attempts"
-                raise RunFailedError(f"{problem}; {tries}; {progress.why}".removesuffix("; "))
+                raise RunFailedError(f"{problem}; {tries}; {why}".removesuffix("; "))
             progress.traffic = earlier
             before_step()
             yield self._commit(number, received, progress, len(chosen), len(online), time.monotonic() - start)
+            progress = None  # as above
 
     def _channel(self, number: int, after: int = 0) -> ExtrasChannel:
         """Returns the way of what travels beside the weights in a round."""

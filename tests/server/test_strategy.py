@@ -4,6 +4,7 @@ in `test_app.py`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from local_grid import (
 
 from feddm_flwr.config import RunConfig
 from feddm_flwr.protocol.failures import RunFailedError
-from feddm_flwr.server.round import RoundResult
+from feddm_flwr.server.round import RoundInProgress, RoundResult
 
 
 @pytest.mark.parametrize("strategy", ["feddm-vanilla", "feddm-prox", "feddm-quant"])
@@ -145,6 +146,21 @@ def test_a_round_with_too_few_replies_is_repeated_and_its_bytes_are_counted() ->
     assert done.weights.tobytes() == undisturbed.weights.tobytes()
     assert done.bytes_down == 2 * undisturbed.bytes_down
     assert done.bytes_up > undisturbed.bytes_up
+
+
+def test_no_attempt_at_a_round_outlives_it() -> None:
+    """Each holds weights and sums as large as the model."""
+    c = config(max_round_retries=1)
+    alive: list[int] = []
+
+    def count(message: Message, reply: Message) -> Message:
+        alive.append(sum(isinstance(o, RoundInProgress) for o in gc.get_objects()))
+        return reply
+
+    gc.collect()
+    run(c, {i: on_train(h, count) for i, h in failing(c, 3, 1).items()})
+    assert len(alive) == 4 * (c.num_server_rounds + 1)  # the first is repeated
+    assert {*alive} == {1}
 
 
 @pytest.mark.parametrize("broken", [2, 4])
