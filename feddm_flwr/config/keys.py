@@ -168,7 +168,7 @@ class Finish:
         0,
         "the last ones of num-server-rounds, in which nodes take few steps by AdamW with the second moments of all, "
         "whatever [train] has before: mends the mix of what is generated where nodes have different classes; each "
-        "sends as many bytes as any other",
+        "takes as many bytes up as any other, and a third more down",
         low=0,
     )
     local_steps: int = key(4, "optimizer steps of such a round", low=1)
