@@ -21,9 +21,10 @@ TARGET = HERE / "results.md"
 HEAD = """<!-- written by docs/write_results.py from benchmarks/results/fashionmnist.json -->
 # Results
 
-Fashion-MNIST, 28x28, its 60,000 training images (a tenth held out), {nodes} nodes, {rounds} rounds of {steps} steps of {batch} images on
-each node: {images:,} images seen in every run, those on all images in one place included: centralized, as many steps
-as all nodes together, one after the other; data-parallel, as many steps as one node, each of all nodes' batches.
+Fashion-MNIST, 28x28, its 60,000 training images (a tenth held out), {nodes} nodes, {rounds} rounds of {steps} steps of
+{batch} images on each node: {images:,} images seen in every run, those on all images in one place included:
+centralized, as many steps as all nodes together, one after the other; data-parallel, as many steps as one node, each
+of all nodes' batches.
 A U-Net of 0.69 million parameters, small enough for two CPU cores: these are **not** figures of converged
 models: they compare settings.
 
