@@ -110,9 +110,8 @@ class Train:
         PRESET,
         "`adamw8bit` keeps its averages in 8 bits (package bitsandbytes): 6 bytes less for each parameter; `muon` "
         "takes steps along the orthogonalized momentum of weights that are matrices (Jordan et al. 2024), and "
-        "AdamW's for the others: better in short runs, and not in long "
-        "ones whose nodes hold different classes; `sgd` is plain gradient descent, as theory has it (preset: adamw but "
-        "for some strategies)",
+        "AdamW's for the others: better in short runs, and not in long ones whose nodes hold different classes; "
+        "`sgd` is plain gradient descent, as theory has it (preset: adamw but for some strategies)",
         choices=("adamw", "adamw8bit", "muon", "sgd"),
     )
     moments: str = key(

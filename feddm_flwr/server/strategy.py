@@ -197,9 +197,9 @@ class FedDM:
             earlier = Traffic()
             if number == self.config.before_finish + 1:
                 self._begin_anew()
+            repeat, progress = 0, None
             # What the nodes will hold: the base of their updates.
             received = self._outgoing.prepare(self.weights, number)
-            repeat, progress = 0, None
             for attempt in range(1 + self.config.max_round_retries):
                 online = {} if self._begun and self.is_over else self._wait(grid)
                 if not online or self.is_over:
@@ -227,7 +227,6 @@ class FedDM:
             progress.traffic = earlier
             before_step()
             yield self._commit(number, received, progress, len(chosen), len(online), time.monotonic() - start)
-            progress = None  # as above
 
     def _channel(self, number: int, after: int = 0) -> ExtrasChannel:
         """Returns the way of what travels beside the weights in a round."""
